@@ -1,0 +1,3 @@
+"""gpuproxy: the gateway that GPU inference runs through."""
+
+__version__ = "1.0.0"

@@ -1,0 +1,1 @@
+"""Who is calling: accounts, keys and what they may do."""

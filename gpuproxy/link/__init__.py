@@ -1,0 +1,1 @@
+"""The link between a worker and control: messages and both ends of the socket."""

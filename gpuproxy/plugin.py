@@ -1,0 +1,189 @@
+"""The one door for plugins: the contracts they fill, the nouns they see, and the registry.
+
+A plugin is a module with ``def register(registry: Registry) -> None``, named by an entry point of the group
+``gpuproxy.plugins`` and switched on in config.toml under ``[plugins] enabled``. Plugins import this module
+and nothing else of gpuproxy. A wrong one stops the start with its name and the remedy.
+"""
+
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, runtime_checkable
+
+from msgspec import Struct
+
+from gpuproxy.errors import CODES, Code, GatewayError, PluginError
+from gpuproxy.types import Usage
+
+__all__ = [
+    "CODES",
+    "GROUP",
+    "Call",
+    "Code",
+    "GatewayError",
+    "Intent",
+    "PluginError",
+    "ProtocolHandler",
+    "Registry",
+    "UpstreamRequest",
+    "Usage",
+    "UsageReader",
+    "load_plugins",
+]
+
+GROUP = "gpuproxy.plugins"
+
+HeaderList = list[tuple[bytes, bytes]]
+
+
+class Call(Struct):
+    """One call as a handler sees it.
+
+    ``path`` is what follows the gateway's own prefix, in origin form with its query and byte-exact
+    (``/v1/chat/completions?x=1``, ``/mcp/tools``); for an envelope or ``/upstreams/{name}`` call it is the
+    target's own path, empty when the target URL has none. ``headers`` are the client's end-to-end fields in
+    order, names as sent. ``body`` is the whole body, or None while (or because) it is streamed.
+    ``is_envelope`` tells that the answer will be wrapped in JSON.
+    """
+
+    method: bytes
+    path: bytes
+    headers: HeaderList
+    body: bytes | None = None
+    is_envelope: bool = False
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the first value of the field `name` (lower case), or None."""
+        for field, value in self.headers:
+            if field.lower() == name:
+                return value
+        return None
+
+
+class Intent(Struct):
+    """Where a call wants to go: by model, or by the name of an upstream; and what is worth metering.
+
+    ``path`` replaces the call's path below the upstream's base URL (None keeps it).
+    """
+
+    model: str = ""
+    upstream: str = ""
+    path: bytes | None = None
+    is_stream: bool = False
+
+
+class UpstreamRequest(Struct):
+    """What to send upstream instead of what the client sent; the defaults change nothing.
+
+    ``path`` replaces the target (origin form, below no base path), ``body`` the body. ``headers`` replace the
+    client's fields of the same name. ``identity`` asks the upstream for an uncompressed answer so that usage
+    can be read.
+    """
+
+    path: bytes | None = None
+    body: bytes | None = None
+    headers: HeaderList = []
+    identity: bool = False
+
+
+class UsageReader(Protocol):
+    """Reads usage from an answer's body as it passes. Sans-I/O, fed after the client was written to.
+
+    The result must not depend on how the body was split.
+    """
+
+    def feed(self, data: bytes) -> None:
+        """Look at the next bytes of the body (content, without transfer framing)."""
+
+    def finish(self) -> Usage | None:
+        """Return what was used, None if the answer told nothing. Called once, also for a cut answer."""
+
+
+@runtime_checkable
+class ProtocolHandler(Protocol):
+    """Speaks one protocol. One instance serves all calls of a worker: keep no state of a call in it.
+
+    ``name`` is what config and envelope call the protocol. ``mounts`` are first path segments it serves
+    directly below the proxy prefix (``("v1", "v2")``), may be empty.
+    """
+
+    name: str
+    mounts: tuple[str, ...]
+
+    def needs_body(self, method: bytes, path: bytes) -> bool:
+        """Tell whether `inspect` needs the whole body to find the destination."""
+
+    def inspect(self, call: Call) -> Intent:
+        """Read a call that came in by a mount and say where it goes. Raises GatewayError."""
+
+    def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
+        """Complete the request for the upstream. Raises GatewayError.
+
+        For envelope and ``/upstreams/{name}`` calls `intent` comes from ``describe``.
+        """
+
+    def describe(self, call: Call) -> Intent:
+        """Say what can be metered (model, stream) of a call whose destination is given already."""
+
+    def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
+        """Return a reader for an answer with this status and content type (lower case), None to not look."""
+
+    def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
+        """Turn a whole answer into what an envelope carries: (content type, body)."""
+
+    def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
+        """Return the JSON body that tells a client of this protocol about `error`."""
+
+
+class Registry:
+    """What plugins have registered. Refuses duplicates, unknown kinds and half-made handlers."""
+
+    def __init__(self) -> None:
+        self.protocols: dict[str, ProtocolHandler] = {}
+        self.mounts: dict[str, ProtocolHandler] = {}
+        self._plugin = "?"
+
+    def protocol(self, handler: ProtocolHandler) -> None:
+        """Add a protocol handler."""
+        if not isinstance(handler, ProtocolHandler):
+            lacking = sorted(name for name in _members(ProtocolHandler) if not hasattr(handler, name))
+            raise PluginError(f"plugin {self._plugin!r}: its protocol handler lacks {', '.join(lacking)}")
+        if handler.name in self.protocols:
+            raise PluginError(f"plugin {self._plugin!r}: protocol {handler.name!r} is registered already; rename one")
+        for mount in handler.mounts:
+            if mount in self.mounts or mount in ("upstreams", "instances"):
+                raise PluginError(f"plugin {self._plugin!r}: mount {mount!r} is taken; choose another")
+        self.protocols[handler.name] = handler
+        self.mounts.update(dict.fromkeys(handler.mounts, handler))
+
+    def run(self, name: str, register: Callable[["Registry"], None]) -> None:
+        """Let the plugin `name` register itself; any failure names it."""
+        self._plugin = name
+        try:
+            register(self)
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(f"plugin {name!r} failed to register: {type(error).__name__}: {error}") from error
+
+
+def _members(contract: Any) -> set[str]:
+    return {name for name in (*contract.__annotations__, *vars(contract)) if not name.startswith("_")}
+
+
+def load_plugins(enabled: Iterable[str], found: Iterable[EntryPoint] | None = None) -> Registry:
+    """Load the enabled plugins, in the order given, and return what they registered. Raises PluginError."""
+    by_name = {point.name: point for point in (entry_points(group=GROUP) if found is None else found)}
+    registry = Registry()
+    for name in enabled:
+        if name not in by_name:
+            known = ", ".join(sorted(by_name)) or "none"
+            raise PluginError(f"no plugin {name!r} is installed; installed: {known}. Install it or take it out of [plugins] enabled")
+        try:
+            module = by_name[name].load()
+        except Exception as error:
+            raise PluginError(f"plugin {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        register = getattr(module, "register", None)
+        if register is None:
+            raise PluginError(f"plugin {name!r}: module {by_name[name].value} has no register(registry) function")
+        registry.run(name, register)
+    return registry

@@ -1,0 +1,1 @@
+"""The data plane: one worker process that accepts, admits, routes, forwards and meters."""

@@ -1,0 +1,69 @@
+"""The nouns every part of gpuproxy shares: grants, usage, receipts.
+
+They cross process borders (link, journal) as MessagePack, so field order is part of the format:
+append only, and give what is appended a default.
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+Outcome = Literal["ok", "refused", "upstream_failed", "client_gone"]
+UsageSource = Literal["none", "provider", "estimated"]
+
+
+class Grant(Struct, array_like=True):
+    """What a worker may know of one API key.
+
+    ``models`` is None when every model is allowed. ``expires_ns`` is unix time in nanoseconds, 0 for never.
+    ``revoked`` is set in place by a push from control, so that whoever still holds the grant sees it.
+    """
+
+    key_id: str
+    user_id: str
+    scopes: tuple[str, ...] = ()
+    models: tuple[str, ...] | None = None
+    expires_ns: int = 0
+    revoked: bool = False
+
+
+class Usage(Struct, array_like=True):
+    """Tokens one call used. ``cached_tokens`` is the part of ``input_tokens`` served from a prompt cache."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    source: UsageSource = "provider"
+
+
+class Receipt(Struct, array_like=True, frozen=True):
+    """One ended exchange, exactly one for each; the only thing a worker ever reports about a call.
+
+    ``id`` is unique over all workers and restarts. ``status`` is what the client was sent (0: nothing).
+    ``first_byte_us`` counts from the request's last head byte to the upstream's first byte, -1 if none came.
+    ``path`` carries no query. Token fields are -1 when the answer told no usage.
+    """
+
+    id: str
+    request_id: str
+    started_ns: int
+    duration_us: int
+    first_byte_us: int
+    user_id: str
+    key_id: str
+    protocol: str
+    upstream: str
+    model: str
+    method: str
+    path: str
+    status: int
+    outcome: Outcome
+    error: str
+    request_bytes: int
+    response_bytes: int
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    usage_source: UsageSource
+    attempts: int
+    is_stream: bool
