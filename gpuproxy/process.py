@@ -1,0 +1,62 @@
+"""What the supervisor hands to a child process, and the child's side of it.
+
+A child gets its `Boot` as MessagePack on a pipe. It tells that it is ready with one byte on ``ready_fd``, and
+stops when the supervisor does: either by SIGTERM or because ``lifeline_fd`` reads end of file.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import msgspec
+from msgspec import Struct
+
+from gpuproxy.config import Config
+
+
+class Boot(Struct, frozen=True):
+    """Everything a child needs; file descriptors are inherited under the numbers given.
+
+    ``slot`` is 0..workers-1, or -1 for control. ``listen_fd`` is the TCP listening socket of a worker, the
+    Unix listening socket of control. ``link_fd`` is control's listening link socket, -1 for workers, which
+    connect to ``link_path``.
+    """
+
+    config: Config
+    slot: int
+    listen_fd: int
+    link_fd: int
+    link_path: str
+    control_path: str
+    ready_fd: int
+    lifeline_fd: int
+
+
+def receive_boot() -> Boot:
+    """Read the Boot from the pipe named by the first argument and take the signals back into use."""
+    with os.fdopen(int(sys.argv[1]), "rb") as pipe:
+        boot = msgspec.msgpack.decode(pipe.read(), type=Boot)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    return boot
+
+
+def report_ready(boot: Boot) -> None:
+    """Tell the supervisor that this child serves."""
+    os.write(boot.ready_fd, b"1")
+    os.close(boot.ready_fd)
+
+
+def on_stop(boot: Boot, stop: Callable[[], None]) -> None:
+    """Call `stop` on SIGTERM or when the supervisor is gone; in the running loop."""
+    loop = asyncio.get_running_loop()
+
+    def end_of_lifeline() -> None:
+        loop.remove_reader(boot.lifeline_fd)
+        stop()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_reader(boot.lifeline_fd, end_of_lifeline)
