@@ -1,0 +1,223 @@
+"""The client library against a scripted gateway: what it sends, what it returns, what it raises."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import msgspec
+import pytest
+
+import gpuproxy
+from gpuproxy.client import ProxyStream
+
+Script = Callable[[BaseHTTPRequestHandler, bytes], None]
+
+
+class ScriptedGateway(ThreadingHTTPServer):
+    """Answers every request by `script` and remembers what was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.script: Script = lambda handler, body: answer(handler, 200, {})
+        self.asked: list[tuple[str, str, dict[str, str], Any]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/api/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ScriptedGateway
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.asked.append(
+            (self.command, self.path, headers, msgspec.json.decode(body) if body else None)
+        )
+        self.server.script(self, body)
+
+    do_GET = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815 (the names http.server calls)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def answer(handler: BaseHTTPRequestHandler, status: int, body: Any, **headers: str) -> None:
+    content = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def cut_after_the_head(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b"data: half")
+    handler.close_connection = True
+
+
+@pytest.fixture
+def gateway() -> Iterator[ScriptedGateway]:
+    server = ScriptedGateway()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def client(gateway: ScriptedGateway) -> Iterator[gpuproxy.Client]:
+    with gpuproxy.Client(gateway.url, "gp_key") as client:
+        yield client
+
+
+def test_a_proxy_request_sends_only_what_was_given(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
+    client.proxy_request("https", "https://api.example.com/x", body={"a": 1})
+    method, path, headers, sent = gateway.asked[0]
+    assert (method, path) == ("POST", "/api/v1/gpu/proxy")
+    assert (headers["x-api-key"], headers["content-type"]) == ("gp_key", "application/json")
+    assert sent == {"protocol": "https", "target_url": "https://api.example.com/x", "body": {"a": 1}}
+
+
+def test_a_proxy_request_returns_the_envelope_as_it_came(
+    gateway: ScriptedGateway, client: gpuproxy.Client
+) -> None:
+    envelope = {"data": {"x": [1, None]}, "status": "success", "status_code": 500, "headers": {}}
+    gateway.script = lambda handler, body: answer(handler, 200, envelope)
+    assert client.proxy_request("https", "https://api.example.com/x", method="GET") == envelope
+
+
+def test_a_time_limit_is_told_to_the_gateway(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
+    client.proxy_request("https", "https://api.example.com/x", timeout_s=2.5)
+    assert gateway.asked[0][3]["timeout_s"] == 2.5
+
+
+def test_a_refusal_is_raised_with_its_code_status_and_request_id(
+    gateway: ScriptedGateway, client: gpuproxy.Client
+) -> None:
+    refusal = {"error": "slow down", "code": "RATE_LIMITED", "request_id": "r-1"}
+    gateway.script = lambda handler, body: answer(handler, 429, refusal, Retry_After="7")
+    with pytest.raises(gpuproxy.GpuproxyError) as caught:
+        client.proxy_request("https", "https://api.example.com/x")
+    error = caught.value
+    assert (error.code, error.status, error.request_id, error.retry_after_s) == (
+        "RATE_LIMITED",
+        429,
+        "r-1",
+        7,
+    )
+    assert str(error) == "slow down (RATE_LIMITED, request r-1)"
+
+
+def test_an_error_page_of_something_else_is_raised_with_its_status(
+    gateway: ScriptedGateway, client: gpuproxy.Client
+) -> None:
+    gateway.script = lambda handler, body: answer(handler, 503, b"<h1>sorry</h1>", X_Request_Id="r-2")
+    with pytest.raises(gpuproxy.GpuproxyError, match="503") as caught:
+        client.get("/user/usage")
+    assert (caught.value.code, caught.value.status, caught.value.request_id) == ("INVALID_ANSWER", 503, "r-2")
+
+
+def test_an_answer_that_is_not_json_is_no_answer(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
+    gateway.script = lambda handler, body: answer(handler, 200, b"hello")
+    with pytest.raises(gpuproxy.GpuproxyError, match="something else than JSON") as caught:
+        client.get("/user/usage")
+    assert caught.value.code == "INVALID_ANSWER"
+
+
+def test_a_gateway_that_is_not_there_is_a_connection_failure(gateway: ScriptedGateway) -> None:
+    with (
+        gpuproxy.Client("http://127.0.0.1:1/api/v1", "k") as client,
+        pytest.raises(gpuproxy.GpuproxyError) as caught,
+    ):
+        client.get("/user/usage")
+    assert (caught.value.code, caught.value.status) == ("CONNECTION_FAILED", 0)
+
+
+def test_paths_bodies_and_queries_go_where_they_are_told(
+    gateway: ScriptedGateway, client: gpuproxy.Client
+) -> None:
+    client.get("/user/usage", params={"group_by": "model"})
+    client.post("/admin/credits/add", {"amount": 100.0})
+    client.put("webhooks/1", {"url": "https://x.example"})
+    assert [call[:2] + call[3:] for call in gateway.asked] == [
+        ("GET", "/api/v1/user/usage?group_by=model", None),
+        ("POST", "/api/v1/admin/credits/add", {"amount": 100.0}),
+        ("PUT", "/api/v1/webhooks/1", {"url": "https://x.example"}),
+    ]
+
+
+def test_an_empty_answer_is_none(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
+    gateway.script = lambda handler, body: answer(handler, 200, b"")
+    assert client.delete("/auth/apikey/1") is None
+
+
+def test_a_stream_arrives_as_the_upstream_sent_it(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
+    gateway.script = lambda handler, body: answer(
+        handler, 200, b"data: 1\n\n", Content_Type="text/event-stream"
+    )
+    stream = client.proxy_request("openinference", "http://x.example", body={"stream": True}, stream=True)
+    assert isinstance(stream, ProxyStream)
+    assert (stream.status_code, stream.headers["content-type"]) == (200, "text/event-stream")
+    assert b"".join(stream) == b"data: 1\n\n"
+    assert gateway.asked[0][3]["stream"] is True
+
+
+def test_an_upstreams_refusal_of_a_stream_is_handed_over(
+    gateway: ScriptedGateway, client: gpuproxy.Client
+) -> None:
+    body = b'{"error": {"message": "no"}}'
+    gateway.script = lambda handler, sent: answer(handler, 429, body)
+    with client.proxy_request("openinference", "http://x.example", body={}, stream=True) as stream:
+        assert (stream.status_code, b"".join(stream)) == (429, body)
+
+
+def test_the_gateways_refusal_of_a_stream_is_raised(
+    gateway: ScriptedGateway, client: gpuproxy.Client
+) -> None:
+    gateway.script = lambda handler, sent: answer(
+        handler, 502, {"error": "gone", "code": "UPSTREAM_UNREACHABLE"}
+    )
+    with pytest.raises(gpuproxy.GpuproxyError, match="gone"):
+        client.proxy_request("openinference", "http://x.example", body={}, stream=True)
+
+
+def test_a_cut_stream_raises_instead_of_ending(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
+    gateway.script = cut_after_the_head
+    stream = client.proxy_request("https", "http://x.example", stream=True)
+    with pytest.raises(gpuproxy.GpuproxyError) as caught:
+        list(stream)
+    assert caught.value.code == "CONNECTION_FAILED"
+
+
+def test_a_streaming_body_without_stream_is_refused_before_anything_is_sent(
+    gateway: ScriptedGateway, client: gpuproxy.Client
+) -> None:
+    with pytest.raises(ValueError, match="stream=True"):
+        client.proxy_request("openinference", "http://x.example", body={"stream": True})
+    assert gateway.asked == []
+
+
+def test_importing_the_package_does_not_import_the_client() -> None:
+    code = (
+        'import gpuproxy as g, sys; m = sys.modules\nassert "httpx" not in m; g.Client; assert "httpx" in m'
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_an_unknown_attribute_is_named() -> None:
+    with pytest.raises(AttributeError, match="Klient"):
+        gpuproxy.Klient  # noqa: B018
