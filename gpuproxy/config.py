@@ -1,22 +1,44 @@
 """The configuration: Structs that are the defaults, and the strict way from TOML to them."""
 
-from typing import Annotated
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_origin
 
+import msgspec
 from msgspec import Meta, Struct
 
-Positive = Annotated[int, Meta(ge=1)]
-PositiveSeconds = Annotated[float, Meta(gt=0)]
+from gpuproxy import config_checks as checks
+from gpuproxy.config_reader import Faults, bare, read_struct, unknown
+from gpuproxy.errors import ConfigError
+from gpuproxy.toml_lines import key_lines
+
+Positive = Annotated[int, Meta(ge=1, le=1 << 48)]
+PositiveSeconds = Annotated[float, Meta(gt=0, le=31_536_000)]  # a year; timers overflow far above
+Text = Annotated[str, Meta(extra={"check": checks.text})]
+Name = Annotated[str, Meta(extra={"check": checks.upstream_name})]
+BaseUrl = Annotated[str, Meta(extra={"check": checks.base_url})]
+StoreUrl = Annotated[str, Meta(extra={"check": checks.store_url, "secret": True})]
+Network = Annotated[str, Meta(extra={"check": checks.network})]
+ReadableFile = Annotated[str, Meta(extra={"check": checks.readable_file})]
+VariableName = Annotated[str, Meta(extra={"check": checks.variable_name, "secret": True})]
+Level = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_LEVELS)})]
+Format = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_FORMATS)})]
+Connections = Annotated[dict[str, str], Meta(extra={"check": checks.connection})]
+Headers = Annotated[dict[str, str], Meta(extra={"check": checks.header, "secret": True})]
+BaseUrls = Annotated[tuple[BaseUrl, ...], Meta(extra={"required": "http://HOST[:PORT][/PATH]"})]
 
 
 class Server(Struct, forbid_unknown_fields=True, frozen=True):
     """Where the gateway listens and how it runs."""
 
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     workers: Annotated[int, Meta(ge=1, le=256)] = 2
-    data_dir: str = "./gpuproxy-data"
+    data_dir: Text = "./gpuproxy-data"
     drain_s: PositiveSeconds = 30.0
-    trusted_proxies: tuple[str, ...] = ()
+    trusted_proxies: tuple[Network, ...] = ()
 
 
 class Limits(Struct, forbid_unknown_fields=True, frozen=True):
@@ -49,7 +71,7 @@ class Timeouts(Struct, forbid_unknown_fields=True, frozen=True):
 class Store(Struct, forbid_unknown_fields=True, frozen=True):
     """Where accounts, ledger and receipts are kept."""
 
-    url: str = "sqlite:///./gpuproxy.db"
+    url: StoreUrl = "sqlite:///./gpuproxy.db"
 
 
 class Auth(Struct, forbid_unknown_fields=True, frozen=True):
@@ -77,40 +99,40 @@ class Egress(Struct, forbid_unknown_fields=True, frozen=True):
     name does: the name stays in Host, SNI and certificate check, only the address dialled changes.
     """
 
-    allow: tuple[str, ...] = ()
-    connect_to: dict[str, str] = {}
-    ca_file: str = ""
+    allow: tuple[Network, ...] = ()
+    connect_to: Connections = {}
+    ca_file: ReadableFile = ""
 
 
 class Log(Struct, forbid_unknown_fields=True, frozen=True):
     """Log lines on standard error. LOG_LEVEL and LOG_FORMAT override."""
 
-    level: str = "info"
-    format: str = "text"
+    level: Level = "info"
+    format: Format = "text"
 
 
 class Plugins(Struct, forbid_unknown_fields=True, frozen=True):
     """Which entry points of the group ``gpuproxy.plugins`` are switched on."""
 
-    enabled: tuple[str, ...] = ("https", "mcp", "openinference")
+    enabled: tuple[Text, ...] = ("https", "mcp", "openinference")
 
 
 class Upstream(Struct, forbid_unknown_fields=True, frozen=True):
     """A configured destination; its address is trusted and passes no guard.
 
-    ``api_key_env`` names an environment variable whose value is sent as Bearer. ``verify_tls`` and ``ca_file``
-    concern https URLs. A ``urls`` list of several is used in turn.
+    ``api_key_env`` names an environment variable whose value is sent as Bearer. ``verify_tls`` and
+    ``ca_file`` concern https URLs. A ``urls`` list of several is used in turn.
     """
 
-    name: str
-    protocol: str
-    urls: tuple[str, ...]
-    models: tuple[str, ...] = ()
-    api_key_env: str = ""
-    headers: dict[str, str] = {}
+    name: Name
+    protocol: Text
+    urls: BaseUrls
+    models: tuple[Text, ...] = ()
+    api_key_env: VariableName = ""
+    headers: Headers = {}
     preserve_host: bool = False
     verify_tls: bool = True
-    ca_file: str = ""
+    ca_file: ReadableFile = ""
     first_byte_s: PositiveSeconds | None = None
     idle_s: PositiveSeconds | None = None
 
@@ -128,3 +150,122 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     log: Log = Log()
     plugins: Plugins = Plugins()
     upstreams: tuple[Upstream, ...] = ()
+
+
+PREFIX = "GPUPROXY_"
+CONVENTIONAL = {"LOG_LEVEL": ("log", "level"), "LOG_FORMAT": ("log", "format")}  # names other programs share
+SECTIONS: dict[str, type[Struct]] = {
+    field.name: field.type for field in msgspec.structs.fields(Config) if field.name != "upstreams"
+}
+
+
+def load(path: Path | None, environment: Mapping[str, str]) -> Config:
+    """Read the file (None: the defaults), lay the environment over it, and check the whole.
+
+    Raises ConfigError with every fault found, each naming file and line, or the variable.
+    """
+    text = _read_text(path) if path else ""
+    tree = _parse(text, str(path))
+    faults = Faults(str(path) if path else "config", key_lines(text))
+    _override(tree, environment, faults)
+    return build(tree, faults)
+
+
+def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
+    """Turn plain values, as tomllib gives them, into a Config. Raises ConfigError with every fault."""
+    faults = faults or Faults()
+    config = read_struct(Config, tree, (), faults)
+    _check_names_differ(tree.get("upstreams"), faults)
+    faults.raise_if_any()
+    assert config is not None  # a reader that returns None has noted a fault
+    return config
+
+
+def warnings(config: Config, environment: Mapping[str, str]) -> list[str]:
+    """Name what is allowed but probably not meant, one line each."""
+    said = []
+    for index, upstream in enumerate(config.upstreams):
+        place, variable = f"upstreams[{index}]", upstream.api_key_env
+        if variable and not environment.get(variable):
+            said.append(f"{place}.api_key_env: {variable} is not set, so no credential is sent; export it")
+        if not upstream.verify_tls:
+            said.append(
+                f"{place}.verify_tls: any certificate is believed; name the right one in ca_file instead"
+            )
+    return said
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"]) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError([f"{path}: {reason}; name a readable file with -c or GPUPROXY_CONFIG"]) from error
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError([f"{source}: nested too deeply"]) from error
+    except ValueError as error:
+        message, _, at = str(error).partition(" (at line ")
+        numbers = re.findall(r"[0-9]+", at)
+        place = f"{numbers[0]}: column {numbers[1]}" if numbers else str(text.count("\n") + 1)
+        raise ConfigError([f"{source}:{place}: {message}"]) from error
+
+
+def _override(tree: dict[str, Any], environment: Mapping[str, str], faults: Faults) -> None:
+    for variable, (section, key) in CONVENTIONAL.items():
+        if environment.get(variable):
+            _override_one(tree, variable, section, key, environment[variable].lower(), faults)
+    for variable in sorted(name for name in environment if name.startswith(PREFIX)):
+        section, separator, key = variable.removeprefix(PREFIX).lower().partition("__")
+        if separator:
+            _override_one(tree, variable, section, key, environment[variable], faults)
+        elif meant := next((name for name in _override_names() if name.replace("__", "_") == variable), None):
+            faults.add_variable(variable, f"sets nothing; write {meant}, with two underscores")
+
+
+def _override_names() -> list[str]:
+    return [f"{PREFIX}{name}__{key}".upper() for name in SECTIONS for key in SECTIONS[name].__struct_fields__]
+
+
+def _override_one(
+    tree: dict[str, Any], variable: str, section: str, key: str, text: str, faults: Faults
+) -> None:
+    fields = msgspec.structs.fields(SECTIONS[section]) if section in SECTIONS else ()
+    kinds = {field.name: field.type for field in fields}
+    table = tree.setdefault(section, {}) if kinds else None
+    if not kinds:
+        faults.add_variable(variable, unknown("section", section, SECTIONS))
+    elif key not in kinds:
+        faults.add_variable(variable, unknown("key", key, kinds))
+    elif isinstance(table, dict):  # else the file is at fault, and is told so
+        table[key] = _from_text(kinds[key], text)
+        faults.variables[(section, key)] = variable
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """Read a variable as a field of this type: lists are comma separated, tables are k=v,k=v."""
+    inner, _ = bare(kind)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if get_origin(inner) is tuple:
+        return parts
+    if get_origin(inner) is dict:
+        return dict(part.partition("=")[::2] for part in parts)
+    try:
+        return msgspec.convert(text, inner, strict=False)
+    except msgspec.ValidationError:
+        return text  # refused by the reader, which names the variable
+
+
+def _check_names_differ(upstreams: Any, faults: Faults) -> None:
+    names: dict[str, int] = {}
+    for index, upstream in enumerate(upstreams if isinstance(upstreams, list) else ()):
+        name = upstream.get("name") if isinstance(upstream, dict) else None
+        if isinstance(name, str) and names.setdefault(name, index) != index:
+            place = ("upstreams", index, "name")
+            faults.add(place, f"{checks.show(name)} is the name of upstreams[{names[name]}]; rename one")

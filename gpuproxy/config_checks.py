@@ -1,0 +1,122 @@
+"""What a single value of the configuration must look like; each check returns a complaint or None.
+
+A complaint names the value and the remedy, and shows nothing that may hold a credential.
+"""
+
+import ipaddress
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+STORE_SCHEMES = ("sqlite", "postgresql")
+
+Check = Callable[[str], str | None]
+
+
+def show(value: Any) -> str:
+    """Return the value as it could stand in a message: JSON, at most 60 characters."""
+    text = json.dumps(value, default=str, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def one_of(known: tuple[str, ...]) -> Check:
+    """Return a check that accepts only the values given."""
+    return lambda value: None if value in known else f"{show(value)} is unknown; known: {', '.join(known)}"
+
+
+def text(value: str) -> str | None:
+    """Accept printable text without space around it."""
+    if value and value.strip() == value and value.isprintable():
+        return None
+    return f"{show(value)} is empty or has stray white space"
+
+
+def upstream_name(value: str) -> str | None:
+    """Accept what can stand in a path and a metric label."""
+    if re.fullmatch(r"[a-z0-9._-]{1,64}", value):
+        return None
+    return f"{show(value)} is no name; use 1 to 64 of a-z 0-9 . _ -"
+
+
+def base_url(value: str) -> str | None:
+    """Accept an absolute http(s) URL to which a path can be appended."""
+    remedy = "write http://HOST[:PORT][/PATH]"
+    if not re.fullmatch(r"[!-~]+", value):
+        return f"{show(value)} is not a URL in printable ASCII; {remedy}"
+    if "@" in value:
+        return f"carries a user name or password; take it out and use api_key_env or headers ({remedy})"
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError as error:
+        return f"{show(value)} is no URL: {error}; {remedy}"
+    if parts.scheme not in ("http", "https"):
+        return f"{show(value)} is neither http nor https; {remedy}"
+    if not parts.hostname:
+        return f"{show(value)} has no host; {remedy}"
+    if port == 0 or parts.netloc.endswith(":"):
+        return f"{show(value)} has no usable port; {remedy}"
+    if "?" in value or "#" in value:
+        return f"{show(value)} has a query or fragment, which a base URL cannot carry; {remedy}"
+    return None
+
+
+def store_url(value: str) -> str | None:
+    """Accept a database URL of a known scheme."""
+    scheme, separator, rest = value.partition("://")
+    if not separator or scheme not in STORE_SCHEMES:
+        given = show(scheme if separator else "")
+        return f"unknown scheme {given}; write sqlite:///./FILE or postgresql://USER:PASSWORD@HOST/NAME"
+    if scheme == "sqlite" and (not rest.startswith("/") or rest == "/"):
+        return "names no file; write sqlite:///./FILE (relative) or sqlite:////DIRECTORY/FILE"
+    return None
+
+
+def network(value: str) -> str | None:
+    """Accept an IPv4 or IPv6 network or single address."""
+    try:
+        ipaddress.ip_network(value)
+    except ValueError as error:
+        return f"{show(value)} is no network ({error}); write ADDRESS/BITS"
+    return None
+
+
+def readable_file(value: str) -> str | None:
+    """Accept a file that can be opened now, or nothing."""
+    if not value:
+        return None
+    try:
+        with open(value, "rb"):
+            return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return f"{show(value)} cannot be read: {reason}"
+
+
+def variable_name(value: str) -> str | None:
+    """Accept the name of an environment variable, or nothing."""
+    if re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value):
+        return None
+    return "is no variable name; write the NAME of an environment variable here, never the key itself"
+
+
+def connection(source: str, target: str) -> str | None:
+    """Accept a pair of HOST:PORT."""
+    for value in (source, target):
+        found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", value)
+        if not found or not 1 <= int(found[2]) <= 65_535:
+            return f'{show(value)} is not HOST:PORT; write "name.example:443" = "127.0.0.1:8443"'
+    return None
+
+
+def header(name: str, value: str) -> str | None:
+    """Accept a field name and value that can be sent as they are (RFC 9110 §5)."""
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        return "is no header name (RFC 9110 §5.1)"
+    if not re.fullmatch(r"([!-~]([\t -~]*[!-~])?)?", value):
+        return "its value has characters outside printable ASCII, or space around it"
+    return None

@@ -1,0 +1,138 @@
+"""From plain values to Structs, noting every fault with its place instead of stopping at the first.
+
+A field may carry a check of its own: ``Annotated[str, Meta(extra={"check": f})]`` calls ``f(value)``, which
+returns a complaint or None; on a table, ``{"check": f}`` calls ``f(key, value)`` for each pair. ``{"secret":
+True}`` keeps the value out of messages.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+import msgspec
+from msgspec import Meta, Struct
+
+from gpuproxy.config_checks import show
+from gpuproxy.errors import ConfigError
+from gpuproxy.toml_lines import KeyPath
+
+AnyStruct = TypeVar("AnyStruct", bound=Struct)
+
+
+class Faults:
+    """Collects faults and finds their place: a line of the file, or the variable that set the value."""
+
+    def __init__(self, source: str = "config", lines: Mapping[KeyPath, int] | None = None) -> None:
+        self._source = source
+        self._lines = lines or {}
+        self._found: list[tuple[int, str]] = []
+        self.variables: dict[KeyPath, str] = {}
+
+    def add(self, path: KeyPath, complaint: str) -> None:
+        """Note that the value at `path` is wrong."""
+        place, line = self._place(path)
+        name = key_name(path)
+        self._found.append((line, f"{place}: {name}: {complaint}" if name else f"{place}: {complaint}"))
+
+    def add_variable(self, variable: str, complaint: str) -> None:
+        """Note that an environment variable is wrong."""
+        self._found.append((0, f"{variable}: {complaint}"))
+
+    def raise_if_any(self) -> None:
+        """Raise ConfigError if anything was noted: variables first, then in the order of the file."""
+        if self._found:
+            raise ConfigError([text for _, text in sorted(self._found, key=lambda fault: fault[0])])
+
+    def _place(self, path: KeyPath) -> tuple[str, int]:
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.variables:
+                return self.variables[path[:end]], 0
+            if line := self._lines.get(path[:end]):
+                return f"{self._source}:{line}", line
+        return self._source, 0
+
+
+def key_name(path: KeyPath) -> str:
+    """Return the path as people write it: ``upstreams[1].urls[0]``."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """Return the complaint about a name that is not known, with the closest known one."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(names)}"
+    return f"unknown {what} {show(name)}; {hint}"
+
+
+def read_struct(kind: type[AnyStruct], tree: Any, path: KeyPath, faults: Faults) -> AnyStruct | None:
+    """Return the Struct, or None after noting what is wrong with it."""
+    if not isinstance(tree, Mapping):
+        faults.add(path, f"expected a table, got {show(tree)}")
+        return None
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    for key in tree:
+        if key not in fields:
+            faults.add((*path, key), unknown("key", key, fields))
+    missing = [name for name, field in fields.items() if field.required and name not in tree]
+    for name in missing:
+        faults.add(path, f'"{name}" is missing')
+    values = {
+        name: _read(field.type, tree[name], (*path, name), faults)
+        for name, field in fields.items()
+        if name in tree
+    }
+    return None if missing or None in values.values() else kind(**values)
+
+
+def bare(kind: Any) -> tuple[Any, dict[str, Any]]:
+    """Split an annotated type into the type and what its Meta carries as extra."""
+    metas = [meta for meta in getattr(kind, "__metadata__", ()) if isinstance(meta, Meta)]
+    extra = {key: value for meta in metas for key, value in (meta.extra or {}).items()}
+    return (kind.__origin__ if metas else kind), extra
+
+
+def _read(kind: Any, value: Any, path: KeyPath, faults: Faults) -> Any:
+    """Return the value as `kind`, or None after noting what is wrong with it (TOML has no null)."""
+    inner, extra = bare(kind)
+    if isinstance(inner, type) and issubclass(inner, Struct):
+        return read_struct(inner, value, path, faults)
+    if get_origin(inner) is tuple and isinstance(value, list):
+        if not value and extra.get("required"):
+            faults.add(path, f"is empty; write at least one of {extra['required']}")
+        items = [_read(get_args(inner)[0], item, (*path, at), faults) for at, item in enumerate(value)]
+        return None if None in items else tuple(items)
+    if get_origin(inner) is dict and isinstance(value, Mapping):
+        return _read_table(value, extra, path, faults)
+    return _read_leaf(kind, extra, value, path, faults)
+
+
+def _read_table(table: Mapping[str, Any], extra: dict[str, Any], path: KeyPath, faults: Faults) -> Any:
+    for key, value in table.items():
+        complaint = extra["check"](key, value) if isinstance(value, str) else "expected a string"
+        if complaint:
+            faults.add((*path, key), complaint)
+    return dict(table)
+
+
+def _read_leaf(kind: Any, extra: dict[str, Any], value: Any, path: KeyPath, faults: Faults) -> Any:
+    shown = "the value" if extra.get("secret") else show(value)
+    complaint = None
+    try:
+        converted = msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        converted, complaint = None, f"{shown} does not fit: {_expected(error)}"
+    if isinstance(converted, float) and not math.isfinite(converted):
+        complaint = f"{shown} is no bound; write a finite number"
+    elif converted is not None and "check" in extra:
+        complaint = extra["check"](converted)
+    if complaint:
+        faults.add(path, complaint)
+    return converted
+
+
+def _expected(error: msgspec.ValidationError) -> str:
+    text = str(error).partition(", got ")[0].partition(" - at ")[0].replace("`", "")
+    return f"{text[:1].lower()}{text[1:]}".replace("array", "list").replace("object", "table")
