@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-STORE_SCHEMES = ("sqlite", "postgresql")
+STORE_SCHEMES = ("sqlite", "postgresql", "postgres")
 
 Check = Callable[[str], str | None]
 
@@ -71,7 +71,7 @@ def store_url(value: str) -> str | None:
     if not separator or scheme not in STORE_SCHEMES:
         given = show(scheme if separator else "")
         return f"unknown scheme {given}; write sqlite:///./FILE or postgresql://USER:PASSWORD@HOST/NAME"
-    if scheme == "sqlite" and (not rest.startswith("/") or rest == "/"):
+    if scheme == "sqlite" and (not rest.startswith("/") or rest in ("/", "/:memory:")):
         return "names no file; write sqlite:///./FILE (relative) or sqlite:////DIRECTORY/FILE"
     return None
 

@@ -6,7 +6,6 @@ True}`` keeps the value out of messages.
 """
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -118,17 +117,13 @@ def _read_table(table: Mapping[str, Any], extra: dict[str, Any], path: KeyPath, 
 
 
 def _read_leaf(kind: Any, extra: dict[str, Any], value: Any, path: KeyPath, faults: Faults) -> Any:
-    shown = "the value" if extra.get("secret") else show(value)
-    complaint = None
     try:
         converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        converted, complaint = None, f"{shown} does not fit: {_expected(error)}"
-    if isinstance(converted, float) and not math.isfinite(converted):
-        complaint = f"{shown} is no bound; write a finite number"
-    elif converted is not None and "check" in extra:
-        complaint = extra["check"](converted)
-    if complaint:
+        shown = "the value" if extra.get("secret") else show(value)
+        faults.add(path, f"{shown} does not fit: {_expected(error)}")
+        return None
+    if complaint := extra["check"](converted) if "check" in extra else None:
         faults.add(path, complaint)
     return converted
 

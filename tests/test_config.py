@@ -154,7 +154,7 @@ def test_a_url_that_is_no_base_is_refused(tmp_path: Path, url: str, complaint: s
         ('[log]\nlevel = "loud"', '"loud" is unknown; known: debug, info, warning, error'),
         ('[log]\nformat = "xml"', '"xml" is unknown; known: text, json'),
         ('[plugins]\nenabled = [""]', "is empty"),
-        ("[timeouts]\nidle_s = nan", "NaN is no bound; write a finite number"),
+        ("[timeouts]\nidle_s = nan", "NaN does not fit: expected float > 0"),
         ("[server]\nport = 1979-05-27", '"1979-05-27" does not fit'),
     ],
 )
