@@ -1,0 +1,1 @@
+"""Real clients and real servers through a whole gateway."""
