@@ -5,7 +5,6 @@ One command: ``python benchmarks/compare.py``. README.md beside this file says w
 
 import json
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -20,11 +19,11 @@ from comparison import Figure, Sample, best, figures, is_exact, sample
 from contenders import Contender, fake_upstream, gpuproxy, nginx, receipt_count
 from load import CONNECTION_COUNT, LOADS, Load, Result, call_once, run_wrk
 from proc_cpu import TICK_S, own_cpu_s, tree_cpu_s
-from processes import BenchmarkError
+from processes import BenchmarkError, program
 from rich.console import Console
 from rich.table import Table
 
-_PACKAGES = {"nginx": "nginx-light", "wrk": "wrk"}
+PACKAGES = {"nginx": "nginx-light", "wrk": "wrk"}
 _QUIET_POLL_S = 0.2
 _QUIET_TICKS = 2
 _QUIET_S_MAX = 15.0
@@ -121,7 +120,7 @@ class Run:
             for contender, samples in ((rival, measured.nginx), (gateway, measured.gpuproxy)):
                 samples.append(self._round(contender, load, self._seconds))
                 told = f"{samples[-1].worker_us:.1f} us/call worker, {samples[-1].all_us:.1f} all"
-                self._console.print(f"{load.title}, round {number}, {contender.name}: {told}")
+                self._console.print(f"{load.title}, round {number}, {contender.name}: {told}", soft_wrap=True)
         return measured
 
     def _round(self, contender: Contender, load: Load, seconds: int) -> Sample:
@@ -141,11 +140,13 @@ def two_processors() -> tuple[int, int]:
 
 
 def check_programs() -> None:
-    """Raise BenchmarkError naming the Debian packages of the programs that are missing."""
-    missing = [name for name in _PACKAGES if shutil.which(name) is None]
-    if missing:
-        packages = " ".join(_PACKAGES[name] for name in missing)
-        raise BenchmarkError(f"not found: {', '.join(missing)}; on Debian: apt-get install {packages}")
+    """Raise BenchmarkError naming the Debian packages when a program is missing."""
+    try:
+        for name in PACKAGES:
+            program(name)
+    except BenchmarkError as error:
+        packages = " ".join(PACKAGES.values())
+        raise BenchmarkError(f"{error}; on Debian: apt-get install {packages}") from error
 
 
 def table(measured: Measured) -> Table:
@@ -179,12 +180,14 @@ def report(measured: list[Measured], exactness: Exactness, console: Console) -> 
         for figure in one.figures():
             verdict = "reached" if figure.is_reached else "NOT reached"
             told = f"{figure.ratio:.2f} x nginx, at most {figure.ratio_max:g}: {verdict}"
-            console.print(f"{one.load.title}, CPU of {figure.name}: {told}", highlight=False)
+            console.print(f"{one.load.title}, CPU of {figure.name}: {told}", highlight=False, soft_wrap=True)
     told = (
         f"{exactness.receipts} receipts for {exactness.calls} answered calls, {exactness.probes} probes and"
     )
     verdict = "exact" if exactness.is_exact else "NOT exact"
-    console.print(f"{told} up to {exactness.in_flight_max} cut in flight: {verdict}", highlight=False)
+    console.print(
+        f"{told} up to {exactness.in_flight_max} cut in flight: {verdict}", highlight=False, soft_wrap=True
+    )
 
 
 def as_json(measured: list[Measured], exactness: Exactness) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from load import JSON, Load, request
 from proc_cpu import children, command_line, tree
-from processes import BenchmarkError, free_port, is_listening, started, tail, wait_until
+from processes import BenchmarkError, free_port, is_listening, program, started, tail, wait_until
 
 _GATEWAY = [sys.executable, "-c", "from gpuproxy.cli import main; main()"]
 _COMMAND_S = 30
@@ -98,7 +98,7 @@ def nginx(upstream_port: int, cpu: int, home: Path) -> Iterator[Contender]:
     )
     config, log = home / "nginx.conf", home / "nginx.log"
     config.write_text(text)
-    command = ["nginx", "-e", "stderr", "-p", str(home), "-c", str(config)]
+    command = [program("nginx"), "-e", "stderr", "-p", str(home), "-c", str(config)]
     with started(command, cpu, log) as process:
         wait_until(lambda: is_listening(json_port) and is_listening(sse_port), process, log, "nginx")
         wait_until(lambda: bool(children(process.pid)), process, log, "nginx's worker")

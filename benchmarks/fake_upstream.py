@@ -37,6 +37,7 @@ _COMPLETION = {
     "object": "chat.completion",
     "created": 1_750_000_000,
     "model": "mock-model",
+    "system_fingerprint": "fp_0123456789",
     "choices": [
         {
             "index": 0,

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import BenchmarkError, on_cpu
+from processes import BenchmarkError, on_cpu, program
 
 CONNECTION_COUNT = 64
 ANSWER_TIMEOUT_S = 10
@@ -52,7 +52,14 @@ class Result:
 
 def run_wrk(load: Load, port: int, key: str, seconds: int, cpu: int) -> Result:
     """Send the load for some seconds over 64 connections. Raises BenchmarkError on any failed call."""
-    command = ["wrk", "-t1", f"-c{CONNECTION_COUNT}", f"-d{seconds}s", "--timeout", f"{ANSWER_TIMEOUT_S}s"]
+    command = [
+        program("wrk"),
+        "-t1",
+        f"-c{CONNECTION_COUNT}",
+        f"-d{seconds}s",
+        "--timeout",
+        f"{ANSWER_TIMEOUT_S}s",
+    ]
     command += ["-s", str(_SCRIPT), f"http://127.0.0.1:{port}{_PATH}"]
     environment = {**os.environ, "BENCH_BODY": load.body, "BENCH_KEY": key}
     limit_s = seconds + 2 * ANSWER_TIMEOUT_S

@@ -1,6 +1,7 @@
 """Starting, pinning and surely ending the processes of a benchmark."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,8 +15,19 @@ _STOP_S = 10.0
 _POLL_S = 0.02
 
 
+_SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/sbin"  # where Debian has nginx, and users have no PATH to
+
+
 class BenchmarkError(Exception):
     """The run cannot go on or its result would mean nothing; the message says why."""
+
+
+def program(name: str) -> str:
+    """Return where the program is. Raises BenchmarkError when it is neither on the PATH nor in /usr/sbin."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_DIRECTORIES}")
+    if found is None:
+        raise BenchmarkError(f"no program named {name}")
+    return found
 
 
 @contextmanager
