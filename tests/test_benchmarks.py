@@ -300,5 +300,5 @@ def test_the_table_shows_ratios() -> None:
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compare.PACKAGES, "no-such-program", "its-package")
-    with pytest.raises(processes.BenchmarkError, match="no program named .*; on Debian: apt-get install .*"):
+    with pytest.raises(processes.BenchmarkError, match=r"no program named .*; on Debian: apt-get install .*"):
         compare.check_programs()
