@@ -1,0 +1,243 @@
+"""Users and their API keys: create, list, block, revoke, and what a key may do.
+
+Whatever takes a right away writes a row to the change feed in the same transaction; control reads the feed
+and tells the workers, so it does not matter which process took the right away.
+"""
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from uuid import uuid4
+
+from msgspec import Struct
+from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gpuproxy.codec.key import SHOWN_CHARACTERS, digest_of, generate
+from gpuproxy.errors import GatewayError
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import api_keys, changes, users
+from gpuproxy.types import Grant
+
+KEY_REVOKED = "key_revoked"  # changes.kind; the subject is a key
+USER_BLOCKED = "user_blocked"  # changes.kind; the subject is a user
+SCOPES = ("inference", "account")  # what a key may do if nothing else was said
+EMAIL_CHARACTERS_MAX = 254  # RFC 5321 §4.5.3.1.3
+NAME_CHARACTERS_MAX = 100
+
+_matches_email = re.compile(r"[^@\s\x00-\x1f]+@[^@\s\x00-\x1f]+").fullmatch
+
+
+class User(Struct, frozen=True):
+    """One account holder."""
+
+    id: str
+    email: str
+    is_admin: bool
+    is_active: bool
+    created_at: datetime
+
+
+class Key(Struct, frozen=True):
+    """What may be shown of an API key; `prefix` is its first characters."""
+
+    id: str
+    user_id: str
+    name: str
+    prefix: str
+    models: tuple[str, ...] | None
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    created_at: datetime
+
+
+async def create_user(store: Store, email: str, is_admin: bool = False) -> User:
+    """Add a user. Raises GatewayError UNPROCESSABLE for a malformed address, CONFLICT for a known one."""
+    user = User(str(uuid4()), _checked_email(email), is_admin, True, datetime.now(UTC))
+    try:
+        async with store.writing() as connection:
+            await connection.execute(insert(users).values(**_fields(user)))
+    except IntegrityError:
+        raise GatewayError("CONFLICT", f"user {user.email} exists already") from None
+    return user
+
+
+async def find_user(store: Store, email: str) -> User:
+    """Return the user with this address. Raises GatewayError NOT_FOUND."""
+    async with store.reading() as connection:
+        return await _user(connection, email)
+
+
+async def list_users(store: Store) -> list[User]:
+    """Return all users, oldest first."""
+    async with store.reading() as connection:
+        rows = await connection.execute(select(users).order_by(users.c.created_at, users.c.id))
+        return [User(**row._mapping) for row in rows]
+
+
+async def set_active(store: Store, email: str, is_active: bool) -> User:
+    """Block a user (all keys stop within a second) or let them in again. Raises GatewayError NOT_FOUND."""
+    async with store.writing() as connection:
+        user = await _user(connection, email)
+        await connection.execute(update(users).where(users.c.id == user.id).values(is_active=is_active))
+        if not is_active:
+            await _announce(connection, USER_BLOCKED, user.id)
+        return await _user(connection, email)
+
+
+async def create_key(
+    store: Store,
+    email: str,
+    name: str = "",
+    expires_at: datetime | None = None,
+    models: Sequence[str] | None = None,
+) -> tuple[str, Key]:
+    """Add an API key for the user; return it, the only time it can be seen, and what is kept of it.
+
+    Raises GatewayError NOT_FOUND for an unknown user, UNPROCESSABLE for a bad name, expiry or model list.
+    """
+    now = datetime.now(UTC)
+    _check_key_fields(name, expires_at, models, now)
+    secret = generate()
+    async with store.writing() as connection:
+        user = await _user(connection, email)
+        allowed = None if models is None else tuple(models)
+        key = Key(str(uuid4()), user.id, name, secret[:SHOWN_CHARACTERS], allowed, expires_at, None, now)
+        await connection.execute(
+            insert(api_keys).values(**_fields(key), digest=digest_of(secret.encode()), scopes=SCOPES)
+        )
+    return secret, key
+
+
+async def list_keys(store: Store, email: str | None = None) -> list[Key]:
+    """Return the keys of one user, or all, oldest first. Raises GatewayError NOT_FOUND."""
+    shown = [api_keys.c[field] for field in Key.__struct_fields__]
+    async with store.reading() as connection:
+        query = select(*shown).order_by(api_keys.c.created_at, api_keys.c.id)
+        if email is not None:
+            query = query.where(api_keys.c.user_id == (await _user(connection, email)).id)
+        return [_key(row) for row in await connection.execute(query)]
+
+
+async def revoke_key(store: Store, key_id: str) -> bool:
+    """Take a key back for good. Return False if it was revoked before. Raises GatewayError NOT_FOUND."""
+    async with store.writing() as connection:
+        found = await connection.execute(select(api_keys.c.revoked_at).where(api_keys.c.id == key_id))
+        row = found.first()
+        if row is None:
+            raise GatewayError("NOT_FOUND", f"no key {key_id!r}; list them with: gpuproxy key list")
+        if row.revoked_at is not None:
+            return False
+        await connection.execute(
+            update(api_keys).where(api_keys.c.id == key_id).values(revoked_at=datetime.now(UTC))
+        )
+        await _announce(connection, KEY_REVOKED, key_id)
+        return True
+
+
+async def grant_for(store: Store, digest: bytes) -> Grant | None:
+    """Return what the key with this SHA-256 digest may do; None if unknown, expired, revoked or blocked."""
+    async with store.reading() as connection:
+        row = (await connection.execute(_GRANT, {"wanted": digest})).first()
+    if row is None or (row.expires_at is not None and row.expires_at <= datetime.now(UTC)):
+        return None
+    models = None if row.models is None else tuple(row.models)
+    return Grant(row.id, row.user_id, tuple(row.scopes), models, _unix_ns(row.expires_at))
+
+
+async def newest_change(store: Store) -> int:
+    """Return the number of the newest row of the change feed, 0 if there is none."""
+    async with store.reading() as connection:
+        query = select(changes.c.seq).order_by(changes.c.seq.desc()).limit(1)
+        return (await connection.scalar(query)) or 0
+
+
+async def revoked_keys_after(store: Store, seq: int) -> tuple[int, tuple[str, ...]]:
+    """Read the change feed past `seq`: return its newest number and the ids of keys that lost their right."""
+    async with store.reading() as connection:
+        query = select(changes.c.seq, changes.c.kind, changes.c.subject_id).where(changes.c.seq > seq)
+        return await _lost(connection, seq, (await connection.execute(query.order_by(changes.c.seq))).all())
+
+
+async def revoked_keys_since(store: Store, since: datetime) -> tuple[str, ...]:
+    """Return the ids of all keys that lost their right since the time `since`."""
+    async with store.reading() as connection:
+        query = select(changes.c.seq, changes.c.kind, changes.c.subject_id).where(changes.c.at >= since)
+        return (await _lost(connection, 0, (await connection.execute(query)).all()))[1]
+
+
+async def _lost(
+    connection: AsyncConnection, seq: int, rows: Sequence[Row[int, str, str]]
+) -> tuple[int, tuple[str, ...]]:
+    keys = [row.subject_id for row in rows if row.kind == KEY_REVOKED]
+    for row in rows:
+        if row.kind == USER_BLOCKED:
+            keys += await connection.scalars(
+                select(api_keys.c.id).where(api_keys.c.user_id == row.subject_id)
+            )
+    return (rows[-1].seq if rows else seq), tuple(dict.fromkeys(keys))
+
+
+async def _user(connection: AsyncConnection, email: str) -> User:
+    row = (await connection.execute(select(users).where(users.c.email == email.lower()))).first()
+    if row is None:
+        raise GatewayError("NOT_FOUND", f"no user {email}; create one with: gpuproxy user create {email}")
+    return User(**row._mapping)
+
+
+async def _announce(connection: AsyncConnection, kind: str, subject_id: str) -> None:
+    await connection.execute(insert(changes).values(kind=kind, subject_id=subject_id, at=datetime.now(UTC)))
+
+
+def _grant_query() -> Select[tuple[str, str, list[str], list[str] | None, datetime | None]]:
+    may_call: ColumnElement[bool] = and_(
+        api_keys.c.digest == bindparam("wanted"), api_keys.c.revoked_at.is_(None), users.c.is_active
+    )
+    joined = api_keys.join(users, users.c.id == api_keys.c.user_id)
+    shown = (api_keys.c.id, api_keys.c.user_id, api_keys.c.scopes, api_keys.c.models, api_keys.c.expires_at)
+    return select(*shown).select_from(joined).where(may_call)
+
+
+_GRANT = _grant_query()
+
+
+def _checked_email(email: str) -> str:
+    if len(email) > EMAIL_CHARACTERS_MAX or _matches_email(email) is None:
+        raise GatewayError(
+            "UNPROCESSABLE", f"{email[:300]!r} is not an e-mail address; write name@host", param="email"
+        )
+    return email.lower()
+
+
+def _check_key_fields(
+    name: str, expires_at: datetime | None, models: Sequence[str] | None, now: datetime
+) -> None:
+    if len(name) > NAME_CHARACTERS_MAX or not name.isprintable():
+        raise GatewayError(
+            "UNPROCESSABLE", f"a key's name is up to {NAME_CHARACTERS_MAX} printable characters", param="name"
+        )
+    if expires_at is not None and expires_at <= now:
+        raise GatewayError(
+            "UNPROCESSABLE", f"the key would expire in the past, {expires_at}", param="expires_at"
+        )
+    if models is not None and not all(models):
+        raise GatewayError("UNPROCESSABLE", "the list of models has an empty name", param="models")
+
+
+def _fields(record: Struct) -> dict[str, object]:
+    return {field: getattr(record, field) for field in record.__struct_fields__}
+
+
+def _key(row: Row[tuple[object, ...]]) -> Key:
+    fields = dict(row._mapping)
+    fields["models"] = None if fields["models"] is None else tuple(fields["models"])
+    return Key(**fields)
+
+
+def _unix_ns(time: datetime | None) -> int:
+    """Return unix time in nanoseconds, 0 for None; exact, which `timestamp()` is not."""
+    if time is None:
+        return 0
+    since = time - datetime(1970, 1, 1, tzinfo=UTC)
+    return ((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds) * 1_000

@@ -1,0 +1,145 @@
+"""Opens the database a URL names and hands out transactions that are either reading or writing.
+
+SQLite: WAL, so that readers and the one writer do not wait for each other, and ``synchronous=FULL``: with
+NORMAL a power cut takes back commits of the last moments, and a journal segment is deleted right after the
+commit that holds its receipts. Writing transactions open with BEGIN IMMEDIATE: a transaction that reads first
+and writes later would fail with "database is locked" at once, whatever busy_timeout says.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Insert, Table, event, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+BUSY_TIMEOUT_MS = 5_000  # CLI commands and control share the file; no transaction here takes that long
+POOL_CONNECTIONS = 5  # each SQLite connection is a thread
+PRAGMAS = (
+    "PRAGMA journal_mode=WAL",
+    "PRAGMA synchronous=FULL",
+    "PRAGMA foreign_keys=ON",
+    f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}",
+    "PRAGMA journal_size_limit=67108864",
+)
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+class Store:
+    """An open database. Transactions commit when their block ends and roll back when it raises."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self.is_sqlite = engine.dialect.name == "sqlite"
+        self._writing = engine.execution_options(gpuproxy_writes=True)
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction that only reads."""
+        async with self.engine.begin() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction that may write; on SQLite it holds the write lock from its start."""
+        async with self._writing.begin() as connection:
+            yield connection
+
+    def insert_new(self, table: Table) -> Insert:
+        """Return an INSERT that passes over rows that exist already."""
+        if self.is_sqlite:
+            return sqlite.insert(table).on_conflict_do_nothing()
+        return postgresql.insert(table).on_conflict_do_nothing()
+
+    async def is_healthy(self) -> bool:
+        """Tell whether the database answers."""
+        try:
+            async with self.reading() as connection:
+                await connection.execute(text("SELECT 1"))
+        except (SQLAlchemyError, OSError):
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.engine.dispose()
+
+
+def open_store(url: str) -> Store:
+    """Return the Store at `url`: ``sqlite:///PATH`` or ``postgresql://…?sslmode=…``; connects on first use.
+
+    Raises ValueError for a URL that cannot be used, with the remedy.
+    """
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        return Store(_sqlite_engine(parsed))
+    return Store(_postgresql_engine(parsed))
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise ValueError(
+            "store url cannot be read; write sqlite:///./gpuproxy.db or postgresql://user:password@host:5432/name"
+        ) from None
+    if parsed.get_backend_name() not in ("sqlite", "postgresql", "postgres"):
+        raise ValueError(
+            f"store url names the database {parsed.get_backend_name()!r}; known: sqlite:///PATH, "
+            "postgresql://user:password@host:5432/name"
+        )
+    return parsed
+
+
+def _sqlite_engine(url: URL) -> AsyncEngine:
+    if not url.database or url.database == ":memory:":
+        raise ValueError("store url names no file; write sqlite:///./gpuproxy.db")
+    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_async_engine(
+        url.set(drivername="sqlite+aiosqlite"),
+        pool_size=POOL_CONNECTIONS,
+        max_overflow=0,
+        connect_args={"timeout": BUSY_TIMEOUT_MS / 1_000},
+    )
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver must not open transactions by itself; `_begin_sqlite` does
+    cursor = connection.cursor()
+    for pragma in PRAGMAS:
+        cursor.execute(pragma)
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("gpuproxy_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _postgresql_engine(url: URL) -> AsyncEngine:
+    query = dict(url.query)
+    mode = query.pop("sslmode", "prefer")
+    if mode not in SSL_MODES:
+        raise ValueError(f"store url has sslmode={mode!r}; known: {', '.join(SSL_MODES)}")
+    if query:
+        raise ValueError(
+            f"store url has the parameters {', '.join(sorted(query))}; only sslmode is understood"
+        )
+    try:
+        return create_async_engine(
+            url.set(drivername="postgresql+asyncpg", query={}),
+            pool_size=POOL_CONNECTIONS,
+            max_overflow=0,
+            connect_args={"ssl": mode, "timeout": BUSY_TIMEOUT_MS / 1_000},
+        )
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"PostgreSQL needs the package {error.name}; install it: pip install asyncpg"
+        ) from None

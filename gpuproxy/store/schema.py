@@ -1,0 +1,148 @@
+"""The tables, in SQLAlchemy Core, portable between SQLite and PostgreSQL.
+
+Money is integers of nanodollars in BIGINT columns. Times of accounts are UTC timestamps; times of receipts
+are unix nanoseconds, as workers write them. The migrations create these tables; a test compares the two.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from gpuproxy.types import Receipt
+
+NAMES = {  # every constraint has a name, or a later migration could not address it
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+metadata = MetaData(naming_convention=NAMES)
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """A point in time, always aware and in UTC; SQLite keeps no zone, so it is put back on reading."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Turn to UTC; raises ValueError for a time without a zone."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"the time {value} has no zone; give an aware datetime")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give the zone back."""
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+# SQLite counts up only a column declared exactly INTEGER PRIMARY KEY.
+Sequence = BigInteger().with_variant(Integer(), "sqlite")
+
+users = Table(
+    "users",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("email", Text, nullable=False, unique=True),
+    Column("is_admin", Boolean, nullable=False),
+    Column("is_active", Boolean, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("user_id", Text, ForeignKey("users.id"), nullable=False, index=True),
+    Column("name", Text, nullable=False),
+    Column("prefix", Text, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False, unique=True),
+    Column("scopes", JSON, nullable=False),
+    Column("models", JSON(none_as_null=True)),
+    Column("expires_at", UtcTime),
+    Column("revoked_at", UtcTime),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+# What workers must hear of, written in the same transaction as the change itself.
+changes = Table(
+    "changes",
+    metadata,
+    Column("seq", Sequence, primary_key=True, autoincrement=True),
+    Column("kind", Text, nullable=False),
+    Column("subject_id", Text, nullable=False),
+    Column("at", UtcTime, nullable=False, index=True),
+    sqlite_autoincrement=True,  # a number is never given twice, so a reader never misses a row
+)
+
+
+def _receipt_columns() -> list[Column[Any]]:
+    kinds: dict[Any, TypeEngine[Any]] = {int: BigInteger(), bool: Boolean()}
+    return [
+        Column(field.name, kinds.get(field.type, Text()), nullable=False, primary_key=field.name == "id")
+        for field in msgspec.structs.fields(Receipt)
+    ]
+
+
+receipts = Table(
+    "receipts",
+    metadata,
+    *_receipt_columns(),
+    Index(None, "user_id", "started_ns"),
+)
+
+# How far each journal segment has been read; moves in the transaction that stores its receipts.
+journal_segments = Table(
+    "journal_segments",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("offset", BigInteger, nullable=False),
+)
+
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner_user_id", Text, ForeignKey("users.id"), index=True),
+    Column("kind", Text, nullable=False),
+    Column("posted_nanousd", BigInteger, nullable=False),
+    Column("held_nanousd", BigInteger, nullable=False),
+    CheckConstraint("held_nanousd >= 0", name="held_is_not_negative"),
+)
+
+# Immutable: triggers made by the migration refuse UPDATE and DELETE.
+transfers = Table(
+    "transfers",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("debit_account_id", Text, ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("credit_account_id", Text, ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("amount_nanousd", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("idempotency_key", Text, nullable=False, unique=True),
+    Column("created_at", UtcTime, nullable=False),
+    CheckConstraint("amount_nanousd > 0", name="amount_is_positive"),
+    CheckConstraint("debit_account_id <> credit_account_id", name="accounts_differ"),
+)
