@@ -11,15 +11,19 @@ from typing import Any, Protocol, runtime_checkable
 
 from msgspec import Struct
 
+from gpuproxy.codec.sse import TAIL_BYTES, EventFilter, event_payloads
 from gpuproxy.errors import CODES, Code, GatewayError, PluginError
 from gpuproxy.types import Usage
 
 __all__ = [
     "CODES",
     "GROUP",
+    "TAIL_BYTES",
     "Call",
     "Code",
+    "EventFilter",
     "GatewayError",
+    "HeaderList",
     "Intent",
     "PluginError",
     "ProtocolHandler",
@@ -27,6 +31,7 @@ __all__ = [
     "UpstreamRequest",
     "Usage",
     "UsageReader",
+    "event_payloads",
     "load_plugins",
 ]
 
@@ -148,7 +153,9 @@ class Registry:
             lacking = sorted(name for name in _members(ProtocolHandler) if not hasattr(handler, name))
             raise PluginError(f"plugin {self._plugin!r}: its protocol handler lacks {', '.join(lacking)}")
         if handler.name in self.protocols:
-            raise PluginError(f"plugin {self._plugin!r}: protocol {handler.name!r} is registered already; rename one")
+            raise PluginError(
+                f"plugin {self._plugin!r}: protocol {handler.name!r} is registered already; rename one"
+            )
         for mount in handler.mounts:
             if mount in self.mounts or mount in ("upstreams", "instances"):
                 raise PluginError(f"plugin {self._plugin!r}: mount {mount!r} is taken; choose another")
@@ -163,7 +170,9 @@ class Registry:
         except PluginError:
             raise
         except Exception as error:
-            raise PluginError(f"plugin {name!r} failed to register: {type(error).__name__}: {error}") from error
+            raise PluginError(
+                f"plugin {name!r} failed to register: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _members(contract: Any) -> set[str]:
@@ -177,13 +186,20 @@ def load_plugins(enabled: Iterable[str], found: Iterable[EntryPoint] | None = No
     for name in enabled:
         if name not in by_name:
             known = ", ".join(sorted(by_name)) or "none"
-            raise PluginError(f"no plugin {name!r} is installed; installed: {known}. Install it or take it out of [plugins] enabled")
+            raise PluginError(
+                f"no plugin {name!r} is installed; installed: {known}. "
+                "Install it or take it out of [plugins] enabled"
+            )
         try:
             module = by_name[name].load()
         except Exception as error:
-            raise PluginError(f"plugin {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+            raise PluginError(
+                f"plugin {name!r} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
         register = getattr(module, "register", None)
         if register is None:
-            raise PluginError(f"plugin {name!r}: module {by_name[name].value} has no register(registry) function")
+            raise PluginError(
+                f"plugin {name!r}: module {by_name[name].value} has no register(registry) function"
+            )
         registry.run(name, register)
     return registry
