@@ -1,0 +1,91 @@
+"""Protocol "openinference": OpenAI- and Anthropic-shaped calls under /v1, Open Inference (V2) under /v2.
+
+Under /v1 the body names the model, so it is read whole before routing; under /v2 the path does, so bodies
+(binary tensors among them) stream through unread. The methods here run once per call on the hot path; they
+decode only the fields they name.
+"""
+
+from gpuproxy.plugin import (
+    Call,
+    GatewayError,
+    Intent,
+    ProtocolHandler,
+    Registry,
+    UpstreamRequest,
+    UsageReader,
+)
+from gpuproxy_plugins.envelope import content_type_if_absent
+from gpuproxy_plugins.openinference_intent import (
+    description,
+    intent_of_body,
+    intent_of_path,
+    refuse_dot_segments,
+)
+from gpuproxy_plugins.openinference_refusal import refusal
+from gpuproxy_plugins.openinference_shape import completed_path
+from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader, StreamUsageReader
+
+_LINES = (b"application/x-ndjson", b"application/jsonl")
+
+
+class OpenInference:
+    """Routes by model and reads usage."""
+
+    name: str = "openinference"
+    mounts: tuple[str, ...] = ("v1", "v2")
+
+    def needs_body(self, method: bytes, path: bytes) -> bool:
+        """Whatever is posted under /v1 names its model in the body."""
+        return method == b"POST" and path.startswith(b"/v1/")
+
+    def inspect(self, call: Call) -> Intent:
+        """Return model and stream. Raises GatewayError INVALID_JSON or BAD_REQUEST."""
+        path = call.path
+        if b"/." in path or b"%" in path:
+            refuse_dot_segments(path)
+        if call.method == b"POST" and path.startswith(b"/v1/"):
+            return intent_of_body(call)
+        return intent_of_path(path)
+
+    def describe(self, call: Call) -> Intent:
+        """Return the model and stream that path or body tell; an empty intent if they tell none."""
+        return description(call)
+
+    def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
+        """Ask for a readable answer; choose an envelope's path by its body's shape. Raises BAD_REQUEST."""
+        if not call.is_envelope:
+            return UpstreamRequest(identity=_may_tell_usage(call.method, call.path))
+        path = completed_path(call)
+        identity = _may_tell_usage(call.method, call.path if path is None else path)
+        return UpstreamRequest(path=path, headers=content_type_if_absent(call), identity=identity)
+
+    def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
+        """Return a reader for JSON, event streams and JSON lines; None for errors and all else."""
+        if status >= 400:
+            return None
+        if content_type.startswith(b"application/json"):
+            return JsonUsageReader()
+        if content_type.startswith(b"text/event-stream"):
+            return StreamUsageReader()
+        return LinesUsageReader() if content_type.startswith(_LINES) else None
+
+    def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
+        """Return the answer as it is."""
+        return content_type, body
+
+    def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
+        """Return the error in the dialect of the path."""
+        return refusal(path, error, request_id)
+
+
+def _may_tell_usage(method: bytes, path: bytes) -> bool:
+    """Tell whether the answer is worth reading; V2 tensors tell nothing, and may well be compressed."""
+    return method == b"POST" and not path.partition(b"?")[0].endswith(b"/infer")
+
+
+def register(registry: Registry) -> None:
+    """Offer the protocol."""
+    registry.protocol(OpenInference())
+
+
+_: type[ProtocolHandler] = OpenInference

@@ -1,0 +1,145 @@
+"""Where an inference call wants to go: its model, read from the body (JSON or form) or from the path."""
+
+from typing import Any, NoReturn
+from urllib.parse import parse_qs, unquote_to_bytes
+
+import msgspec
+from msgspec import Struct
+
+from gpuproxy.plugin import Call, GatewayError, Intent
+from gpuproxy_plugins.multipart import form_fields, is_form
+
+_MODEL_CHARS_MAX = 256  # the longest known ids (paths of fine-tunes) are under 150
+_UNREADABLE = (ValueError, RecursionError)
+
+
+class _Body(Struct, gc=False):
+    """What routing needs of a JSON body. ``stream`` is the upstream's to judge, so any type passes."""
+
+    model: str = ""
+    stream: Any = None
+
+
+class _LooseBody(Struct, gc=False):
+    """The same for calls that are routed already; ``model_name`` is the V2 spelling."""
+
+    model: str = ""
+    model_name: str = ""
+    stream: Any = None
+
+
+_decode = msgspec.json.Decoder(_Body).decode
+_decode_loosely = msgspec.json.Decoder(_LooseBody).decode
+
+
+def intent_of_body(call: Call) -> Intent:
+    """Return model and stream of a JSON or form body. Raises GatewayError: INVALID_JSON, BAD_REQUEST."""
+    try:
+        body = _decode(call.body or b"")
+    except _UNREADABLE as error:
+        content_type = call.header(b"content-type") or b""
+        if is_form(content_type):
+            return _intent_of_form(call.body or b"", content_type)
+        raise _explained(call, error) from None
+    model = body.model
+    if not 0 < len(model) <= _MODEL_CHARS_MAX:
+        refuse_model(model)
+    stream = body.stream
+    return Intent(model, is_stream=stream is True or stream == 1)
+
+
+def refuse_model(model: str) -> NoReturn:
+    """Raise BAD_REQUEST for a model name that is empty or too long."""
+    if model:
+        message = f"`model` has {len(model)} characters; at most {_MODEL_CHARS_MAX} are allowed"
+    else:
+        message = "the request names no model; set `model` to the id of one"
+    raise GatewayError("BAD_REQUEST", message, param="model")
+
+
+def _explained(call: Call, error: Exception) -> GatewayError:
+    """Turn a decoder's failure into an error that says where and what to do."""
+    encoding = call.header(b"content-encoding") or b"identity"
+    if encoding.lower() != b"identity":
+        what = encoding.decode("latin-1")
+        return GatewayError(
+            "BAD_REQUEST", f"content-encoding {what!r} hides the model; send the body uncompressed"
+        )
+    size_bytes = len(call.body or b"")
+    if size_bytes == 0:
+        return GatewayError("INVALID_JSON", "the body is empty; send a JSON object with `model` (byte 0)")
+    if isinstance(error, RecursionError):
+        return GatewayError("INVALID_JSON", "the body is not usable JSON: it is nested too deeply")
+    what = str(error)
+    if "$.model" in what:
+        return GatewayError("BAD_REQUEST", "`model` must be a string", param="model")
+    where = "" if "(byte" in what or isinstance(error, msgspec.ValidationError) else f" (byte {size_bytes})"
+    return GatewayError("INVALID_JSON", f"the body is not a valid JSON object: {what}{where}")
+
+
+def _intent_of_form(body: bytes, content_type: bytes) -> Intent:
+    """Return model and stream of a form, wherever in it they stand."""
+    try:
+        fields = form_fields(body, content_type, (b"model", b"stream"))
+        model = fields.get(b"model", b"").decode()
+    except ValueError as error:
+        raise GatewayError("BAD_REQUEST", f"the form cannot be read: {error}", param="model") from None
+    if not 0 < len(model) <= _MODEL_CHARS_MAX:
+        refuse_model(model)
+    return Intent(model, is_stream=fields.get(b"stream", b"").lower() in (b"true", b"1"))
+
+
+def intent_of_path(path: bytes) -> Intent:
+    """Return the model that a path names, an empty intent if it names none. Raises BAD_REQUEST.
+
+    ``/v2/models/{m}/…``, ``/v2/repository/models/{m}/…``, ``/v1/models/{m}``, ``/v1/realtime?model={m}``.
+    """
+    route, _, query = path.partition(b"?")
+    _, version, *segments = route.split(b"/")
+    if segments[:1] == [b"repository"]:
+        del segments[0]
+    if segments[:1] == [b"models"] and len(segments) > 1:
+        name = b"/".join(segments[1:]) if version == b"v1" else segments[1]  # ids with a slash, unescaped
+        return Intent(_model(unquote_to_bytes(name)), is_stream=segments[-1] == b"generate_stream")
+    if segments == [b"realtime"]:
+        return Intent(_model_of_query(query), is_stream=True)
+    return Intent()
+
+
+def _model_of_query(query: bytes) -> str:
+    try:
+        values = parse_qs(query, max_num_fields=64).get(b"model", [])
+    except ValueError as error:
+        raise GatewayError("BAD_REQUEST", f"the query cannot be read: {error}", param="model") from None
+    if len(values) > 1:
+        raise GatewayError("BAD_REQUEST", "the query names `model` twice", param="model")
+    return _model(values[0]) if values else ""
+
+
+def _model(name: bytes) -> str:
+    model = name.decode("utf-8", "replace")
+    if not 0 < len(model) <= _MODEL_CHARS_MAX:
+        refuse_model(model)
+    return model
+
+
+def refuse_dot_segments(path: bytes) -> None:
+    """Raise BAD_REQUEST for ``.`` and ``..`` segments, escaped or not.
+
+    An upstream that resolves them would serve another path, so another model, than the one checked here.
+    """
+    for segment in path.partition(b"?")[0].split(b"/"):
+        if unquote_to_bytes(segment) in (b".", b".."):
+            raise GatewayError("BAD_REQUEST", "the path has a dot segment; send the path it stands for")
+
+
+def description(call: Call) -> Intent:
+    """Return what a call that is routed already tells about model and stream; never raises."""
+    try:
+        if b"/v2/models/" in call.path:
+            return intent_of_path(call.path[call.path.index(b"/v2/models/") :])
+        body = _decode_loosely(call.body or b"")
+    except (*_UNREADABLE, GatewayError):
+        return Intent()
+    model = body.model or body.model_name
+    return Intent(model[:_MODEL_CHARS_MAX], is_stream=body.stream is True or body.stream == 1)

@@ -1,0 +1,229 @@
+"""Reads token usage from answers of OpenAI, Anthropic, Responses and Ollama shape, as they pass.
+
+Bytes are searched first and parsed only where ``"usage"`` occurs. The last usage that is not null wins, field
+by field: all engines report running totals, and Anthropic's ``message_delta`` completes its
+``message_start``. Zero is a value.
+"""
+
+import json
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from gpuproxy.plugin import TAIL_BYTES, EventFilter, Usage, UsageReader
+
+_TOKENS_MAX = 1 << 40  # beyond any context window; keeps a babbling upstream out of the ledger
+_CANDIDATES_MAX = 16  # how many "usage" keys of a tail are tried, last first
+_WORD = b'"usage"'
+_UNREADABLE = (ValueError, RecursionError)
+
+
+class Details(Struct, gc=False):
+    """What part of the input came from a cache."""
+
+    cached_tokens: int | None = None
+
+
+class Counts(Struct, gc=False):
+    """The ``usage`` object, all dialects at once."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: Details | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+
+
+class Answer(Struct, gc=False):
+    """A whole JSON answer; the last two are Ollama's own."""
+
+    usage: Counts | None = None
+    prompt_eval_count: int | None = None
+    eval_count: int | None = None
+
+
+class Carrier(Struct, gc=False):
+    """An object within an event that carries usage."""
+
+    usage: Counts | None = None
+
+
+class Event(Struct, gc=False):
+    """A stream's event: usage at the top, in ``response`` (Responses API) or in ``message`` (Anthropic)."""
+
+    usage: Counts | None = None
+    response: Carrier | None = None
+    message: Carrier | None = None
+
+
+_decode_answer = msgspec.json.Decoder(Answer).decode
+_decode_event = msgspec.json.Decoder(Event).decode
+_scan_value = json.JSONDecoder().raw_decode
+
+
+def usage_of(counts: Counts | None) -> Usage | None:
+    """Return the counts as Usage, None if they tell no tokens or impossible ones.
+
+    Anthropic's ``input_tokens`` excludes what was read from or written to the cache; the others include it.
+    """
+    if counts is None:
+        return None
+    if counts.prompt_tokens is not None:
+        details = counts.prompt_tokens_details
+        cached = (details.cached_tokens or 0) if details is not None else 0
+        return _usage(counts.prompt_tokens, cached, counts.completion_tokens or 0)
+    if counts.input_tokens is None and counts.output_tokens is None:
+        return None
+    details = counts.input_tokens_details
+    read = counts.cache_read_input_tokens or 0
+    total = (counts.input_tokens or 0) + read + (counts.cache_creation_input_tokens or 0)
+    cached = read or ((details.cached_tokens or 0) if details is not None else 0)
+    return _usage(total, cached, counts.output_tokens or 0)
+
+
+def _usage(total: int, cached: int, output: int) -> Usage | None:
+    if 0 <= total <= _TOKENS_MAX and 0 <= output <= _TOKENS_MAX and cached >= 0:
+        return Usage(total, cached if cached <= total else total, output)
+    return None
+
+
+def _usage_of_answer(data: bytes) -> Usage | None:
+    """Return the usage of one JSON text. Raises ValueError or RecursionError if it is none."""
+    answer = _decode_answer(data)
+    if answer.usage is None and answer.eval_count is not None:
+        return _usage(answer.prompt_eval_count or 0, 0, answer.eval_count)
+    return usage_of(answer.usage)
+
+
+def last_counts(tail: bytes) -> Counts | None:
+    """Return the last ``"usage": {…}`` in the tail of a JSON text, None if there is none."""
+    text = tail.decode("utf-8", "replace")
+    at = len(text)
+    for _ in range(_CANDIDATES_MAX):
+        at = text.rfind('"usage"', 0, at)
+        if at < 0:
+            return None
+        if (counts := _counts_after(text[at + len(_WORD) :].lstrip())) is not None:
+            return counts
+    return None
+
+
+def _counts_after(text: str) -> Counts | None:
+    """Return the object behind the colon that `text` must begin with."""
+    if not text.startswith(":"):
+        return None
+    try:
+        value: Any = _scan_value(text[1:].lstrip())[0]
+        return msgspec.convert(value, Counts) if isinstance(value, dict) else None
+    except _UNREADABLE:
+        return None
+
+
+class _TailReader:
+    """Keeps the last TAIL_BYTES of a body, and whether that is all of it."""
+
+    __slots__ = ("_is_cut", "_kept")
+
+    def __init__(self) -> None:
+        self._kept: bytes | bytearray = b""
+        self._is_cut = False
+
+    def feed(self, data: bytes) -> None:
+        """Keep the next bytes."""
+        if not self._kept:
+            self._kept = data  # most answers come in one piece: no copy
+            return
+        if isinstance(self._kept, bytes):
+            self._kept = bytearray(self._kept)
+        self._kept += data
+        if len(self._kept) > 2 * TAIL_BYTES:
+            del self._kept[:-TAIL_BYTES]
+            self._is_cut = True
+
+    def _tail(self) -> bytes:
+        self._is_cut = self._is_cut or len(self._kept) > TAIL_BYTES
+        return bytes(self._kept[-TAIL_BYTES:])
+
+
+class JsonUsageReader(_TailReader):
+    """Usage of a JSON answer: parsed whole up to TAIL_BYTES, beyond that only its end is searched."""
+
+    __slots__ = ()
+
+    def finish(self) -> Usage | None:
+        """Return what was used, None if the answer told nothing."""
+        tail = self._tail()
+        if self._is_cut:
+            return usage_of(last_counts(tail))
+        try:
+            return _usage_of_answer(tail)
+        except _UNREADABLE:
+            return None
+
+
+class LinesUsageReader(_TailReader):
+    """Usage of newline-delimited JSON (Ollama): the last line that tells it."""
+
+    __slots__ = ()
+
+    def finish(self) -> Usage | None:
+        """Return what was used, None if the answer told nothing."""
+        for line in reversed(self._tail().splitlines()[-_CANDIDATES_MAX:]):
+            try:
+                usage = _usage_of_answer(line)
+            except _UNREADABLE:
+                continue
+            if usage is not None:
+                return usage
+        return None
+
+
+class StreamUsageReader(EventFilter):
+    """Usage of an event stream."""
+
+    __slots__ = ("_counts",)
+
+    word = _WORD
+    dull = b'"usage":null'  # on every event of a stream whose usage comes at the end
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counts | None = None
+
+    def take(self, data: bytes) -> None:
+        """Read one event that mentions usage."""
+        try:
+            event = _decode_event(data)
+        except _UNREADABLE:
+            self._merge(last_counts(data))  # foreign fields of these names, or text that merely looks like it
+            return
+        if event.usage is not None:
+            self._merge(event.usage)
+        elif event.response is not None:
+            self._merge(event.response.usage)
+        elif event.message is not None:
+            self._merge(event.message.usage)
+
+    def take_tail(self, tail: bytes) -> None:
+        """Read the end of an event too long to be held."""
+        self._merge(last_counts(tail))
+
+    def finish(self) -> Usage | None:
+        """Return what was used, None if the stream told nothing."""
+        self.flush()
+        return usage_of(self._counts)
+
+    def _merge(self, counts: Counts | None) -> None:
+        if self._counts is None or counts is None:
+            self._counts = counts or self._counts
+            return
+        for field in Counts.__struct_fields__:
+            if (value := getattr(counts, field)) is not None:
+                setattr(self._counts, field, value)
+
+
+_: list[type[UsageReader]] = [JsonUsageReader, LinesUsageReader, StreamUsageReader]
