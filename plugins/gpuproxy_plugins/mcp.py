@@ -1,0 +1,130 @@
+"""Protocol "mcp": Model Context Protocol over Streamable HTTP, all revisions.
+
+``/mcp/{server}`` is the base URL of the upstream of that name, for unmodified SDK clients. Everything streams
+through untouched: sessions, resumption, server requests and cancellation stay between client and server, so
+the gateway never has to know which revision they speak. Only envelope calls are completed and their answers
+collapsed to the one JSON-RPC response.
+"""
+
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+from msgspec import Raw, Struct
+
+from gpuproxy.plugin import (
+    Call,
+    GatewayError,
+    Intent,
+    ProtocolHandler,
+    Registry,
+    UpstreamRequest,
+    UsageReader,
+    event_payloads,
+)
+from gpuproxy_plugins.mcp_completion import completed
+
+DEFAULT_PATH = b"/mcp"  # where both official SDKs' servers listen; used when a target URL has no path
+
+# JSON-RPC codes of the gateway's own errors. JSON-RPC 2.0 §5.1 leaves -32000…-32099 to servers; MCP and its
+# SDKs use -32000…-32002, -32020…-32022 and -32042 of these, so -32060 and on are taken, by HTTP status.
+_INVALID_REQUEST = -32600
+_INTERNAL = -32603
+RPC_CODES = {
+    "INVALID_JSON": -32700,
+    "INTERNAL": _INTERNAL,
+    "UNAUTHORIZED": -32061,
+    "INSUFFICIENT_CREDITS": -32062,
+    "FORBIDDEN": -32063,
+    "TARGET_FORBIDDEN": -32063,
+    "NOT_FOUND": -32064,
+    "UNKNOWN_MODEL": -32064,
+    "UNKNOWN_UPSTREAM": -32064,
+    "RATE_LIMITED": -32065,
+    "UPSTREAM_UNREACHABLE": -32066,
+    "UPSTREAM_INVALID": -32066,
+    "UNAVAILABLE": -32067,
+    "UPSTREAM_BUSY": -32067,
+    "JOURNAL_FULL": -32067,
+    "REQUEST_TIMEOUT": -32068,
+    "UPSTREAM_TIMEOUT": -32068,
+}
+
+
+class _Message(Struct, gc=False):
+    """What tells a JSON-RPC response from a request."""
+
+    method: Raw | None = None
+    result: Raw | None = None
+    error: Raw | None = None
+
+
+_decode_message = msgspec.json.Decoder(_Message).decode
+
+
+class Mcp:
+    """Routes by server name and leaves the rest to client and server."""
+
+    name: str = "mcp"
+    mounts: tuple[str, ...] = ("mcp",)
+
+    def needs_body(self, method: bytes, path: bytes) -> bool:
+        """Never: the path names the server."""
+        return False
+
+    def inspect(self, call: Call) -> Intent:
+        """Return the server's name and the path below its URL. Raises GatewayError NOT_FOUND."""
+        route, mark, query = call.path.partition(b"?")
+        server, slash, rest = route[5:].partition(b"/")
+        if not server:
+            raise GatewayError("NOT_FOUND", "the path names no MCP server; write /mcp/{server}")
+        path = slash + rest if rest else b""  # a lone slash is ours, and servers would redirect it
+        return Intent(upstream=unquote_to_bytes(server).decode("utf-8", "replace"), path=path + mark + query)
+
+    def describe(self, call: Call) -> Intent:
+        """Return an empty intent; MCP is metered by bytes and time so far."""
+        return Intent()
+
+    def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
+        """Complete an envelope's message, headers and path; leave every other call alone."""
+        if not call.is_envelope:
+            return UpstreamRequest()
+        path = DEFAULT_PATH + call.path if call.path[:1] != b"/" else None
+        if call.method != b"POST" or not call.body:
+            return UpstreamRequest(path=path)
+        body, headers = completed(call)
+        return UpstreamRequest(path=path, body=body, headers=headers)
+
+    def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
+        """Return None: no answer tells tokens."""
+        return None
+
+    def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
+        """Turn a stream into the JSON-RPC response in it; a stream without one stays."""
+        if content_type[:17].lower() != b"text/event-stream":
+            return content_type, body
+        responses = [payload for payload in event_payloads(body) if _is_response(payload)]
+        return (b"application/json", responses[-1]) if responses else (content_type, body)
+
+    def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
+        """Return a JSON-RPC error; ``data`` carries the gateway's own code."""
+        code = RPC_CODES.get(error.code, _INVALID_REQUEST if error.status < 500 else _INTERNAL)
+        detail: dict[str, Any] = {"code": code, "message": error.message}
+        detail["data"] = {"code": error.code, "request_id": request_id}
+        return msgspec.json.encode({"jsonrpc": "2.0", "id": None, "error": detail})
+
+
+def _is_response(payload: bytes) -> bool:
+    try:
+        message = _decode_message(payload)
+    except (ValueError, RecursionError):
+        return False
+    return message.method is None and (message.result is not None or message.error is not None)
+
+
+def register(registry: Registry) -> None:
+    """Offer the protocol."""
+    registry.protocol(Mcp())
+
+
+_: type[ProtocolHandler] = Mcp
