@@ -1,8 +1,8 @@
 """Completes the JSON-RPC message of an MCP envelope: adds what is absent, never overrides.
 
-A bare ``{"method", "params"}`` becomes a request of the stateless revision 2026-07-28, which needs no session:
-``_meta`` in the params and the headers that mirror it. A caller who names a revision or a session, or who
-sends `initialize`, speaks an older one and gets no such additions.
+A bare ``{"method", "params"}`` becomes a request of the stateless revision 2026-07-28, which needs no
+session: ``_meta`` in the params and the headers that mirror it. A caller who names a revision or a session,
+or who sends `initialize`, may speak an older one and gets no such additions.
 """
 
 import base64
@@ -55,11 +55,11 @@ def _may_be_modern(call: Call, method: str) -> bool:
 
 
 def _modernize(call: Call, message: Fields, method: str) -> HeaderList:
-    """Put ``_meta`` into the params and return the headers that mirror it; nothing if params is no object."""
-    params = _fields(message["params"]) if "params" in message else {}
-    if "params" in message and not bytes(message["params"]).startswith(b"{"):
+    """Put ``_meta`` into the params and return the headers that mirror it; nothing if one is no object."""
+    params = _object(message, "params")
+    meta = None if params is None else _object(params, "_meta")
+    if params is None or meta is None:
         return []
-    meta = _fields(params.get("_meta", b"{}"))
     meta.setdefault(_VERSION_KEY, _raw(MODERN))
     meta.setdefault(_CAPABILITIES_KEY, _raw({}))
     params["_meta"] = _raw(meta)
@@ -69,9 +69,8 @@ def _modernize(call: Call, message: Fields, method: str) -> HeaderList:
         (b"Mcp-Method", method),
         (b"Mcp-Name", _string(params, _NAME_FIELDS.get(method, ""))),
     ]
-    return [
-        (name, header_value(value)) for name, value in mirrored if value and not call.header(name.lower())
-    ]
+    absent = [(name, value) for name, value in mirrored if value and not call.header(name.lower())]
+    return [(name, header_value(value)) for name, value in absent]
 
 
 def header_value(value: str) -> bytes:
@@ -92,6 +91,13 @@ def _fields(data: bytes | Raw) -> Fields:
         return _decode_fields(data)
     except (ValueError, RecursionError):
         return {}
+
+
+def _object(fields: Fields, name: str) -> Fields | None:
+    """Return the field's own fields, empty if it is absent, None if it is something else."""
+    if name not in fields:
+        return {}
+    return _fields(fields[name]) if bytes(fields[name]).startswith(b"{") else None
 
 
 def _string(fields: Fields, name: str) -> str:
