@@ -7,11 +7,23 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from .files import FileServer
+from .gateway import Gateway, running_gateway, toml_table, upstream
 from .mcp_server import ToolServer
 from .servers import LoopThread, serve_aiohttp, serve_asgi
-from .upstreams import SECRET, ModelServer
+from .tls import Authority
+from .upstreams import MODELS, SECRET, ModelServer
 
-START_S = 20.0
+
+class Files(NamedTuple):
+    """The file server and the thread it runs in."""
+
+    server: FileServer
+    thread: LoopThread
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.thread.port}"
 
 
 class Way(NamedTuple):
@@ -54,6 +66,10 @@ class Tools(NamedTuple):
     servers: dict[str, ToolServer]
     ports: dict[str, int]
 
+    def url(self, name: str) -> str:
+        """Return the address of one form: its MCP endpoint, or for the old form the server itself."""
+        return f"http://127.0.0.1:{self.ports[name]}" + ("" if name == "sse" else "/mcp")
+
 
 @pytest.fixture(scope="session")
 def tools() -> Iterator[Tools]:
@@ -79,7 +95,7 @@ class ToolWay(NamedTuple):
 @pytest.fixture(params=["direct", "gateway"])
 def tool_way(request: pytest.FixtureRequest, tools: Tools) -> ToolWay:
     if request.param == "direct":
-        return ToolWay("none", {name: f"http://127.0.0.1:{port}/mcp" for name, port in tools.ports.items()})
+        return ToolWay("none", {name: tools.url(name) for name in tools.ports})
     gateway = request.getfixturevalue("gateway")
     return ToolWay(gateway.key, {name: f"{gateway.url}/api/v1/gpu/proxy/mcp/{name}" for name in tools.ports})
 
@@ -93,3 +109,60 @@ def sse_way(request: pytest.FixtureRequest, tools: Tools) -> Way:
     )
     gateway = request.getfixturevalue("gateway")
     return Way("gateway", f"{gateway.url}/api/v1/gpu/proxy/mcp/sse/sse", gateway.key)
+
+
+@pytest.fixture(scope="session")
+def files() -> Iterator[Files]:
+    server = FileServer()
+    with serve_aiohttp(server.app) as thread:
+        yield Files(server, thread)
+
+
+@pytest.fixture(params=["direct", "gateway"])
+def file_way(request: pytest.FixtureRequest, files: Files) -> Way:
+    if request.param == "direct":
+        return Way("direct", files.url, "none")
+    gateway = request.getfixturevalue("gateway")
+    return Way("gateway", f"{gateway.url}/api/v1/gpu/proxy/upstreams/files", gateway.key)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture(scope="session")
+def example_hosts(authority: Authority) -> Iterator[dict[str, int]]:
+    """The hosts the integration guide calls, over TLS on loopback: name to port."""
+    inference = ModelServer(key="", models=("gpt-4",))
+    servers = {
+        "api.example.com": partial(serve_aiohttp, FileServer().app),
+        "mcp.example.com": partial(serve_asgi, ToolServer().app()),
+        "inference.example.com": partial(serve_aiohttp, inference.app),
+    }
+    with ExitStack() as stack:
+        yield {
+            host: stack.enter_context(serve(authority.context(host))).port for host, serve in servers.items()
+        }
+
+
+@pytest.fixture(scope="session")
+def gateway(
+    tmp_path_factory: pytest.TempPathFactory,
+    models: Models,
+    tools: Tools,
+    files: Files,
+    authority: Authority,
+    example_hosts: dict[str, int],
+) -> Iterator[Gateway]:
+    upstreams = [
+        upstream("llm", "openinference", models.url, models=MODELS, api_key_env="LLM_KEY"),
+        upstream("files", "https", files.url),
+        upstream("nobody", "https", "http://127.0.0.1:1"),
+        *(upstream(name, "mcp", tools.url(name)) for name in tools.ports),
+    ]
+    connect_to = {f"{host}:443": f"127.0.0.1:{port}" for host, port in example_hosts.items()}
+    egress = toml_table("[egress]", {"allow": ["127.0.0.0/8"], "ca_file": str(authority.ca_file)})
+    settings = egress + toml_table("[egress.connect_to]", connect_to) + "".join(upstreams)
+    with running_gateway(tmp_path_factory.mktemp("gateway"), settings, {"LLM_KEY": SECRET}) as gateway:
+        yield gateway

@@ -32,9 +32,13 @@ class Seen:
 
 
 class ModelServer:
-    """The application and its memory. `gate` holds back what follows the first piece of model ``gated``."""
+    """The application and its memory; it serves `models` to who holds `key`, to anyone if that is empty.
 
-    def __init__(self) -> None:
+    `gate` holds back what follows the second piece of model ``gated``; `gone` tells that its reader left.
+    """
+
+    def __init__(self, key: str = SECRET, models: tuple[str, ...] = MODELS) -> None:
+        self._key, self._models = key, models
         self.seen: list[Seen] = []
         self.gate = asyncio.Event()
         self.gone = asyncio.Event()
@@ -62,7 +66,7 @@ class ModelServer:
         key = request.headers.get("X-Api-Key") or request.headers.get("Authorization", "").removeprefix(
             "Bearer "
         )
-        if key != SECRET:
+        if self._key and key != self._key:
             return refusal(anthropic, 401, "authentication_error", "wrong key", code="invalid_api_key")
         if request.method == "POST":
             request[BODY] = json.loads(body)
@@ -72,7 +76,7 @@ class ModelServer:
 
     def _failure(self, anthropic: bool, body: Json) -> web.Response | None:
         model = body.get("model", "")
-        if model not in MODELS:
+        if model not in self._models:
             return refusal(anthropic, 404, "not_found_error", f"no model {model!r}", code="model_not_found")
         if model == "flaky" and body["user"] not in self._flaky_calls:
             self._flaky_calls.add(body["user"])
@@ -183,7 +187,9 @@ class ModelServer:
         return await self._stream(request, [event_lines(event) for event in events], b"")
 
     async def models(self, request: web.Request) -> web.StreamResponse:
-        data = [{"id": name, "object": "model", "created": CREATED, "owned_by": "tests"} for name in MODELS]
+        data = [
+            {"id": name, "object": "model", "created": CREATED, "owned_by": "tests"} for name in self._models
+        ]
         return self._json(request, {"object": "list", "data": data}, compress=True)
 
     async def model(self, request: web.Request) -> web.StreamResponse:
