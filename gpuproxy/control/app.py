@@ -1,0 +1,123 @@
+"""The control process: the store, the management API, the link, the journal's way into the store.
+
+This is its composition root. Its sockets come from the supervisor, so nothing is refused while it restarts.
+"""
+
+import asyncio
+import socket
+from pathlib import Path
+from weakref import WeakSet
+
+import uvloop
+from aiohttp import web
+
+from gpuproxy.access.accounts import grant_for
+from gpuproxy.config import Config
+from gpuproxy.control import events, health, user
+from gpuproxy.control.changes import ChangeFeed
+from gpuproxy.control.parts import SOCKETS, STOPPING, STORE
+from gpuproxy.control.respond import errors_in_one_shape
+from gpuproxy.ledger.ingest import Ingest
+from gpuproxy.link.server import LinkServer
+from gpuproxy.observe.logs import configure_logs, get_logger
+from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
+from gpuproxy.store.engine import Store, open_store
+from gpuproxy.store.migrate import upgrade
+from gpuproxy.types import Grant
+
+logger = get_logger(__name__)
+
+
+def run() -> None:
+    """Be the control process of the supervisor that started this interpreter."""
+    boot = receive_boot()
+    configure_logs(boot.config.log)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(boot))
+
+
+async def serve(boot: Boot) -> None:
+    """Serve until told to stop. Raises what keeps the store from being opened."""
+    stopping = asyncio.Event()
+    on_stop(boot, stopping.set)
+    store = open_store(boot.config.store.url)
+    try:
+        if await upgrade(store):
+            logger.info("store brought to the newest schema")
+        await _serve(boot, store, stopping)
+    finally:
+        await store.close()
+
+
+async def _serve(boot: Boot, store: Store, stopping: asyncio.Event) -> None:
+    """Start the parts in the order they need each other; stop them the other way round, the journal last."""
+    auth = boot.config.auth
+    ingest = Ingest(store, journal_directory(boot.config))
+    link = link_server(store, boot.config)
+    feed = ChangeFeed(store, link)
+    await feed.start(auth.stale_grant_s)
+    await link.start(socket.socket(fileno=boot.link_fd))
+    runner = web.AppRunner(
+        application(store, stopping), access_log=None, shutdown_timeout=boot.config.server.drain_s
+    )
+    await runner.setup()
+    await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
+    polling = asyncio.create_task(feed.run(stopping))
+    ingesting = asyncio.create_task(ingest.run(boot.config.journal))
+    report_ready(boot)
+    try:
+        await _first(stopping, polling, ingesting)
+    finally:
+        await runner.cleanup()
+        await link.close()
+        stopping.set()
+        ingest.stop()
+        await asyncio.gather(polling, ingesting, return_exceptions=True)
+        await _last_pass(ingest)
+
+
+async def _first(stopping: asyncio.Event, *tasks: "asyncio.Task[None]") -> None:
+    """Wait for the word to stop; a task that ends before is a fault and raises."""
+    waiting = asyncio.create_task(stopping.wait())
+    done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    for task in done:
+        task.result()
+
+
+async def _last_pass(ingest: Ingest) -> None:
+    try:
+        await ingest.ingest_once()
+    except Exception as error:
+        logger.error("journal is left for the next start", error=f"{type(error).__name__}: {error}")
+    ingest.close()
+
+
+def journal_directory(config: Config) -> Path:
+    """Return where workers write their segments."""
+    return Path(config.server.data_dir) / "journal"
+
+
+def link_server(store: Store, config: Config) -> LinkServer:
+    """Return the link server that answers from `store`."""
+
+    async def authorize(digest: bytes) -> Grant | None:
+        return await grant_for(store, digest)
+
+    return LinkServer(authorize, config.auth.authorize_timeout_s, config.auth.stale_grant_s)
+
+
+def application(store: Store, stopping: asyncio.Event) -> web.Application:
+    """Return the management API over `store`."""
+    app = web.Application(middlewares=[errors_in_one_shape])
+    app[STORE] = store
+    app[STOPPING] = stopping
+    app[SOCKETS] = WeakSet()
+    for routes in (health.routes, user.routes, events.routes):
+        app.add_routes(routes)
+    app.on_shutdown.append(events.close_all)
+    return app
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,54 @@
+"""Reads the store's change feed and tells workers over the link, whichever process made the change."""
+
+import asyncio
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+
+from gpuproxy.access.accounts import newest_change, revoked_keys_after, revoked_keys_since
+from gpuproxy.link.server import LinkServer
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import Store
+
+POLL_S = 0.3  # a revoked key must be dead everywhere within a second
+
+logger = get_logger(__name__)
+
+
+class ChangeFeed:
+    """How far the feed was read. Before the first `poll_once` call `start`."""
+
+    def __init__(self, store: Store, link: LinkServer) -> None:
+        self._store = store
+        self._link = link
+        self._seq = 0
+
+    async def start(self, remember_s: float) -> None:
+        """Begin at the feed's end, but with what workers that outlived the last control may have missed."""
+        self._seq = await newest_change(self._store)
+        since = datetime.now(UTC) - timedelta(seconds=remember_s)
+        self._link.revoke(await revoked_keys_since(self._store, since))
+
+    async def poll_once(self) -> int:
+        """Push what is new; return how many keys lost their right."""
+        self._seq, key_ids = await revoked_keys_after(self._store, self._seq)
+        if key_ids:
+            logger.info("keys revoked", key_ids=key_ids)
+            self._link.revoke(key_ids)
+        return len(key_ids)
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Poll until `stopping` is set, through outages of the store."""
+        is_failing = False
+        while not stopping.is_set():
+            try:
+                await self.poll_once()
+                is_failing = False
+            except Exception as error:
+                if not is_failing:
+                    logger.error(
+                        "change feed cannot be read, will go on", error=f"{type(error).__name__}: {error}"
+                    )
+                is_failing = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await stopping.wait()

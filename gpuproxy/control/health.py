@@ -1,0 +1,63 @@
+"""Health: what an operator sees, and what a load balancer asks.
+
+A database that is away makes the gateway degraded, not unready: workers go on with what they know, and taking
+every node out of service because their one database is down would turn a slow hour into an outage.
+"""
+
+import asyncio
+from datetime import UTC, datetime
+
+from aiohttp import web
+
+from gpuproxy import __version__
+from gpuproxy.control.parts import STOPPING, STORE
+from gpuproxy.control.respond import answer
+from gpuproxy.errors import GatewayError
+from gpuproxy.store.engine import Store
+
+CHECK_TIMEOUT_S = 1.0
+
+routes = web.RouteTableDef()
+
+
+@routes.get("/")
+async def about(request: web.Request) -> web.Response:
+    """Say what this is."""
+    return answer({"name": "gpuproxy", "version": __version__})
+
+
+@routes.get("/health")
+async def health(request: web.Request) -> web.Response:
+    """Tell how every part is."""
+    database = await _database(request.app[STORE])
+    services = {
+        "database": database,
+        "redis": "not_configured",
+        "vast_ai": "not_configured",
+        "io_net": "not_configured",
+    }
+    status = "degraded" if "unhealthy" in services.values() else "ok"
+    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return answer({"status": status, "timestamp": now, "version": __version__, "services": services})
+
+
+@routes.get("/health/live")
+async def live(request: web.Request) -> web.Response:
+    """Answer, which is the proof."""
+    return answer({"status": "ok"})
+
+
+@routes.get("/health/ready")
+async def ready(request: web.Request) -> web.Response:
+    """Tell whether new calls may be sent here."""
+    if request.app[STOPPING].is_set():
+        raise GatewayError("UNAVAILABLE", "the gateway is stopping", retry_after_s=5)
+    return answer({"status": "ok"})
+
+
+async def _database(store: Store) -> str:
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            return "healthy" if await store.is_healthy() else "unhealthy"
+    except TimeoutError:
+        return "unhealthy"

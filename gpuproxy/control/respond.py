@@ -1,0 +1,85 @@
+"""Answers of the management API: the shapes of success and failure, and the middleware that holds them.
+
+Only workers reach control's socket, so their X-Request-Id is trusted; every error and log line carries it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from aiohttp import web
+
+from gpuproxy.errors import CODES, GatewayError
+from gpuproxy.observe.logs import get_logger
+
+CODE_BY_STATUS = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED", 413: "BODY_TOO_LARGE"}
+KEPT_HEADERS = ("Allow", "Retry-After", "WWW-Authenticate")
+
+_encode = msgspec.json.Encoder().encode
+logger = get_logger(__name__)
+
+
+def answer(fields: Mapping[str, Any], status: int = 200) -> web.Response:
+    """Return `fields` as a JSON object."""
+    return web.Response(body=_encode(fields), status=status, content_type="application/json")
+
+
+def success(data: Mapping[str, Any]) -> web.Response:
+    """Return one thing: under ``data``, and its fields at the top level too, where simple clients look."""
+    return answer({**data, "data": data, "status": "success"})
+
+
+def listing(data: Sequence[Any]) -> web.Response:
+    """Return several things and their count."""
+    return answer({"data": data, "count": len(data), "status": "success"})
+
+
+def failure(error: GatewayError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return the error in its one shape."""
+    fields = {"error": error.message, "code": error.code, "request_id": request_id}
+    response = answer(fields, error.status)
+    response.headers.update(headers or {})
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def request_id_of(request: web.Request) -> str:
+    """Return the id the worker gave this request."""
+    if "request_id" not in request:
+        request["request_id"] = request.headers.get("X-Request-Id") or uuid4().hex
+    known: str = request["request_id"]
+    return known
+
+
+@web.middleware
+async def errors_in_one_shape(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Turn whatever a handler raises into an answer; what nobody expected is logged once."""
+    try:
+        response: web.StreamResponse = await handler(request)
+    except GatewayError as error:
+        return failure(error, request_id_of(request))
+    except web.HTTPException as error:
+        return failure(_translated(request, error), request_id_of(request), _kept(error))
+    except Exception:
+        logger.exception("request failed", request_id=request_id_of(request), path=request.path)
+        message = "a fault of the gateway; the request id finds it in the log"
+        return failure(GatewayError("INTERNAL", message), request_id_of(request))
+    return response
+
+
+def _translated(request: web.Request, error: web.HTTPException) -> GatewayError:
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return GatewayError("METHOD_NOT_ALLOWED", f"{request.path} serves {allowed}, not {error.method}")
+    if error.status == 404:
+        return GatewayError("NOT_FOUND", f"no path {request.path}")
+    code = CODE_BY_STATUS.get(error.status, "BAD_REQUEST" if error.status < 500 else "INTERNAL")
+    return GatewayError(code, error.text or CODES[code].meaning)
+
+
+def _kept(error: web.HTTPException) -> dict[str, str]:
+    return {name: error.headers[name] for name in KEPT_HEADERS if name in error.headers}

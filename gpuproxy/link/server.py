@@ -1,0 +1,172 @@
+"""Control's end of the link: answers workers' questions about keys and pushes revocations.
+
+A worker that was away hears on its return what was revoked meanwhile; an answer read from the store before a
+revocation but sent after it is corrected on the way out. So no worker is left with a key that was taken back.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable
+
+import msgspec
+
+from gpuproxy.link.messages import (
+    Authorize,
+    Authorized,
+    FrameReader,
+    FromControl,
+    Hello,
+    Revoke,
+    Unavailable,
+    decode_from_worker,
+    frame,
+)
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.types import Grant
+
+Authorizer = Callable[[bytes], Awaitable[Grant | None]]
+
+QUESTIONS_MAX = 4_096  # open at once per worker; more are answered Unavailable
+UNSENT_BYTES_MAX = 4 << 20  # of a worker that does not read; it is cut off and will come back
+REVOKE_KEYS_MAX = 1_000  # in one message: 40 KB
+COMPLAINT_S = 10.0  # between two log lines about a store that fails
+
+logger = get_logger(__name__)
+
+
+class LinkServer:
+    """All workers' links. `authorize` returns the grant for a digest and may raise: then nobody knows.
+
+    Revocations are remembered for `remember_s`, which must cover the longest life of a grant in a worker.
+    """
+
+    def __init__(self, authorize: Authorizer, timeout_s: float, remember_s: float) -> None:
+        self.links: set[WorkerLink] = set()
+        self._authorize = authorize
+        self._timeout_s = timeout_s
+        self._remember_s = remember_s
+        self._revoked: dict[str, float] = {}  # key id to monotonic time, oldest first
+        self._server: asyncio.Server | None = None
+        self._complained_s = -COMPLAINT_S
+
+    async def start(self, listener: socket.socket) -> None:
+        """Accept workers on a listening Unix socket."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: WorkerLink(self), sock=listener)
+
+    def revoke(self, key_ids: Iterable[str]) -> None:
+        """Tell every worker, now and on its return, to forget these keys."""
+        now = time.monotonic()
+        fresh = tuple(key_ids)
+        for key_id in fresh:
+            self._revoked.pop(key_id, None)
+            self._revoked[key_id] = now
+        self._forget_before(now - self._remember_s)
+        for link in list(self.links):
+            link.send_revoked(fresh)
+
+    async def close(self) -> None:
+        """Stop accepting and end every link."""
+        if self._server is not None:
+            self._server.close()
+        for link in list(self.links):
+            link.close()
+        if self._server is not None:
+            await self._server.wait_closed()
+
+    async def answer(self, question: Authorize) -> Authorized | Unavailable:
+        """Ask the store, for at most `timeout_s`."""
+        asked_s = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                grant = await self._authorize(question.digest)
+        except Exception as error:
+            self._complain(error)
+            return Unavailable(question.id)
+        if grant is not None and self._revoked.get(grant.key_id, -1.0) >= asked_s:
+            grant = None  # the store may have been read before the key was revoked
+        return Authorized(question.id, question.digest, grant)
+
+    def remembered(self) -> tuple[str, ...]:
+        """Return the keys revoked lately."""
+        return tuple(self._revoked)
+
+    def _forget_before(self, limit_s: float) -> None:
+        while self._revoked and next(iter(self._revoked.values())) < limit_s:
+            del self._revoked[next(iter(self._revoked))]
+
+    def _complain(self, error: Exception) -> None:
+        now = time.monotonic()
+        if now - self._complained_s >= COMPLAINT_S:
+            self._complained_s = now
+            logger.error("keys cannot be looked up", error=f"{type(error).__name__}: {error}")
+
+
+class WorkerLink(asyncio.Protocol):
+    """The link to one worker."""
+
+    def __init__(self, server: LinkServer) -> None:
+        self._server = server
+        self._reader = FrameReader()
+        self._transport: asyncio.Transport | None = None
+        self._answers: set[asyncio.Task[None]] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Join the links that hear of revocations."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._server.links.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Handle every whole message; end a link that breaks the format."""
+        try:
+            for body in self._reader.feed(data):
+                self._take(decode_from_worker(body))
+        except (ValueError, msgspec.MsgspecError) as error:
+            logger.error("worker sent what is no link message", error=str(error))
+            self.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Leave; nobody waits for the open answers any more."""
+        self._transport = None
+        self._server.links.discard(self)
+        for task in self._answers:
+            task.cancel()
+
+    def send_revoked(self, key_ids: tuple[str, ...]) -> None:
+        """Tell this worker to forget these keys."""
+        for start in range(0, len(key_ids), REVOKE_KEYS_MAX):
+            self._send(Revoke(key_ids[start : start + REVOKE_KEYS_MAX]))
+
+    def close(self) -> None:
+        """End the link at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _take(self, message: Hello | Authorize) -> None:
+        match message:
+            case Hello():
+                logger.debug("worker linked", slot=message.slot, worker_pid=message.pid)
+                self.send_revoked(self._server.remembered())
+            case Authorize():
+                self._ask(message)
+
+    def _ask(self, question: Authorize) -> None:
+        if len(self._answers) >= QUESTIONS_MAX:
+            self._send(Unavailable(question.id))
+            return
+        task = asyncio.get_running_loop().create_task(self._answer(question))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, question: Authorize) -> None:
+        self._send(await self._server.answer(question))
+
+    def _send(self, message: FromControl) -> None:
+        if self._transport is None:
+            return
+        self._transport.write(frame(message))
+        if self._transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+            logger.error("worker does not read its link, cut off", unsent_bytes_max=UNSENT_BYTES_MAX)
+            self.close()
