@@ -162,6 +162,7 @@ def gateway(
         *(upstream(name, "mcp", tools.url(name)) for name in tools.ports),
     ]
     connect_to = {f"{host}:443": f"127.0.0.1:{port}" for host, port in example_hosts.items()}
+    connect_to["other.example.com:443"] = connect_to["api.example.com:443"]
     egress = toml_table("[egress]", {"allow": ["127.0.0.0/8"], "ca_file": str(authority.ca_file)})
     settings = egress + toml_table("[egress.connect_to]", connect_to) + "".join(upstreams)
     with running_gateway(tmp_path_factory.mktemp("gateway"), settings, {"LLM_KEY": SECRET}) as gateway:

@@ -1,4 +1,4 @@
-"""An upstream for plain HTTP: large bodies both ways, held-back answers, WebSocket, a mirror of the request."""
+"""An upstream for plain HTTP: large bodies both ways, held-back answers, WebSocket, a mirror of requests."""
 
 import asyncio
 import hashlib

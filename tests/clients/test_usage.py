@@ -1,5 +1,7 @@
 """What the SDKs were told they used is what the gateway wrote down, call by call."""
 
+import json
+import time
 import uuid
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from .gateway import Gateway
 
+REVOKED_S = 1.5  # the promise is a second; the rest is for a busy machine
 ASK: Any = [{"role": "user", "content": "one two three"}]
 
 
@@ -17,35 +20,43 @@ def key(gateway: Gateway) -> str:
     return gateway.new_key(f"{uuid.uuid4().hex}@example.com")
 
 
+def openai_tokens(client: openai.OpenAI) -> list[tuple[int, int, int]]:
+    """Make one call of each kind and return what the SDK was told: input, cached and output tokens."""
+    plain: Any = client.chat.completions.create(model="chat", messages=ASK)
+    options: Any = {"include_usage": True}
+    *_, last = client.chat.completions.create(model="chat", messages=ASK, stream=True, stream_options=options)
+    told: list[Any] = [plain.usage, last.usage]
+    chats = [
+        (use.prompt_tokens, use.prompt_tokens_details.cached_tokens, use.completion_tokens) for use in told
+    ]
+    embedded = client.embeddings.create(model="embed", input="a b c d").usage
+    *_, completed = client.responses.create(model="chat", input="x y", stream=True)
+    response: Any = completed
+    use = response.response.usage
+    return [*chats, (embedded.prompt_tokens, 0, 0), (use.input_tokens, 0, use.output_tokens)]
+
+
+def anthropic_tokens(client: anthropic.Anthropic) -> list[tuple[int, int, int]]:
+    """The same for Anthropic, whose input tokens leave out the cached ones that the gateway counts in."""
+    plain = client.messages.create(model="chat", max_tokens=9, messages=ASK).usage
+    with client.messages.stream(model="chat", max_tokens=9, messages=ASK) as stream:
+        streamed = stream.get_final_message().usage
+    told = [
+        (use.input_tokens, use.cache_read_input_tokens or 0, use.output_tokens) for use in (plain, streamed)
+    ]
+    return [(fresh + cached, cached, output) for fresh, cached, output in told]
+
+
 def test_every_kind_of_call_is_metered(gateway: Gateway, key: str) -> None:
     base = f"{gateway.url}/api/v1/gpu/proxy"
     with openai.OpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0) as client:
-        plain = client.chat.completions.create(model="chat", messages=ASK)
-        options: Any = {"include_usage": True}
-        *_, last = client.chat.completions.create(
-            model="chat", messages=ASK, stream=True, stream_options=options
-        )
-        embedded = client.embeddings.create(model="embed", input="a b c d")
-        *_, completed = client.responses.create(model="chat", input="x y", stream=True)
+        told = openai_tokens(client)
     with anthropic.Anthropic(base_url=base, api_key=key, max_retries=0) as claude:
-        said = claude.messages.create(model="chat", max_tokens=9, messages=ASK)
-        with claude.messages.stream(model="chat", max_tokens=9, messages=ASK) as stream:
-            streamed = stream.get_final_message()
-    assert plain.usage and last.usage and completed.type == "response.completed" and completed.response.usage
-    told = [plain.usage, last.usage, embedded.usage]
-    cached = (
-        said.usage.cache_read_input_tokens or 0
-    )  # Anthropic counts them beside the input, the gateway within
-    input_tokens = sum(usage.prompt_tokens for usage in told) + completed.response.usage.input_tokens
-    input_tokens += said.usage.input_tokens + streamed.usage.input_tokens + 2 * cached
-    output_tokens = plain.usage.completion_tokens + last.usage.completion_tokens
-    output_tokens += (
-        completed.response.usage.output_tokens + said.usage.output_tokens + streamed.usage.output_tokens
-    )
-    usage = gateway.usage(key, lambda usage: usage["requests"] >= 6)
-    assert usage["requests"] == 6
-    assert (usage["input_tokens"], usage["output_tokens"]) == (input_tokens, output_tokens)
-    assert usage["cached_tokens"] == 2 + 2 * cached
+        told += anthropic_tokens(claude)
+    usage = gateway.usage(key, lambda usage: usage["requests"] >= len(told))
+    written = usage["input_tokens"], usage["cached_tokens"], usage["output_tokens"]
+    assert usage["requests"] == len(told) == 6
+    assert written == tuple(map(sum, zip(*told, strict=True)))
 
 
 def test_a_compressed_answer_is_metered(gateway: Gateway, key: str) -> None:
@@ -65,8 +76,18 @@ def test_a_failed_and_a_cut_call_are_written_down_too(gateway: Gateway, key: str
     assert gateway.usage(key, lambda usage: usage["requests"] >= 3)["requests"] == 3
 
 
-def test_a_revoked_key_stops_working(gateway: Gateway, key: str) -> None:
-    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0)
-    client.chat.completions.create(model="chat", messages=ASK)
-    listed = gateway.command("key", "list", "--json")
-    assert key not in listed
+def test_a_revoked_key_stops_working_within_a_second(gateway: Gateway, key: str) -> None:
+    email = f"{uuid.uuid4().hex}@example.com"
+    gateway.command("user", "create", email)
+    made = json.loads(gateway.command("key", "create", "--user", email, "--json"))
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=made["api_key"], max_retries=0) as client:
+        client.chat.completions.create(model="chat", messages=ASK)
+        gateway.command("key", "revoke", made["id"])
+        deadline = time.monotonic() + REVOKED_S
+        with pytest.raises(openai.AuthenticationError):
+            while time.monotonic() < deadline:
+                client.chat.completions.create(model="chat", messages=ASK)
+
+
+def test_a_key_is_shown_only_once(gateway: Gateway, key: str) -> None:
+    assert key not in gateway.command("key", "list", "--json")
