@@ -104,9 +104,7 @@ def tool_way(request: pytest.FixtureRequest, tools: Tools) -> ToolWay:
 def sse_way(request: pytest.FixtureRequest, tools: Tools) -> Way:
     if request.param == "direct":
         return Way("direct", f"http://127.0.0.1:{tools.ports['sse']}/sse", "none")
-    request.applymarker(
-        pytest.mark.xfail(reason="not covered: the endpoint the server names is not rewritten")
-    )
+    request.applymarker(pytest.mark.xfail(reason="not covered: the endpoint the server names is not rewritten"))
     gateway = request.getfixturevalue("gateway")
     return Way("gateway", f"{gateway.url}/api/v1/gpu/proxy/mcp/sse/sse", gateway.key)
 
@@ -141,9 +139,7 @@ def example_hosts(authority: Authority) -> Iterator[dict[str, int]]:
         "inference.example.com": partial(serve_aiohttp, inference.app),
     }
     with ExitStack() as stack:
-        yield {
-            host: stack.enter_context(serve(authority.context(host))).port for host, serve in servers.items()
-        }
+        yield {host: stack.enter_context(serve(authority.context(host))).port for host, serve in servers.items()}
 
 
 @pytest.fixture(scope="session")

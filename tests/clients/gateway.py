@@ -58,9 +58,7 @@ def command(config: Path, environment: dict[str, str], *words: str) -> str:
 
 def toml_table(head: str, values: Mapping[str, Any]) -> str:
     """Return one table of TOML; its strings, numbers and lists are written as JSON writes them."""
-    return "\n".join(
-        [head, *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in values.items()), ""]
-    )
+    return "\n".join([head, *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in values.items()), ""])
 
 
 def upstream(name: str, protocol: str, url: str, **values: Any) -> str:

@@ -27,9 +27,7 @@ class Events(EventStore):
         self.events.append((stream_id, message))
         return str(len(self.events))
 
-    async def replay_events_after(
-        self, last_event_id: EventId, send_callback: EventCallback
-    ) -> StreamId | None:
+    async def replay_events_after(self, last_event_id: EventId, send_callback: EventCallback) -> StreamId | None:
         """Send again what came after the event `last_event_id` on its stream."""
         self.resumed_count += 1
         stream = self.events[int(last_event_id) - 1][0]

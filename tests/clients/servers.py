@@ -60,9 +60,7 @@ class LoopThread:
 
 @asynccontextmanager
 async def _aiohttp_server(app: web.Application, tls: ssl.SSLContext | None) -> AsyncIterator[int]:
-    runner = web.AppRunner(
-        app, access_log=None, handler_cancellation=True, auto_decompress=False, shutdown_timeout=0.1
-    )
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, auto_decompress=False, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()

@@ -100,9 +100,7 @@ def test_a_method_is_handed_over(file_way: Way, method: str) -> None:
     assert (seen["method"], seen["body"]) == (method, "")
 
 
-@pytest.mark.parametrize(
-    "path", ["/a%2Fb/%C5%81/x;y=1?q=%20&r=+&r=%2B", "/a//b/./c/../d", "/?", "/~!$&'()*,=:@"]
-)
+@pytest.mark.parametrize("path", ["/a%2Fb/%C5%81/x;y=1?q=%20&r=+&r=%2B", "/a//b/./c/../d", "/?", "/~!$&'()*,=:@"])
 def test_path_and_query_are_handed_over_byte_for_byte(file_way: Way, path: str) -> None:
     assert json.loads(curl(file_way, "--path-as-is", "-g", f"{file_way.url}{path}"))["path"] == path
 
@@ -133,8 +131,7 @@ def test_the_upstream_gets_its_own_key(gateway: Gateway, models: Models) -> None
 def test_an_answer_carries_a_request_id(gateway: Gateway) -> None:
     way = Way("gateway", gateway.url, gateway.key)
     assert (
-        "x-request-id:"
-        in curl(way, "-I", f"{gateway.url}/api/v1/gpu/proxy/upstreams/files/bytes/1").decode().lower()
+        "x-request-id:" in curl(way, "-I", f"{gateway.url}/api/v1/gpu/proxy/upstreams/files/bytes/1").decode().lower()
     )
 
 
@@ -170,9 +167,7 @@ async def test_a_websocket_is_tunnelled_to_the_upstream(file_way: Way) -> None:
     headers = {"X-API-Key": file_way.key}
     async with (
         aiohttp.ClientSession() as session,
-        session.ws_connect(
-            f"{file_way.url}/ws", headers=headers, protocols=("echo",), max_msg_size=0
-        ) as socket,
+        session.ws_connect(f"{file_way.url}/ws", headers=headers, protocols=("echo",), max_msg_size=0) as socket,
     ):
         assert socket.protocol == "echo"
         await socket.send_str("Grüße")

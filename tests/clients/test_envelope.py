@@ -82,9 +82,7 @@ def test_a_streaming_body_is_answered_by_the_stream(gateway: Gateway, models: Mo
 
 def test_usage_is_told_where_the_model_tells_it(gateway: Gateway, models: Models) -> None:
     headers = {"Authorization": "Bearer sk-upstream-secret"}
-    envelope = ask(
-        gateway, protocol="openinference", target_url=models.url, headers=headers, body=CHAT
-    ).json()
+    envelope = ask(gateway, protocol="openinference", target_url=models.url, headers=headers, body=CHAT).json()
     assert envelope["data"]["choices"][0]["message"]["content"] == "echo: Grüße you"
     assert (envelope["usage"]["input_tokens"], envelope["usage"]["output_tokens"]) == (2, 3)
 

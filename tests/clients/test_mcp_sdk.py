@@ -89,9 +89,7 @@ async def test_a_large_result_arrives_whole(era: Era) -> None:
 
 async def test_parallel_calls_get_each_their_own_result(era: Era) -> None:
     async with era.client() as client:
-        results = await asyncio.gather(
-            *(client.call_tool("add", {"a": number, "b": 0}) for number in range(20))
-        )
+        results = await asyncio.gather(*(client.call_tool("add", {"a": number, "b": 0}) for number in range(20)))
         assert [text(result) for result in results] == [str(number) for number in range(20)]
 
 
@@ -170,9 +168,7 @@ def test_an_unknown_session_is_not_found(http: httpx2.Client, tool_way: ToolWay)
     assert answer.json()["error"]["code"] == -32600
 
 
-def test_a_second_standalone_stream_is_refused_until_the_first_is_left(
-    http: httpx2.Client, tool_way: ToolWay
-) -> None:
+def test_a_second_standalone_stream_is_refused_until_the_first_is_left(http: httpx2.Client, tool_way: ToolWay) -> None:
     url = tool_way.urls["tools"]
     session = {
         "Mcp-Session-Id": initialize(http, url).headers["mcp-session-id"],
@@ -183,9 +179,7 @@ def test_a_second_standalone_stream_is_refused_until_the_first_is_left(
         assert http.get(url, headers=session).status_code == 409
 
 
-def test_what_the_client_does_not_accept_is_refused_by_the_server(
-    http: httpx2.Client, tool_way: ToolWay
-) -> None:
+def test_what_the_client_does_not_accept_is_refused_by_the_server(http: httpx2.Client, tool_way: ToolWay) -> None:
     body = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {}}
     answer = http.post(tool_way.urls["tools"], json=body, headers={"Accept": "text/html"})
     assert answer.status_code == 406

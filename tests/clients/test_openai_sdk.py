@@ -50,9 +50,7 @@ def test_a_stream_without_usage_has_only_choices(client: openai.OpenAI) -> None:
 
 def test_a_stream_asked_for_usage_ends_with_it(client: openai.OpenAI) -> None:
     options: Any = {"include_usage": True}
-    *chunks, last = client.chat.completions.create(
-        model="chat", messages=ASK, stream=True, stream_options=options
-    )
+    *chunks, last = client.chat.completions.create(model="chat", messages=ASK, stream=True, stream_options=options)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ECHO
     assert last.choices == []
     assert last.usage is not None
@@ -137,9 +135,7 @@ def test_the_upstreams_limits_are_handed_over(client: openai.OpenAI) -> None:
 
 def test_a_refused_call_is_retried_as_the_upstream_asks(client: openai.OpenAI, models: Models) -> None:
     nonce = uuid.uuid4().hex
-    answer = client.with_options(max_retries=2).chat.completions.create(
-        model="flaky", messages=ASK, user=nonce
-    )
+    answer = client.with_options(max_retries=2).chat.completions.create(model="flaky", messages=ASK, user=nonce)
     assert answer.choices[0].message.content == ECHO
     assert sum(nonce.encode() in seen.body for seen in models.server.seen) == 2
 
@@ -180,9 +176,7 @@ async def test_parallel_calls_get_each_their_own_answer(async_client: openai.Asy
     assert answers == [f"echo: call {number}" for number in range(60)]
 
 
-async def test_a_token_arrives_before_the_next_is_made(
-    async_client: openai.AsyncOpenAI, models: Models
-) -> None:
+async def test_a_token_arrives_before_the_next_is_made(async_client: openai.AsyncOpenAI, models: Models) -> None:
     stream = await async_client.chat.completions.create(model="gated", messages=ASK, stream=True)
     chunks = [await anext(stream), await anext(stream)]  # the upstream makes no third until the gate opens
     models.thread.loop.call_soon_threadsafe(models.server.gate.set)

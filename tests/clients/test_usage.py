@@ -26,9 +26,7 @@ def openai_tokens(client: openai.OpenAI) -> list[tuple[int, int, int]]:
     options: Any = {"include_usage": True}
     *_, last = client.chat.completions.create(model="chat", messages=ASK, stream=True, stream_options=options)
     told: list[Any] = [plain.usage, last.usage]
-    chats = [
-        (use.prompt_tokens, use.prompt_tokens_details.cached_tokens, use.completion_tokens) for use in told
-    ]
+    chats = [(use.prompt_tokens, use.prompt_tokens_details.cached_tokens, use.completion_tokens) for use in told]
     embedded = client.embeddings.create(model="embed", input="a b c d").usage
     *_, completed = client.responses.create(model="chat", input="x y", stream=True)
     response: Any = completed
@@ -41,9 +39,7 @@ def anthropic_tokens(client: anthropic.Anthropic) -> list[tuple[int, int, int]]:
     plain = client.messages.create(model="chat", max_tokens=9, messages=ASK).usage
     with client.messages.stream(model="chat", max_tokens=9, messages=ASK) as stream:
         streamed = stream.get_final_message().usage
-    told = [
-        (use.input_tokens, use.cache_read_input_tokens or 0, use.output_tokens) for use in (plain, streamed)
-    ]
+    told = [(use.input_tokens, use.cache_read_input_tokens or 0, use.output_tokens) for use in (plain, streamed)]
     return [(fresh + cached, cached, output) for fresh, cached, output in told]
 
 
@@ -76,6 +72,11 @@ def test_a_failed_and_a_cut_call_are_written_down_too(gateway: Gateway, key: str
     assert gateway.usage(key, lambda usage: usage["requests"] >= 3)["requests"] == 3
 
 
+def ask_until(client: openai.OpenAI, deadline: float) -> None:
+    while time.monotonic() < deadline:
+        client.chat.completions.create(model="chat", messages=ASK)
+
+
 def test_a_revoked_key_stops_working_within_a_second(gateway: Gateway, key: str) -> None:
     email = f"{uuid.uuid4().hex}@example.com"
     gateway.command("user", "create", email)
@@ -83,10 +84,8 @@ def test_a_revoked_key_stops_working_within_a_second(gateway: Gateway, key: str)
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=made["api_key"], max_retries=0) as client:
         client.chat.completions.create(model="chat", messages=ASK)
         gateway.command("key", "revoke", made["id"])
-        deadline = time.monotonic() + REVOKED_S
         with pytest.raises(openai.AuthenticationError):
-            while time.monotonic() < deadline:
-                client.chat.completions.create(model="chat", messages=ASK)
+            ask_until(client, time.monotonic() + REVOKED_S)
 
 
 def test_a_key_is_shown_only_once(gateway: Gateway, key: str) -> None:

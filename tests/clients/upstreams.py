@@ -63,9 +63,7 @@ class ModelServer:
         body = await request.read()
         self.seen.append(Seen(request, body))
         anthropic = request.path == "/v1/messages"
-        key = request.headers.get("X-Api-Key") or request.headers.get("Authorization", "").removeprefix(
-            "Bearer "
-        )
+        key = request.headers.get("X-Api-Key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
         if self._key and key != self._key:
             return refusal(anthropic, 401, "authentication_error", "wrong key", code="invalid_api_key")
         if request.method == "POST":
@@ -85,9 +83,7 @@ class ModelServer:
             status = int(model.removeprefix("error-"))
             kind = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
             limits = {"retry-after": "7", "x-ratelimit-remaining-requests": "0"} if status == 429 else {}
-            return refusal(
-                anthropic, status, kind.get(status, "api_error"), f"upstream says {status}", limits
-            )
+            return refusal(anthropic, status, kind.get(status, "api_error"), f"upstream says {status}", limits)
         return None
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -108,9 +104,7 @@ class ModelServer:
                 "tool_calls",
             )
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        return self._json(
-            request, {**completion_head(body, "chat.completion"), "choices": [choice], "usage": usage}
-        )
+        return self._json(request, {**completion_head(body, "chat.completion"), "choices": [choice], "usage": usage})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = request[BODY]
@@ -118,9 +112,7 @@ class ModelServer:
         usage = token_usage(len(body["prompt"].split()), len(words))
         head = completion_head(body, "text_completion")
         if body.get("stream"):
-            frames = [
-                {**head, "choices": [{"index": 0, "text": word, "finish_reason": None}]} for word in words
-            ]
+            frames = [{**head, "choices": [{"index": 0, "text": word, "finish_reason": None}]} for word in words]
             frames[-1]["choices"][0]["finish_reason"] = "stop"
             return await self._stream(request, [data_line(frame) for frame in frames], b"data: [DONE]\n\n")
         choice = {"index": 0, "text": "".join(words), "finish_reason": "stop", "logprobs": None}
@@ -187,9 +179,7 @@ class ModelServer:
         return await self._stream(request, [event_lines(event) for event in events], b"")
 
     async def models(self, request: web.Request) -> web.StreamResponse:
-        data = [
-            {"id": name, "object": "model", "created": CREATED, "owned_by": "tests"} for name in self._models
-        ]
+        data = [{"id": name, "object": "model", "created": CREATED, "owned_by": "tests"} for name in self._models]
         return self._json(request, {"object": "list", "data": data}, compress=True)
 
     async def model(self, request: web.Request) -> web.StreamResponse:
@@ -202,9 +192,7 @@ class ModelServer:
         sent = request.get(BODY) or {}
         if sent.get("model") == "cut-body":
             assert request.transport is not None
-            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(
-                content
-            )
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content)
             request.transport.write(head + content[:20])
             request.transport.close()
         if (compress or sent.get("model") == "gzip") and "gzip" in request.headers.get("Accept-Encoding", ""):
