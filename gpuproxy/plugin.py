@@ -153,9 +153,7 @@ class Registry:
             lacking = sorted(name for name in _members(ProtocolHandler) if not hasattr(handler, name))
             raise PluginError(f"plugin {self._plugin!r}: its protocol handler lacks {', '.join(lacking)}")
         if handler.name in self.protocols:
-            raise PluginError(
-                f"plugin {self._plugin!r}: protocol {handler.name!r} is registered already; rename one"
-            )
+            raise PluginError(f"plugin {self._plugin!r}: protocol {handler.name!r} is registered already; rename one")
         for mount in handler.mounts:
             if mount in self.mounts or mount in ("upstreams", "instances"):
                 raise PluginError(f"plugin {self._plugin!r}: mount {mount!r} is taken; choose another")
@@ -170,9 +168,7 @@ class Registry:
         except PluginError:
             raise
         except Exception as error:
-            raise PluginError(
-                f"plugin {name!r} failed to register: {type(error).__name__}: {error}"
-            ) from error
+            raise PluginError(f"plugin {name!r} failed to register: {type(error).__name__}: {error}") from error
 
 
 def _members(contract: Any) -> set[str]:
@@ -187,19 +183,14 @@ def load_plugins(enabled: Iterable[str], found: Iterable[EntryPoint] | None = No
         if name not in by_name:
             known = ", ".join(sorted(by_name)) or "none"
             raise PluginError(
-                f"no plugin {name!r} is installed; installed: {known}. "
-                "Install it or take it out of [plugins] enabled"
+                f"no plugin {name!r} is installed; installed: {known}. Install it or take it out of [plugins] enabled"
             )
         try:
             module = by_name[name].load()
         except Exception as error:
-            raise PluginError(
-                f"plugin {name!r} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
+            raise PluginError(f"plugin {name!r} cannot be imported: {type(error).__name__}: {error}") from error
         register = getattr(module, "register", None)
         if register is None:
-            raise PluginError(
-                f"plugin {name!r}: module {by_name[name].value} has no register(registry) function"
-            )
+            raise PluginError(f"plugin {name!r}: module {by_name[name].value} has no register(registry) function")
         registry.run(name, register)
     return registry

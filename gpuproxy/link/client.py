@@ -1,0 +1,102 @@
+"""A worker's end of the link: asks control about keys and hears of revocations; reconnects by itself."""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from gpuproxy.link.messages import (
+    Authorize,
+    Authorized,
+    FrameReader,
+    Hello,
+    Revoke,
+    Unavailable,
+    decode_from_control,
+    frame,
+)
+from gpuproxy.types import Grant
+
+_log = structlog.get_logger("gpuproxy.link")
+
+RECONNECT_S = 0.2
+QUESTIONS_MAX = 10_000  # open at once; control answers a question in under a millisecond
+
+Answer = Callable[[Grant | None, bool], None]
+
+
+class LinkClient(asyncio.Protocol):
+    """The link. `ask` calls back with (grant or None, whether control could tell)."""
+
+    def __init__(self, path: str, hello: Hello) -> None:
+        self.on_revoke: Callable[[tuple[str, ...]], None] = lambda key_ids: None
+        self.on_reconnect: Callable[[], None] = lambda: None
+        self.is_connected = False
+        self._path = path
+        self._hello = hello
+        self._transport: asyncio.Transport | None = None
+        self._reader = FrameReader()
+        self._questions: dict[int, Answer] = {}
+        self._next_id = 0
+        self._lost = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keep connected until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._lost.clear()
+            try:
+                await loop.create_unix_connection(lambda: self, self._path)
+                await self._lost.wait()
+            except OSError as error:
+                _log.debug("link cannot connect", reason=str(error))
+            await asyncio.sleep(RECONNECT_S)
+
+    def ask(self, digest: bytes, answer: Answer) -> int:
+        """Ask about the key with this digest; `answer` may be called at once when control is away."""
+        if self._transport is None or len(self._questions) >= QUESTIONS_MAX:
+            answer(None, False)
+            return -1
+        self._next_id += 1
+        self._questions[self._next_id] = answer
+        self._transport.write(frame(Authorize(self._next_id, digest)))
+        return self._next_id
+
+    def give_up(self, question: int) -> None:
+        """Stop waiting for an answer and report that control could not tell."""
+        answer = self._questions.pop(question, None)
+        if answer is not None:
+            answer(None, False)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Introduce this worker."""
+        self._transport = transport  # type: ignore[assignment]
+        self._reader = FrameReader()
+        self.is_connected = True
+        transport.write(frame(self._hello))  # type: ignore[attr-defined]
+        self.on_reconnect()
+
+    def data_received(self, data: bytes) -> None:
+        """Handle every whole message."""
+        for body in self._reader.feed(data):
+            message = decode_from_control(body)
+            match message:
+                case Authorized():
+                    self._answer(message.id, message.grant, True)
+                case Unavailable():
+                    self._answer(message.id, None, False)
+                case Revoke():
+                    self.on_revoke(message.key_ids)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Answer every open question with «cannot tell»."""
+        self._transport = None
+        self.is_connected = False
+        self._lost.set()
+        for question in list(self._questions):
+            self.give_up(question)
+
+    def _answer(self, question: int, grant: Grant | None, is_known: bool) -> None:
+        answer = self._questions.pop(question, None)
+        if answer is not None:
+            answer(grant, is_known)

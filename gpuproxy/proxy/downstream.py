@@ -1,0 +1,523 @@
+"""One client connection: parses heads strictly, queues pipelined calls, answers them in order.
+
+What a client may send is bounded here (DESIGN §3.1): head bytes, field count, body bytes, time. A head that is
+not plain HTTP/1.x is refused and the connection closed; nothing of it has reached an upstream by then.
+"""
+
+import asyncio
+import select
+from collections import deque
+from typing import TYPE_CHECKING
+
+import httptools
+import structlog
+
+from gpuproxy.errors import GatewayError
+from gpuproxy.proxy.exchange import READ_BUFFER, READ_QUEUE, Exchange
+from gpuproxy.proxy.headers import (
+    ACCEPT_ENCODING,
+    API_KEY,
+    BEARER,
+    CODING,
+    CONNECTION,
+    EXPECT,
+    HOST,
+    INVALID,
+    LENGTH,
+    OWN,
+    PROXIED,
+    REQUEST_ID,
+    UPGRADE,
+    VIA,
+    Field,
+    classify_request,
+    is_valid_host,
+    join_fields,
+    request_rules,
+)
+
+if TYPE_CHECKING:
+    from gpuproxy.proxy.worker import Plane
+
+_log = structlog.get_logger("gpuproxy.downstream")
+
+URL_BYTES_MAX = 8_192
+PIPELINED_MAX = 64  # calls of one connection that wait for their turn; a refusal of each nests a few frames
+
+
+_NO_FIELDS: dict[int, bytes] = {}
+
+
+class Downstream(asyncio.Protocol):
+    """A client connection. `current` is the exchange being answered, `receiving` the one whose body arrives."""
+
+    __slots__ = (
+        "_connection_fields",
+        "_fault",
+        "_field_count",
+        "_fields",
+        "_head_bytes",
+        "_host",
+        "_key",
+        "_length",
+        "_own_fields",
+        "_parser",
+        "_proxied_fields",
+        "_read_blocks",
+        "_special",
+        "_url",
+        "_waiting",
+        "_was_malformed",
+        "after_upgrade",
+        "current",
+        "deadline_s",
+        "is_closing",
+        "is_lingering",
+        "is_trusted",
+        "is_write_blocked",
+        "peer",
+        "plane",
+        "receiving",
+        "transport",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, plane: "Plane") -> None:
+        self.plane = plane
+        self.current: Exchange | None = None
+        self.receiving: Exchange | None = None
+        self._waiting: deque[Exchange] = deque()
+        self._parser = httptools.HttpRequestParser(self)
+        self._fault: GatewayError | None = None
+        self._was_malformed = False
+        self._read_blocks = 0
+        self.is_closing = False
+        self.is_lingering = False
+        self.is_write_blocked = False
+        self.after_upgrade: bytes | None = None
+        self._connection_fields = (b"", b"")
+        self._begin_head()
+
+    def _begin_head(self) -> None:
+        self._url = b""
+        self._fields: list[Field] = []
+        self._field_count = 0
+        self._head_bytes = 0
+        self._host = b""
+        self._length = -1
+        self._key = b""
+        self._special = _NO_FIELDS
+        self._own_fields: list[Field] | None = None
+        self._proxied_fields: list[Field] | None = None
+
+    # -- the connection ---------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the client in, or turn it away when there are too many."""
+        self.transport = transport  # type: ignore[assignment]
+        plane = self.plane
+        if len(plane.downstreams) >= plane.config.limits.connections_max or plane.is_draining:
+            self.transport.abort()
+            return
+        peer = transport.get_extra_info("peername")
+        self.peer = peer[0] if isinstance(peer, tuple) else "unix"
+        self.is_trusted = plane.is_trusted_proxy(self.peer)
+        self.transport.set_write_buffer_limits(high=plane.config.limits.write_buffer_bytes)
+        self.deadline_s = plane.now() + plane.config.timeouts.head_s
+        plane.downstreams.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The client is gone: stop what it asked for, at once."""
+        self.is_closing = True
+        self.plane.downstreams.discard(self)
+        self.plane.unread.discard(self)
+        current, self.current = self.current, None
+        self._waiting.clear()
+        if current is not None:
+            current.client_left()
+
+    def eof_received(self) -> bool:
+        """A client that ends its side is gone (half-closing clients are not served; nginx does the same)."""
+        if self.is_lingering or self.current is None:
+            return False
+        current, self.current = self.current, None
+        current.client_left()
+        self.transport.abort()
+        return True
+
+    def pause_writing(self) -> None:
+        """The client takes no more: stop reading the upstream."""
+        self.is_write_blocked = True
+        if self.current is not None:
+            self.current.pause_answer()
+
+    def resume_writing(self) -> None:
+        """The client takes bytes again."""
+        self.is_write_blocked = False
+        if self.current is not None:
+            self.current.resume_answer()
+
+    def block_reading(self, reason: int) -> None:
+        """Stop reading from the client for one more reason."""
+        if not self._read_blocks and not self.is_closing:
+            self.transport.pause_reading()
+            self.plane.watch_unread(self)
+        self._read_blocks |= reason
+
+    def unblock_reading(self, reason: int) -> None:
+        """Drop one reason; read on when it was the last."""
+        if not self._read_blocks & reason:
+            return
+        self._read_blocks &= ~reason
+        if not self._read_blocks and not self.is_closing:
+            self.plane.unread.discard(self)
+            self.transport.resume_reading()
+
+    def is_reading_blocked(self, reason: int) -> bool:
+        """Tell whether reading is stopped for this reason."""
+        return bool(self._read_blocks & reason)
+
+    def has_hung_up(self) -> bool:
+        """Tell whether the client closed while we do not read from it (asked for paused connections only)."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    # -- reading ----------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Parse; complete heads start or queue exchanges from within."""
+        if self.after_upgrade is not None:
+            self._hold_tunnel_bytes(data)
+            return
+        if self.is_lingering or self._was_malformed:
+            return
+        if self.receiving is None:
+            self._count_head(len(data))
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self.after_upgrade = b""
+            self._hold_tunnel_bytes(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            self._malformed(self._fault or _parse_fault(error))
+            return
+        if self.receiving is None and self._head_bytes > self.plane.config.limits.head_bytes_max:
+            self._malformed(
+                GatewayError("HEAD_TOO_LARGE", f"the head is over {self.plane.config.limits.head_bytes_max} bytes")
+            )
+
+    def _count_head(self, byte_count: int) -> None:
+        if self._head_bytes == 0 and self.current is None:
+            self.deadline_s = self.plane.now() + self.plane.config.timeouts.head_s
+        self._head_bytes += byte_count
+
+    def _hold_tunnel_bytes(self, data: bytes) -> None:
+        assert self.after_upgrade is not None
+        self.after_upgrade += data
+        if len(self.after_upgrade) > self.plane.config.limits.write_buffer_bytes:
+            self.block_reading(READ_BUFFER)
+
+    def on_url(self, url: bytes) -> None:
+        """Take (a piece of) the request target."""
+        self._url = self._url + url if self._url else url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Sort one field by its rule."""
+        if self.receiving is not None:  # a trailer: dropped, RFC 9110 §6.5.1
+            return
+        rule = request_rules.get(name)
+        if rule is None:
+            rule = classify_request(name)
+        if not rule:
+            self._fields.append((name, value))
+            return
+        self._field_count += 1
+        if rule == HOST:
+            if self._host:
+                self._refuse_head("BAD_REQUEST", "the head has two Host fields")
+            self._host = value or b" "
+        elif rule == LENGTH:
+            self._length = int(value)
+        elif rule == API_KEY:
+            self._take_credential(value)
+        elif rule == BEARER:
+            self._take_credential(value[7:].strip() if value[:7].lower() == b"bearer " else b"")
+        elif rule == INVALID:
+            self._refuse_head("BAD_REQUEST", f"field name {name[:60].decode('latin-1')!r} has an underscore; use '-'")
+        elif rule == PROXIED:
+            if self.is_trusted:
+                self._proxied_fields = self._proxied_fields or []
+                self._proxied_fields.append((name, value))
+        else:
+            self._take_special(rule, value)
+        if rule in (OWN, API_KEY, BEARER):
+            self._own_fields = self._own_fields or []
+            self._own_fields.append((name, value))
+
+    def _take_credential(self, value: bytes) -> None:
+        if self._key and value and value != self._key:
+            self._refuse_head("BAD_REQUEST", "X-API-Key and Authorization carry different credentials; send one")
+        self._key = value or self._key
+
+    def _take_special(self, rule: int, value: bytes) -> None:
+        special = self._special
+        if special is _NO_FIELDS:
+            special = self._special = {}
+        special[rule] = special[rule] + b", " + value if rule in special else value
+
+    def _refuse_head(self, code: str, message: str) -> None:
+        self._fault = GatewayError(code, message)
+        raise self._fault
+
+    def on_headers_complete(self) -> None:
+        """Check what the parser does not, then start the exchange or queue it."""
+        parser = self._parser
+        limits = self.plane.config.limits
+        if self._field_count + len(self._fields) > limits.header_count_max:
+            self._refuse_head("HEAD_TOO_LARGE", f"the head has over {limits.header_count_max} fields")
+        if self._head_bytes > limits.head_bytes_max and self._head_size() > limits.head_bytes_max:
+            self._refuse_head("HEAD_TOO_LARGE", f"the head is over {limits.head_bytes_max} bytes")
+        version = parser.get_http_version()
+        if version != "1.1" and version != "1.0":
+            self._refuse_head("HTTP_VERSION", f"HTTP/{version} is not served; use HTTP/1.1")
+        exchange = Exchange(self.plane, self, parser.get_method(), self._url, self._fields)
+        exchange.is_http_1_0 = version == "1.0"
+        exchange.keeps_alive = parser.should_keep_alive()
+        self._check_head(exchange)
+        self.receiving = exchange
+        self._begin_head()
+        if self.current is None:
+            self.current = exchange
+            self._start(exchange)
+        else:
+            self._waiting.append(exchange)
+            if len(self._waiting) >= PIPELINED_MAX:
+                self.block_reading(READ_QUEUE)
+
+    def _head_size(self) -> int:
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._fields)
+
+    def _check_head(self, exchange: Exchange) -> None:
+        special = self._special
+        if len(self._url) > URL_BYTES_MAX:
+            self._refuse_head("URI_TOO_LONG", f"the request target is over {URL_BYTES_MAX} bytes")
+        if self._url[:1] != b"/":
+            self._take_other_form(exchange)
+        host = self._host
+        if not (is_valid_host(host) if host else exchange.is_http_1_0):
+            self._refuse_head("BAD_REQUEST", "the head needs one valid Host field" if not host else "Host is not valid")
+        if exchange.method in (b"CONNECT", b"TRACE"):
+            self._refuse_head("METHOD_NOT_ALLOWED", f"{exchange.method.decode()} is not served")
+        exchange.host = host
+        exchange.content_length = self._length
+        exchange.credential = self._key
+        exchange.own_fields = self._own_fields
+        exchange.proxied_fields = self._proxied_fields
+        if special:
+            self._check_special(exchange, special)
+        exchange.has_body = exchange.is_chunked or self._length > 0
+
+    def _check_special(self, exchange: Exchange, special: dict[int, bytes]) -> None:
+        coding = special.get(CODING)
+        if coding is not None:
+            if coding.lower() != b"chunked":
+                self._refuse_head(
+                    "NOT_IMPLEMENTED",
+                    f"Transfer-Encoding {coding[:40].decode('latin-1')!r}; only chunked is served",
+                )
+            if exchange.is_http_1_0:
+                self._refuse_head("BAD_REQUEST", "HTTP/1.0 has no Transfer-Encoding")
+            exchange.is_chunked = True
+        expect = special.get(EXPECT)
+        if expect is not None:
+            if expect.lower() != b"100-continue":
+                self._refuse_head(
+                    "EXPECTATION_FAILED",
+                    f"Expect {expect[:40].decode('latin-1')!r}; only 100-continue is served",
+                )
+            exchange.expects_continue = not exchange.is_http_1_0
+        request_id = special.get(REQUEST_ID)
+        if request_id is not None:
+            exchange.take_request_id(request_id)
+        exchange.connection = special.get(CONNECTION, b"")
+        exchange.via = special.get(VIA, b"")
+        exchange.accept_encoding = special.get(ACCEPT_ENCODING, b"")
+        if UPGRADE in special and self._parser.should_upgrade():
+            self._check_upgrade(exchange, special[UPGRADE])
+
+    def _check_upgrade(self, exchange: Exchange, token: bytes) -> None:
+        is_websocket = token.strip().lower() == b"websocket" and exchange.method == b"GET"
+        if is_websocket and not (exchange.is_chunked or self._length > 0):
+            exchange.is_upgrade = True
+        exchange.keeps_alive = False  # another token (h2c) is ignored, but the parser has stopped for it
+
+    def _take_other_form(self, exchange: Exchange) -> None:
+        # absolute-form must be accepted; its authority replaces Host (RFC 9112 §3.2.2)
+        scheme, mark, rest = self._url.partition(b"://")
+        if not mark or scheme.lower() not in (b"http", b"https"):
+            self._refuse_head("BAD_REQUEST", "the request target must be a path or an http(s) URL")
+        authority, slash, path = rest.partition(b"/")
+        if not slash:
+            authority, slash, path = rest.partition(b"?")
+        if self._host:
+            self._host = authority
+        exchange.target = b"/" + path if slash == b"/" else b"/" + slash + path
+
+    def _start(self, exchange: Exchange) -> None:
+        try:
+            exchange.start()
+        except Exception:
+            _log.exception("exchange failed", request_id=exchange.request_id_text())
+            exchange.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
+
+    def on_body(self, body: bytes) -> None:
+        """Hand a piece of the body to its exchange."""
+        exchange = self.receiving
+        assert exchange is not None
+        exchange.take_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        exchange, self.receiving = self.receiving, None
+        assert exchange is not None
+        exchange.is_received = True
+        try:
+            exchange.end_body()
+        except Exception:
+            _log.exception("exchange failed", request_id=exchange.request_id_text())
+            exchange.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
+
+    def _malformed(self, error: GatewayError) -> None:
+        """Refuse what cannot be parsed; calls before it are still answered, nothing behind it is read."""
+        self._was_malformed = True
+        self._fault = error
+        exchange = self.receiving
+        if exchange is not None:  # the body of a call went wrong
+            self.receiving = None
+            exchange.keeps_alive = False
+            if exchange is self.current:
+                exchange.refuse(error)
+                return
+            self._waiting.remove(exchange)
+        if self.current is None:
+            self._answer_malformed()
+
+    def _answer_malformed(self) -> None:
+        error = self._fault
+        assert error is not None
+        self.transport.write(error_answer(error, self.plane.new_request_id()))
+        self.close_gently()
+
+    # -- what exchanges ask for --------------------------------------------------------------------------
+
+    def ended(self, exchange: Exchange, closes: bool) -> None:
+        """The answer of the current exchange is written: go on with the next one, or close."""
+        if self.current is not exchange:
+            return
+        if closes:
+            self.current = None
+            self._waiting.clear()
+            self.close_gently()
+            return
+        if not exchange.is_received:  # the rest of a refused or early answered upload is read and dropped
+            self.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
+            return
+        self.next()
+
+    def next(self) -> None:
+        """Start the next queued exchange, if any."""
+        if self._waiting:
+            self.current = following = self._waiting.popleft()
+            self.unblock_reading(READ_QUEUE)
+            self._start(following)
+            if following.is_received and self.current is following:
+                following.end_body()
+            return
+        self.current = None
+        if self._was_malformed:
+            self._answer_malformed()
+        elif self.plane.is_draining:
+            self.close_gently()
+        else:
+            self.deadline_s = self.plane.now() + self.plane.config.timeouts.keepalive_s
+
+    def close_gently(self) -> None:
+        """Close so that the client can read the answer even if it is still sending (RFC 9112 §9.6)."""
+        if self.is_closing:
+            return
+        if self.receiving is None and not self._was_malformed and not self._read_blocks:
+            self._close()
+            return
+        self.is_lingering = True
+        self._read_blocks = 0
+        self.plane.unread.discard(self)
+        self.transport.resume_reading()
+        self.deadline_s = self.plane.now() + self.plane.config.timeouts.linger_s
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _close(self) -> None:
+        # what is buffered is still flushed, but not for longer than a client may stall elsewhere
+        self.is_closing = True
+        self.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
+        self.transport.close()
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+        self.transport.abort()
+
+    def expire(self) -> None:
+        """A deadline has passed: refuse, cut or close, whatever fits what this connection waits for."""
+        if self.is_lingering or self.is_closing:
+            self.abort()
+        elif self.current is not None:
+            self.current.expire()
+        elif self._head_bytes:
+            self._malformed(GatewayError("REQUEST_TIMEOUT", "the head did not arrive in time"))
+        else:
+            self._close()
+
+    def connection_fields(self, host: bytes) -> bytes:
+        """Return the X-Forwarded-* lines for requests of this connection; remembered for the last Host."""
+        if self._connection_fields[0] != host:
+            lines = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: %b\r\n" % (
+                self.peer.encode(),
+                host,
+            )
+            self._connection_fields = host, lines
+        return self._connection_fields[1]
+
+    def forwarded_fields(self, exchange: Exchange) -> bytes:
+        """Return the X-Forwarded-* lines, on top of what a trusted proxy in front has said."""
+        proxied = exchange.proxied_fields
+        if not proxied:
+            return self.connection_fields(exchange.host)
+        kept = {name.lower(): value for name, value in proxied}
+        before = kept.pop(b"x-forwarded-for", b"")
+        peer = self.peer.encode()
+        kept.setdefault(b"x-forwarded-proto", b"http")
+        kept.setdefault(b"x-forwarded-host", exchange.host)
+        kept[b"x-forwarded-for"] = before + b", " + peer if before else peer
+        return join_fields([(name.title(), value) for name, value in kept.items()])
+
+
+def _parse_fault(error: httptools.HttpParserError) -> GatewayError:
+    cause = error.__context__
+    if cause is not None and not isinstance(cause, httptools.HttpParserError):
+        raise cause
+    return GatewayError("BAD_REQUEST", f"the request is not valid HTTP/1.1 ({str(error).lower()[:100]})")
+
+
+def error_answer(error: GatewayError, request_id: bytes) -> bytes:
+    """Return a whole answer for a request that never became an exchange; the connection closes after it."""
+    body = b'{"error":"%b","code":"%b","request_id":"%b"}' % (
+        error.message.replace("\\", "/").replace('"', "'").encode("ascii", "replace"),
+        error.code.encode(),
+        request_id,
+    )
+    return (
+        b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+        b"X-Request-Id: %b\r\nConnection: close\r\n\r\n%b"
+    ) % (error.status, error.code.encode(), len(body), request_id, body)

@@ -1,0 +1,127 @@
+"""The envelope: one JSON object in that names a target, one JSON object out that carries its answer (DESIGN §4).
+
+The upstream's JSON is spliced in as raw bytes, checked but never re-encoded; text becomes a string, everything
+else base64.
+"""
+
+import base64
+from typing import Annotated
+
+import msgspec
+import orjson
+from msgspec import Meta, Raw, Struct
+
+from gpuproxy.errors import GatewayError
+from gpuproxy.types import Usage
+
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+
+
+class Envelope(Struct, forbid_unknown_fields=True):
+    """The request object. ``body`` is sent as JSON, a string as plain text; null or absent sends none."""
+
+    protocol: str
+    target_url: str
+    method: str | None = None
+    headers: dict[str, str] | None = None
+    body: Raw = Raw(b"null")
+    timeout_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
+    stream: bool = False
+
+    def content(self) -> bytes | None:
+        """Return the bytes to send, None for no body."""
+        raw = bytes(self.body)
+        if raw == b"null":
+            return None
+        if raw[:1] == b'"':
+            return str(orjson.loads(raw)).encode()
+        return raw
+
+
+_decode = msgspec.json.Decoder(Envelope).decode
+
+
+class _StreamWish(Struct):
+    stream: bool = False
+
+
+_decode_wish = msgspec.json.Decoder(_StreamWish).decode
+
+
+def decode(body: bytes) -> Envelope:
+    """Decode a request. Raises GatewayError INVALID_JSON or BAD_REQUEST naming the field."""
+    try:
+        envelope = _decode(body)
+    except msgspec.ValidationError as error:
+        raise GatewayError("INVALID_JSON", f"the envelope is wrong: {error}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise GatewayError("INVALID_JSON", f"the body is not valid JSON: {error}") from None
+    method = (envelope.method or ("GET" if bytes(envelope.body) == b"null" else "POST")).upper()
+    if method not in _METHODS:
+        known = ", ".join(sorted(_METHODS))
+        raise GatewayError("BAD_REQUEST", f"method {method[:40]!r} is not served here; use {known}", param="method")
+    envelope.method = method
+    return envelope
+
+
+def wants_stream(envelope: Envelope) -> bool:
+    """Tell whether the answer is to be passed through instead of wrapped: by the envelope or by the body's own word."""
+    if envelope.stream:
+        return True
+    if b'"stream"' not in bytes(envelope.body):
+        return False
+    try:
+        return _decode_wish(envelope.body).stream
+    except msgspec.MsgspecError:
+        return False
+
+
+def wrap(
+    status: int,
+    headers: dict[str, str],
+    content_type: bytes,
+    body: bytes,
+    duration_us: int,
+    request_id: bytes,
+    usage: Usage | None,
+) -> bytes:
+    """Return the answer object around an upstream's answer."""
+    data, encoding = _spliced(content_type, body)
+    return b'{"data":%b%b,"status":"success","status_code":%d,"headers":%b,"duration_ms":%.3f,"request_id":%b%b}' % (
+        data,
+        encoding,
+        status,
+        orjson.dumps(headers),
+        duration_us / 1000,
+        orjson.dumps(request_id.decode("latin-1")),
+        b"" if usage is None else b',"usage":' + _usage(usage),
+    )
+
+
+def _spliced(content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
+    if not body:
+        return b"null", b""
+    kind = content_type.split(b";", 1)[0].strip().lower()
+    if kind == b"application/json" or kind.endswith(b"+json"):
+        try:
+            orjson.loads(body)
+        except orjson.JSONDecodeError:
+            pass
+        else:
+            return body, b""
+    if kind.startswith(b"text/") or kind.endswith((b"json", b"xml", b"javascript")):
+        try:
+            return orjson.dumps(body.decode()), b""
+        except UnicodeDecodeError:
+            pass
+    return b'"%b"' % base64.b64encode(body), b',"encoding":"base64"'
+
+
+def _usage(usage: Usage) -> bytes:
+    return orjson.dumps(
+        {
+            "input_tokens": usage.input_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "output_tokens": usage.output_tokens,
+        }
+    )

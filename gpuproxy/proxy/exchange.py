@@ -1,0 +1,946 @@
+"""One proxied call from its head to its receipt: the phases in one straight line.
+
+    start -> admitted -> (whole body, if the route needs it) -> resolve -> forward -> relay -> finish
+
+A phase awaits nothing: what must wait (an unknown key, a new connection) goes on by a call-back. In the common
+case, known key and pooled connection, a call is handled without creating a task, future or timer. Whatever
+happens, `_finish` runs exactly once for each exchange that was started and writes exactly one receipt.
+
+The methods are longer and flatter than elsewhere because each call and attribute here is paid per request.
+"""
+
+import http
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from gpuproxy.errors import CODES, GatewayError
+from gpuproxy.plugin import Call, Intent, ProtocolHandler, UpstreamRequest, UsageReader
+from gpuproxy.proxy import envelope as envelopes
+from gpuproxy.proxy import tunnel
+from gpuproxy.proxy.admit import is_expired
+from gpuproxy.proxy.guard import parse_target
+from gpuproxy.proxy.headers import (
+    Field,
+    checked_fields,
+    is_valid_request_id,
+    join_fields,
+    replace_fields,
+    without_nominated,
+)
+from gpuproxy.proxy.route import CONTROL, ENVELOPE, MOUNT, UNKNOWN, Destination, Endpoint, Route, joined_path
+from gpuproxy.types import Grant, Outcome, Receipt, Usage
+
+if TYPE_CHECKING:
+    from gpuproxy.proxy.downstream import Downstream
+    from gpuproxy.proxy.pool import Origin
+    from gpuproxy.proxy.upstream import UpstreamConnection
+    from gpuproxy.proxy.worker import Plane
+
+# States, in the order they are passed through.
+NEW, ADMITTING, COLLECTING, CONNECTING, SENT, DONE = range(6)
+
+# Reasons not to read from the client for now; reading goes on when none is left.
+READ_UPLOAD, READ_QUEUE, READ_BUFFER = 1, 2, 4
+
+DISCARDED_BODY_BYTES_MAX = 262_144  # of a refused upload that is read to keep the connection usable
+PSEUDONYM = b"gpuproxy"
+VIA_HOPS_MAX = 2  # how often a request may pass this gateway before it is a loop
+JOINED_BYTES_MAX = 16_384  # a body up to this is copied behind its head for one write; above, two writes are cheaper
+
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in http.HTTPStatus
+}
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Exchange:
+    """One request and its answer on a client connection."""
+
+    __slots__ = (
+        "_answer_parts",
+        "_answer_size",
+        "_attempts",
+        "_body",
+        "_destination",
+        "_envelope",
+        "_error",
+        "_first_byte_ns",
+        "_grant",
+        "_handler",
+        "_head",
+        "_idle_s",
+        "_is_answer_chunked",
+        "_is_answer_until_close",
+        "_is_body_whole",
+        "_is_paused",
+        "_needs_body",
+        "_origin",
+        "_reader",
+        "_response_bytes",
+        "_sending",
+        "_started_ns",
+        "_status",
+        "_timeout_s",
+        "accept_encoding",
+        "connection",
+        "content_length",
+        "credential",
+        "downstream",
+        "expects_continue",
+        "fields",
+        "has_body",
+        "has_sent_head",
+        "host",
+        "intent",
+        "is_chunked",
+        "is_http_1_0",
+        "is_received",
+        "is_upgrade",
+        "keeps_alive",
+        "method",
+        "own_fields",
+        "plane",
+        "proxied_fields",
+        "request_bytes",
+        "request_id",
+        "route",
+        "state",
+        "target",
+        "upstream",
+        "via",
+    )
+
+    route: Route
+    _sending: tuple[bytes, bytes, list[Field], bytes | None, UpstreamRequest]
+
+    def __init__(
+        self, plane: "Plane", downstream: "Downstream", method: bytes, target: bytes, fields: list[Field]
+    ) -> None:
+        self.plane = plane
+        self.downstream = downstream
+        self.method = method
+        self.target = target
+        self.fields = fields
+        self.state = NEW
+        # said by the head
+        self.host = b""
+        self.content_length = -1
+        self.credential = b""
+        self.own_fields: list[Field] | None = None
+        self.proxied_fields: list[Field] | None = None
+        self.connection = b""
+        self.via = b""
+        self.accept_encoding = b""
+        self.request_id = b""
+        self.is_chunked = False
+        self.is_http_1_0 = False
+        self.is_upgrade = False
+        self.expects_continue = False
+        self.keeps_alive = True
+        self.has_body = False
+        # the upload
+        self.is_received = False
+        self.request_bytes = 0
+        self._body: list[bytes] = []
+        self._needs_body = False
+        self._is_body_whole = False
+        # the way
+        self.upstream: UpstreamConnection | None = None
+        self.intent: Intent | None = None
+        self._grant: Grant | None = None
+        self._handler: ProtocolHandler | None = None
+        self._destination: Destination | None = None
+        self._envelope: envelopes.Envelope | None = None
+        self._origin: Origin | None = None
+        self._head = b""
+        self._attempts = 0
+        self._timeout_s = 0.0
+        # the answer
+        self.has_sent_head = False
+        self._reader: UsageReader | None = None
+        self._answer_parts: list[bytes] | None = None
+        self._answer_size = 0
+        self._is_answer_chunked = False
+        self._is_answer_until_close = False
+        self._is_paused = False
+        self._idle_s = 0.0
+        self._status = 0
+        self._response_bytes = 0
+        self._error = ""
+        self._started_ns = time.monotonic_ns()
+        self._first_byte_ns = 0
+
+    def take_request_id(self, value: bytes) -> None:
+        """Use the client's own request id if it is fit to be passed on."""
+        if is_valid_request_id(value):
+            self.request_id = value
+
+    def request_id_text(self) -> str:
+        """Return the request id for logs and answers."""
+        return self.request_id.decode("latin-1")
+
+    # -- admit ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin: classify the path, find out who is calling."""
+        plane = self.plane
+        if not self.request_id:
+            self.request_id = plane.new_request_id()
+        self.state = ADMITTING
+        self.downstream.unblock_reading(READ_BUFFER)
+        route = self.route = plane.router.route(self.target)
+        self._handler = route.handler
+        kind = route.kind
+        if kind == CONTROL:
+            self._forward_to_control()
+            return
+        if not self.credential:
+            self.refuse(GatewayError("UNAUTHORIZED", "no API key; send it as X-API-Key or Authorization: Bearer"))
+            return
+        try:
+            grant = plane.admission.grant(self.credential, self.answered)
+        except GatewayError as error:
+            self.refuse(error)
+            return
+        if grant is not None:
+            self.admitted(grant)
+        else:
+            self.downstream.deadline_s = plane.now() + plane.config.auth.authorize_timeout_s + 1
+
+    def answered(self, result: Grant | GatewayError) -> None:
+        """Control has told about an unknown key, or could not."""
+        if self.state != ADMITTING:
+            return
+        if isinstance(result, GatewayError):
+            self.refuse(result)
+        else:
+            self.admitted(result)
+
+    def admitted(self, grant: Grant) -> None:
+        """The caller is known: check what can be checked before the body, then resolve or wait for the body."""
+        self._grant = grant
+        plane = self.plane
+        error = self._objection(grant)
+        if error is not None:
+            self.refuse(error)
+            return
+        handler = self._handler
+        route = self.route
+        self._needs_body = self.has_body and (
+            handler is None or grant.models is not None or handler.needs_body(self.method, route.path)
+        )
+        self.downstream.unblock_reading(READ_BUFFER)
+        if self.expects_continue and not self.is_received and not self._body:
+            self.downstream.transport.write(_CONTINUE)
+        if self._needs_body:
+            self.state = COLLECTING
+            if self.is_received:
+                self._resolve()
+            else:
+                self.downstream.deadline_s = plane.now() + plane.config.timeouts.body_idle_s
+        else:
+            self._resolve()
+
+    def _objection(self, grant: Grant) -> GatewayError | None:
+        limits = self.plane.config.limits
+        if grant.revoked or (grant.expires_ns and is_expired(grant)):
+            return GatewayError("UNAUTHORIZED", "this API key is expired or revoked")
+        route = self.route
+        if route.kind == UNKNOWN:
+            return GatewayError(route.code, route.fault)
+        if route.kind == ENVELOPE and self.method != b"POST":
+            return GatewayError("METHOD_NOT_ALLOWED", f"{route.shown} takes POST with a JSON envelope")
+        if grant.scopes and "proxy" not in grant.scopes:
+            return GatewayError("FORBIDDEN", "this API key lacks the scope 'proxy'")
+        if self.plane.journal.is_full:
+            return GatewayError("JOURNAL_FULL", "usage cannot be recorded at the moment; try again", 5)
+        if self.content_length > limits.body_bytes_max:
+            return GatewayError("BODY_TOO_LARGE", f"the body is over {limits.body_bytes_max} bytes")
+        if self.via and self.via.count(PSEUDONYM) >= VIA_HOPS_MAX:
+            return GatewayError(
+                "LOOP_DETECTED", "the request has passed this gateway before; check the upstream's address"
+            )
+        return None
+
+    # -- the body ---------------------------------------------------------------------------------------
+
+    def take_body(self, data: bytes) -> None:
+        """Take the next piece of the body: hold it, send it on, or drop it when the call is over."""
+        self.request_bytes += len(data)
+        if self.state == DONE:
+            if self.request_bytes > DISCARDED_BODY_BYTES_MAX:
+                self.downstream.close_gently()
+            return
+        limits = self.plane.config.limits
+        if self.request_bytes > limits.body_bytes_max:
+            self.refuse(GatewayError("BODY_TOO_LARGE", f"the body is over {limits.body_bytes_max} bytes"))
+            return
+        if self.state == SENT and not self._is_body_whole:
+            self._send_body(data)
+            return
+        self._body.append(data)
+        if self._needs_body:
+            if self.request_bytes > limits.buffered_body_bytes_max:
+                message = f"the body is over {limits.buffered_body_bytes_max} bytes, the limit where routing needs it whole"
+                self.refuse(GatewayError("BODY_TOO_LARGE", message))
+            elif not self.is_received:
+                self.downstream.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
+        elif self.request_bytes > limits.write_buffer_bytes:
+            self.downstream.block_reading(READ_BUFFER)
+
+    def end_body(self) -> None:
+        """The request is whole."""
+        state = self.state
+        if state == COLLECTING:
+            self._resolve()
+        elif state == SENT:
+            if not self._is_body_whole:
+                self._end_upload()
+        elif state == DONE and self.downstream.current is self:
+            self.downstream.next()
+
+    def block_upload(self) -> None:
+        """The upstream takes no more bytes for now."""
+        self.downstream.block_reading(READ_UPLOAD)
+
+    def unblock_upload(self) -> None:
+        """The upstream takes bytes again."""
+        self.downstream.unblock_reading(READ_UPLOAD)
+
+    def _send_body(self, data: bytes) -> None:
+        upstream = self.upstream
+        assert upstream is not None
+        upstream.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
+        self.downstream.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
+
+    def _end_upload(self) -> None:
+        if self.is_chunked and self.upstream is not None:
+            self.upstream.transport.write(b"0\r\n\r\n")
+        if not self.has_sent_head:
+            self.downstream.deadline_s = self.plane.now() + self._first_byte_s()
+
+    # -- route ------------------------------------------------------------------------------------------
+
+    def _resolve(self) -> None:
+        try:
+            if self.route.kind == ENVELOPE:
+                self._resolve_envelope()
+            else:
+                self._resolve_transparent()
+        except GatewayError as error:
+            self.refuse(error)
+
+    def _whole_body(self) -> bytes | None:
+        parts = self._body
+        if not self.is_received:
+            return None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _resolve_transparent(self) -> None:
+        route = self.route
+        handler = route.handler
+        assert handler is not None
+        body = self._whole_body()
+        call = Call(self.method, route.path, self.fields, body)
+        if route.kind == MOUNT:
+            intent = handler.inspect(call)
+            destination = self.plane.router.destination(intent, handler)
+        else:
+            intent = handler.describe(call)
+            assert route.upstream is not None
+            destination = route.upstream
+        self.intent = intent
+        self._destination = destination
+        self._check_model(intent.model)
+        request = handler.prepare(call, intent)
+        path = request.path
+        if path is None:
+            path = route.path if intent.path is None else intent.path
+        fields = self.fields
+        if self.connection:
+            fields = without_nominated(fields, self.connection)
+        if destination.fixed_names:
+            fields = [field for field in fields if field[0].lower() not in destination.fixed_names]
+        self._forward(destination.endpoint(), self.method, path, fields, body, request)
+
+    def _check_model(self, model: str) -> None:
+        grant = self._grant
+        assert grant is not None
+        if grant.models is None or model in grant.models:
+            return
+        if model or self.has_body:
+            allowed = ", ".join(grant.models[:20]) or "none"
+            raise GatewayError(
+                "FORBIDDEN",
+                f"this API key may not use model {model[:100]!r}; allowed: {allowed}",
+                param="model",
+            )
+
+    def _resolve_envelope(self) -> None:
+        envelope = envelopes.decode(self._whole_body() or b"")
+        router = self.plane.router
+        handler = router.handler(envelope.protocol)
+        target = parse_target(envelope.target_url)
+        fields = checked_fields(envelope.headers or {})
+        content = envelope.content()
+        call = Call((envelope.method or "GET").encode(), target.path.encode(), fields, content, is_envelope=True)
+        intent = self.intent = handler.describe(call)
+        self._check_model(intent.model)
+        request = handler.prepare(call, intent)
+        if (
+            content is not None
+            and call.header(b"content-type") is None
+            and not _names(request.headers, b"content-type")
+        ):
+            kind = b"text/plain; charset=utf-8" if bytes(envelope.body[:1]) == b'"' else b"application/json"
+            fields = [*fields, (b"Content-Type", kind)]
+        endpoint = router.endpoint_at(target.scheme, target.host, target.port)
+        if endpoint is None:
+            origin = self.plane.pools.user_given(target.scheme, target.host, target.port)
+            endpoint = Endpoint(origin, b"", b"", target.authority.encode())
+        if not envelopes.wants_stream(envelope):
+            self._envelope = envelope
+            self._answer_parts = []
+        self._handler = handler
+        self._timeout_s = envelope.timeout_s or 0.0
+        self.accept_encoding = (call.header(b"accept-encoding") or b"identity") if self._envelope else b""
+        if self.accept_encoding:
+            fields = [field for field in fields if field[0].lower() != b"accept-encoding"]
+        self.is_chunked = False
+        self.content_length = -1 if content is None else len(content)
+        path = request.path if request.path is not None else call.path or b"/"
+        self._forward(endpoint._replace(base_path=b""), call.method, path, fields, content, request)
+
+    # -- forward ----------------------------------------------------------------------------------------
+
+    def _forward(
+        self,
+        endpoint: Endpoint,
+        method: bytes,
+        path: bytes,
+        fields: list[Field],
+        body: bytes | None,
+        request: UpstreamRequest,
+    ) -> None:
+        self._sending = method, path, fields, body, request
+        if request.headers:
+            fields = replace_fields(fields, request.headers)
+        if request.identity:
+            encoding = b"Accept-Encoding: identity\r\n"
+        elif self.accept_encoding:
+            encoding = b"Accept-Encoding: %b\r\n" % self.accept_encoding
+        else:
+            encoding = b""
+        if request.body is not None:
+            body = request.body
+        if body is not None:
+            self._is_body_whole = True
+            self._body = [body]
+            length = len(body)
+            framing = (
+                b"Content-Length: %d\r\n" % length if length or self.content_length >= 0 or self.is_chunked else b""
+            )
+        elif self.is_chunked:
+            framing = b"Transfer-Encoding: chunked\r\n"
+        elif self.content_length >= 0:
+            framing = b"Content-Length: %d\r\n" % self.content_length
+        else:
+            framing = b""
+        preserves_host = self._destination is not None and self._destination.config.preserve_host
+        self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%bVia: %b\r\nX-Request-Id: %b\r\n%b%b%b\r\n" % (
+            method,
+            joined_path(endpoint.base_path, path),
+            self.host if preserves_host and self.host else endpoint.host,
+            endpoint.fixed_fields,
+            join_fields(fields),
+            encoding,
+            b"%b, 1.1 gpuproxy" % self.via if self.via else b"1.1 gpuproxy",
+            self.request_id,
+            self.downstream.forwarded_fields(self) if self.route.kind != ENVELOPE else b"",
+            b"Connection: Upgrade\r\nUpgrade: websocket\r\n" if self.is_upgrade else b"",
+            framing,
+        )
+        self._dispatch(endpoint.origin)
+
+    def _forward_to_control(self) -> None:
+        fields = self.fields
+        if self.connection:
+            fields = without_nominated(fields, self.connection)
+        if self.own_fields:
+            fields = fields + self.own_fields
+        endpoint = self.plane.control_endpoint._replace(host=self.host or b"localhost")
+        if self.expects_continue and not self.is_received:
+            self.downstream.transport.write(_CONTINUE)
+        self._forward(endpoint, self.method, self.target, fields, None, _UNCHANGED)
+
+    def _dispatch(self, origin: "Origin", fresh: bool = False) -> None:
+        self.state = CONNECTING
+        self._origin = origin
+        self._attempts += 1
+        connection = None if fresh else origin.take(self.plane.now())
+        if connection is not None:
+            self._send(connection)
+        else:
+            self.plane.spawn(self._connect(origin))
+
+    async def _connect(self, origin: "Origin") -> None:
+        try:
+            connection = await origin.connect()
+        except GatewayError as error:
+            if self.state == CONNECTING:
+                self._unreachable(error)
+            return
+        if self.state == CONNECTING:
+            self._send(connection)
+        else:  # the client left meanwhile; somebody else will want the connection
+            origin.give(connection, self.plane.now())
+
+    def _unreachable(self, error: GatewayError) -> None:
+        destination = self._destination
+        retries = error.code in ("UPSTREAM_UNREACHABLE", "UPSTREAM_TIMEOUT", "UPSTREAM_BUSY")
+        if retries and destination is not None and self._attempts < len(destination.endpoints):
+            self._forward(destination.endpoint(), *self._sending)  # nothing was sent: another replica may take it
+        else:
+            self.refuse(error)
+
+    def _send(self, connection: "UpstreamConnection") -> None:
+        self.upstream = connection
+        self.state = SENT
+        plane = self.plane
+        body = self._body
+        if self._is_body_whole:
+            data = body[0]
+            if len(data) <= JOINED_BYTES_MAX:
+                connection.send(self, self._head + data)
+            else:
+                connection.send(self, self._head)
+                connection.transport.write(data)
+            self.downstream.deadline_s = plane.now() + self._first_byte_s()
+            return
+        connection.send(self, self._head)
+        self._body = []
+        self.downstream.unblock_reading(READ_BUFFER)
+        for part in body:
+            self._send_body(part)
+        if self.is_received:
+            self._end_upload()
+        else:
+            self.downstream.deadline_s = plane.now() + plane.config.timeouts.body_idle_s
+
+    def _first_byte_s(self) -> float:
+        if self._timeout_s:
+            return self._timeout_s
+        destination = self._destination
+        if destination is not None and destination.config.first_byte_s is not None:
+            return destination.config.first_byte_s
+        return self.plane.config.timeouts.first_byte_s
+
+    def _stream_idle_s(self) -> float:
+        destination = self._destination
+        if destination is not None and destination.config.idle_s is not None:
+            return destination.config.idle_s
+        return self.plane.config.timeouts.idle_s
+
+    # -- relay ------------------------------------------------------------------------------------------
+
+    def relay(self, connection: "UpstreamConnection") -> None:
+        """Pass on what one read of the upstream brought: head, body bytes, the end."""
+        parts = connection.parts
+        if parts:
+            body = parts[0] if len(parts) == 1 else b"".join(parts)
+            connection.parts = []
+        else:
+            body = b""
+        is_complete = connection.is_complete
+        if self._answer_parts is not None:
+            self._collect(connection, body)
+            return
+        downstream = self.downstream
+        out = b""
+        if not self.has_sent_head:
+            out = self._answer_head(connection)
+        self._response_bytes += len(body)
+        if self._is_answer_chunked:
+            if body:
+                if is_complete:
+                    out = b"%b%x\r\n%b\r\n0\r\n\r\n" % (out, len(body), body)
+                else:
+                    out = b"%b%x\r\n%b\r\n" % (out, len(body), body)
+            elif is_complete:
+                out += b"0\r\n\r\n"
+            if out:
+                downstream.transport.write(out)
+        elif len(body) > JOINED_BYTES_MAX and out:
+            downstream.transport.write(out)
+            downstream.transport.write(body)
+        elif out or body:
+            downstream.transport.write(out + body if out else body)
+        # the client has been served; now look at what it was
+        if body and self._reader is not None:
+            self._reader.feed(body)
+        if is_complete:
+            self._complete(connection)
+        else:
+            if downstream.is_write_blocked and not self._is_paused:
+                self.pause_answer()
+            downstream.deadline_s = self.plane.now() + self._idle_s
+
+    def _answer_head(self, connection: "UpstreamConnection") -> bytes:
+        self.has_sent_head = True
+        self._first_byte_ns = time.monotonic_ns()
+        status = self._status = connection.status
+        self._head = b""
+        self._body = []
+        self._idle_s = self._stream_idle_s()
+        fields = connection.fields
+        if connection.connection:
+            fields = without_nominated(fields, connection.connection)
+        if status == 204:
+            framing = b""
+        elif connection.content_length >= 0:
+            framing = b"Content-Length: %d\r\n" % connection.content_length
+        elif status == 304 or self.method == b"HEAD":
+            framing = b""
+        elif self.is_http_1_0:
+            framing = b""
+            self.keeps_alive = False
+            self._is_answer_until_close = True
+        else:
+            framing = b"Transfer-Encoding: chunked\r\n"
+            self._is_answer_chunked = True
+        content_type = connection.content_type
+        if content_type:
+            content_type = content_type.lower()
+            if not connection.has_buffering_field and content_type.startswith(b"text/event-stream"):
+                framing += b"X-Accel-Buffering: no\r\n"
+            if self._handler is not None:
+                self._reader = self._handler.reader(self._call(), status, content_type)
+        if self._closes_after_answer():
+            self.keeps_alive = False
+            framing += b"Connection: close\r\n"
+        elif self.is_http_1_0:
+            framing += b"Connection: keep-alive\r\n"
+        return b"%b%bX-Request-Id: %b\r\n%b\r\n" % (
+            _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status,
+            join_fields(fields),
+            self.request_id,
+            framing,
+        )
+
+    def _call(self) -> Call:
+        return Call(self.method, self.route.path, self.fields, None, self._envelope is not None)
+
+    def _closes_after_answer(self) -> bool:
+        # an answer to an upload that is still coming: the rest of it is not wanted
+        return not self.keeps_alive or self.plane.is_draining or not self.is_received
+
+    def _complete(self, connection: "UpstreamConnection") -> None:
+        self.upstream = None
+        if self._is_paused:
+            connection.transport.resume_reading()
+        if self.is_received:
+            connection.release(self.plane.now())
+        else:
+            connection.abort()
+        self._finish("ok")
+
+    def relay_interim(self, status: int, fields: list[Field]) -> None:
+        """Pass on a 1xx answer (RFC 9110 §15.2) to a client that can understand it."""
+        if not self.is_http_1_0 and self._answer_parts is None and not self.has_sent_head:
+            line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+            self.downstream.transport.write(line + join_fields(fields) + b"\r\n")
+
+    def pause_answer(self) -> None:
+        """The client takes no more: stop reading the upstream."""
+        if self.upstream is not None and not self._is_paused and not self.upstream.transport.is_closing():
+            self._is_paused = True
+            self.upstream.transport.pause_reading()
+
+    def resume_answer(self) -> None:
+        """The client takes bytes again."""
+        if self._is_paused:
+            self._is_paused = False
+            self.downstream.deadline_s = self.plane.now() + self._idle_s
+            if self.upstream is not None and not self.upstream.transport.is_closing():
+                self.upstream.transport.resume_reading()
+
+    # -- the envelope's answer ----------------------------------------------------------------------------
+
+    def _collect(self, connection: "UpstreamConnection", body: bytes) -> None:
+        parts = self._answer_parts
+        assert parts is not None
+        if not self._first_byte_ns:
+            self._first_byte_ns = time.monotonic_ns()
+        if body:
+            parts.append(body)
+            self._answer_size += len(body)
+            limit = self.plane.config.limits.envelope_answer_bytes_max
+            if self._answer_size > limit:
+                self.upstream_faulted(connection, f'its answer is over {limit} bytes; use "stream": true')
+                return
+        if connection.is_complete:
+            self._wrap(connection, b"".join(parts))
+        else:
+            self.downstream.deadline_s = self.plane.now() + self._stream_idle_s()
+
+    def _wrap(self, connection: "UpstreamConnection", body: bytes) -> None:
+        handler = self._handler
+        assert handler is not None
+        call = self._call()
+        content_type = connection.content_type
+        reader = handler.reader(call, connection.status, content_type.lower())
+        usage = None
+        if reader is not None:
+            reader.feed(body)
+            usage = reader.finish()
+        content_type, body = handler.collapse(call, content_type, body)
+        fields = without_nominated(connection.fields, connection.connection)
+        answer = envelopes.wrap(
+            connection.status,
+            {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in fields},
+            content_type,
+            body,
+            (time.monotonic_ns() - self._started_ns) // 1000,
+            self.request_id,
+            usage,
+        )
+        self._reader = _Known(usage)
+        self._write_json(200, answer, b"")
+        self._complete(connection)
+
+    def _write_json(self, status: int, body: bytes, extra_fields: bytes) -> None:
+        self.has_sent_head = True
+        self._status = status
+        self._response_bytes += len(body)
+        if not self.keeps_alive or self.plane.is_draining:
+            extra_fields += b"Connection: close\r\n"
+        elif self.is_http_1_0:
+            extra_fields += b"Connection: keep-alive\r\n"
+        self.downstream.transport.write(
+            b"%bContent-Type: application/json\r\nContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b"
+            % (
+                _STATUS_LINES[status],
+                len(body),
+                self.request_id,
+                extra_fields,
+                b"" if self.method == b"HEAD" else body,
+            )
+        )
+
+    # -- when things go wrong ------------------------------------------------------------------------------
+
+    def refuse(self, error: GatewayError) -> None:
+        """Answer with an error in the caller's dialect; mid-answer, cut the stream visibly instead."""
+        if self.state == DONE:
+            return
+        if self.has_sent_head:
+            self._cut(error.code)
+            return
+        self._error = error.code
+        self._drop_upstream()
+        handler = self._handler
+        if handler is not None and self._answer_parts is None and self.route.kind != ENVELOPE:
+            body = handler.refuse(self.route.path, error, self.request_id_text())
+        else:
+            body = default_refusal(error, self.request_id_text())
+        if not self.is_received and self._rest_is_long():
+            self.keeps_alive = False
+        self._write_json(error.status, body, _error_fields(error))
+        self._finish("upstream_failed" if CODES[error.code].source == "upstream" else "refused")
+
+    def _rest_is_long(self) -> bool:
+        if self.expects_continue or self.is_chunked:
+            return True
+        return self.content_length - self.request_bytes > DISCARDED_BODY_BYTES_MAX
+
+    def upstream_lost(self, connection: "UpstreamConnection") -> None:
+        """The upstream closed before its answer was whole."""
+        self.upstream = None
+        if self.has_sent_head:
+            self._cut("UPSTREAM_INVALID")
+        elif connection.is_reused and connection.head_bytes == 0 and self._can_replay():
+            # it closed an idle connection while our request was on its way: ask on a new one, once
+            assert self._origin is not None
+            self._dispatch(self._origin, fresh=True)
+        else:
+            message = f"{connection.origin.label} closed the connection before its answer was whole"
+            self.refuse(GatewayError("UPSTREAM_INVALID", message))
+
+    def _can_replay(self) -> bool:
+        return self.state == SENT and (self._is_body_whole or not self.has_body) and self.is_received
+
+    def upstream_faulted(self, connection: "UpstreamConnection", reason: str) -> None:
+        """The upstream's bytes cannot be passed on."""
+        self.refuse(GatewayError("UPSTREAM_INVALID", f"{connection.origin.label}: {reason}"))
+
+    def _cut(self, code: str) -> None:
+        # the end must not look clean: no last chunk, missing bytes, or a reset where only the end would show
+        self._error = code
+        self._drop_upstream()
+        self.keeps_alive = False
+        if self._is_answer_until_close:
+            self.downstream.abort()
+        self._finish("upstream_failed")
+
+    def client_left(self) -> None:
+        """The client is gone: stop the upstream at once and bill what was used."""
+        if self.state == DONE:
+            return
+        self._drop_upstream()
+        is_over = getattr(self._reader, "is_terminal", False)
+        self._finish("ok" if is_over else "client_gone")
+
+    def expire(self) -> None:
+        """The deadline of what this exchange waits for has passed."""
+        state = self.state
+        if state == DONE:  # the rest of a refused upload does not come
+            self.downstream.abort()
+        elif state == CONNECTING:  # bounded by the pool's own limits
+            self.downstream.deadline_s = self.plane.now() + self.plane.config.timeouts.connect_s
+        elif state == SENT and self.has_sent_head and self._is_paused:
+            self.downstream.abort()  # the client stopped reading: connection_lost settles the call
+        elif state == COLLECTING or (state == SENT and self._waits_for_upload()):
+            self.refuse(GatewayError("REQUEST_TIMEOUT", "the body did not arrive in time"))
+        elif state == ADMITTING:
+            self.refuse(GatewayError("UNAVAILABLE", "keys cannot be checked at the moment; try again", 1))
+        else:
+            label = self._origin.label if self._origin is not None else "the upstream"
+            self.refuse(GatewayError("UPSTREAM_TIMEOUT", f"{label} did not answer in time"))
+
+    def _waits_for_upload(self) -> bool:
+        return not self.is_received and not self.has_sent_head and not self.downstream.is_reading_blocked(READ_UPLOAD)
+
+    def _drop_upstream(self) -> None:
+        upstream, self.upstream = self.upstream, None
+        if upstream is not None:
+            upstream.abort()
+
+    # -- tunnels --------------------------------------------------------------------------------------------
+
+    def switch_protocols(self, connection: "UpstreamConnection") -> None:
+        """The upstream agreed to switch: pass its 101 on and join both sides byte by byte."""
+        self.has_sent_head = True
+        self._status = 101
+        self._first_byte_ns = time.monotonic_ns()
+        downstream = self.downstream
+        fields = without_nominated(connection.fields, connection.connection)
+        downstream.transport.write(
+            b"%b%bConnection: Upgrade\r\nUpgrade: %b\r\nX-Request-Id: %b\r\n\r\n"
+            % (_STATUS_LINES[101], join_fields(fields), connection.upgrade, self.request_id)
+        )
+        held, downstream.after_upgrade = downstream.after_upgrade or b"", b""
+        connection.exchange = None
+        self.upstream = None
+        downstream.current = None
+        self.plane.downstreams.discard(downstream)
+        downstream.unblock_reading(READ_BUFFER)
+        ends = tunnel.join(downstream.transport, connection.transport, self._end_tunnel)
+        self._answer_parts = None
+        self.plane.tunnels[self] = ends
+        connection.origin.forget(connection)
+        if held:
+            ends[0].data_received(held)
+        if connection.tunnel_bytes:
+            ends[1].data_received(connection.tunnel_bytes)
+
+    def _end_tunnel(self) -> None:
+        ends = self.plane.tunnels.pop(self, None)
+        if ends is not None:
+            self.request_bytes, self._response_bytes = ends[0].byte_count, ends[1].byte_count
+        self._finish("ok")
+
+    # -- finish ---------------------------------------------------------------------------------------------
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Write the receipt and let the connection go on. Runs once."""
+        self.state = DONE
+        self._body = []
+        self._head = b""
+        if self.route.kind != CONTROL:
+            self._write_receipt(outcome)
+        if self._status != 101:
+            self.downstream.ended(self, not self.keeps_alive or (outcome == "ok" and not self.is_received))
+
+    def _write_receipt(self, outcome: Outcome) -> None:
+        plane = self.plane
+        now_ns = time.monotonic_ns()
+        reader = self._reader
+        usage = reader.finish() if reader is not None else None
+        grant = self._grant
+        intent = self.intent
+        destination = self._destination
+        handler = self._handler
+        first_byte_ns = self._first_byte_ns
+        request_id = self.request_id.decode("latin-1")
+        if usage is None:
+            usage = NO_USAGE
+        plane.journal.append(
+            Receipt(
+                plane.new_receipt_id(),
+                request_id,
+                plane.wall_offset_ns + self._started_ns,
+                (now_ns - self._started_ns) // 1000,
+                (first_byte_ns - self._started_ns) // 1000 if first_byte_ns else -1,
+                grant.user_id if grant is not None else "",
+                grant.key_id if grant is not None else "",
+                handler.name if handler is not None else "",
+                destination.name if destination is not None else "",
+                intent.model if intent is not None else "",
+                self.method.decode("ascii"),
+                self.route.shown,
+                self._status,
+                outcome,
+                self._error,
+                self.request_bytes,
+                self._response_bytes,
+                usage.input_tokens,
+                usage.cached_tokens,
+                usage.output_tokens,
+                usage.source,
+                self._attempts,
+                intent.is_stream if intent is not None else False,
+            )
+        )
+
+
+NO_USAGE = Usage(-1, -1, -1, "none")
+_UNCHANGED = UpstreamRequest()
+
+
+class _Known:
+    """Stands in for a reader whose result is known already."""
+
+    def __init__(self, usage: Usage | None) -> None:
+        self._usage = usage
+
+    def feed(self, data: bytes) -> None:
+        """Nothing more comes."""
+
+    def finish(self) -> Usage | None:
+        """Return the usage."""
+        return self._usage
+
+
+def _names(fields: list[Field], name: bytes) -> bool:
+    return any(field[0].lower() == name for field in fields)
+
+
+_encode_json = msgspec.json.Encoder().encode
+
+
+def default_refusal(error: GatewayError, request_id: str) -> bytes:
+    """Return the gateway's own error body."""
+    return _encode_json({"error": error.message, "code": error.code, "request_id": request_id})
+
+
+def _error_fields(error: GatewayError) -> bytes:
+    lines = b""
+    if error.retry_after_s is not None:
+        lines += b"Retry-After: %d\r\n" % error.retry_after_s
+    if error.code == "UNAUTHORIZED":
+        lines += b"WWW-Authenticate: Bearer\r\n"
+    if not CODES[error.code].is_retryable:
+        lines += b"x-should-retry: false\r\n"
+    return lines

@@ -1,0 +1,120 @@
+"""The worker's end of the journal: receipts appended to a segment file, at most once per loop turn.
+
+A segment is a series of frames: payload length and CRC-32 of the payload (4 bytes each, little endian), then
+the payload, a MessagePack array of Receipts. The worker holds an exclusive flock on the segment it may still write;
+control reads along, and deletes the segment once the lock is free and everything in it is committed.
+
+The flush runs as a plain loop callback. uvloop runs those before it sends what was written to transports in
+the same turn, so a receipt is in the page cache before the client can see the end of its answer: a worker
+killed at any moment has lost no call that a client saw complete.
+"""
+
+import asyncio
+import fcntl
+import os
+import time
+import zlib
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from gpuproxy.config import Journal as JournalConfig
+from gpuproxy.types import Receipt
+
+_log = structlog.get_logger("gpuproxy.journal")
+
+FRAME_HEAD_BYTES = 8
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def frame(receipts: list[Receipt]) -> bytes:
+    """Return one frame with these receipts."""
+    payload = _encode(receipts)
+    return len(payload).to_bytes(4, "little") + zlib.crc32(payload).to_bytes(4, "little") + payload
+
+
+class Journal:
+    """Appends receipts; `is_full` tells that no new billable call may be taken."""
+
+    def __init__(self, directory: Path, name: str, config: JournalConfig, loop: asyncio.AbstractEventLoop) -> None:
+        self.is_full = False
+        self.refusals_dropped = 0
+        self._directory = directory
+        self._name = name
+        self._config = config
+        self._loop = loop
+        self._pending: list[Receipt] = []
+        self._unwritten = b""
+        self._is_scheduled = False
+        self._sequence = 0
+        directory.mkdir(parents=True, exist_ok=True)
+        self._open_segment()
+
+    def append(self, receipt: Receipt) -> None:
+        """Take a receipt; it is written at the end of this loop turn.
+
+        While the journal is full only refusals can come: they cost nobody anything and are counted, not kept.
+        """
+        if self.is_full and receipt.outcome == "refused":
+            self.refusals_dropped += 1
+            return
+        self._pending.append(receipt)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Write what is pending. A disk that refuses keeps it in memory and closes admission."""
+        self._is_scheduled = False
+        if self._pending:
+            self._unwritten += frame(self._pending)
+            self._pending.clear()
+        if not self._unwritten:
+            return
+        try:
+            written = os.write(self._file, self._unwritten)
+        except OSError as error:
+            if not self.is_full:
+                _log.error("journal cannot be written", segment=self._path.name, reason=os.strerror(error.errno or 0))
+            self.is_full = True
+            return
+        self._size += written
+        self._unwritten = self._unwritten[written:]
+        if self._size >= self._config.segment_bytes and not self._unwritten:
+            os.close(self._file)
+            self._open_segment()
+
+    def measure(self) -> None:
+        """Compare the backlog of all workers with its bound; called now and then, not per call."""
+        self.flush()
+        backlog_bytes = 0
+        for entry in os.scandir(self._directory):
+            try:
+                backlog_bytes += entry.stat().st_size
+            except FileNotFoundError:  # control deleted it meanwhile
+                continue
+        is_full = backlog_bytes > self._config.bytes_max or bool(self._unwritten)
+        if is_full != self.is_full:
+            event = "journal full" if is_full else "journal takes receipts again"
+            _log.warning(event, backlog_bytes=backlog_bytes, refusals_dropped=self.refusals_dropped)
+        self.is_full = is_full
+
+    def close(self) -> None:
+        """Write the rest and give up the lock, which tells control that this segment is finished."""
+        self.flush()
+        os.close(self._file)
+
+    def _open_segment(self) -> None:
+        self._sequence += 1
+        self._path = self._directory / f"{self._name}-{self._sequence:06d}.log"
+        unlocked = self._path.with_suffix(".new")  # control must never see a live segment without its lock
+        self._file = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_EXCL, 0o600)
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlocked.rename(self._path)
+        self._size = 0
+
+
+def segment_name(slot: int) -> str:
+    """Return a name no other worker process of this data directory has had."""
+    return f"{slot:03d}-{time.time_ns():020d}-{os.getpid()}"

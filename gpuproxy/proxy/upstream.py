@@ -1,0 +1,276 @@
+"""One connection to an upstream: sends a request, parses the answer strictly, hands it to its exchange.
+
+Rules kept here (spec numbers from the HTTP gateway duties): an answer is read only while an exchange waits for
+it (D21); extra bytes after an answer, or a framing we do not fully understand, end the connection (D9, R26);
+1xx answers are heads of their own (D13); a close-delimited answer ends at end of file.
+"""
+
+import asyncio
+import select
+from typing import TYPE_CHECKING, Any
+
+import httptools
+
+from gpuproxy.proxy.headers import (
+    BUFFERING,
+    CODING,
+    CONNECTION,
+    CONTENT_TYPE,
+    DROP,
+    LENGTH,
+    REQUEST_ID,
+    UPGRADE,
+    Field,
+    classify_response,
+    response_rules,
+)
+
+if TYPE_CHECKING:
+    from gpuproxy.proxy.exchange import Exchange
+    from gpuproxy.proxy.pool import Origin
+
+FIELDS_MAX = 256  # of an answer's head
+HEAD_BYTES_MAX = 262_144  # of an answer's head
+INTERIM_MAX = 16  # 1xx answers before the final one
+
+
+class UpstreamFaultError(Exception):
+    """The upstream's bytes are not an answer we can pass on; the message says why."""
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """A connection that is idle (``exchange is None``) or serves exactly one exchange."""
+
+    __slots__ = (
+        "_file",
+        "_interim_count",
+        "_is_tls",
+        "_parser",
+        "_poll",
+        "connection",
+        "content_length",
+        "content_type",
+        "exchange",
+        "fields",
+        "has_buffering_field",
+        "has_head",
+        "head_bytes",
+        "idle_until_s",
+        "is_babbling",
+        "is_chunked",
+        "is_complete",
+        "is_reused",
+        "is_until_close",
+        "keeps_alive",
+        "origin",
+        "parts",
+        "status",
+        "transport",
+        "tunnel_bytes",
+        "upgrade",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, origin: "Origin") -> None:
+        self.origin = origin
+        self.exchange: Exchange | None = None
+        self.idle_until_s = 0.0
+        self.is_reused = False
+        self._parser = httptools.HttpResponseParser(self)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.status = 0
+        self.fields: list[Field] = []
+        self.parts: list[bytes] = []
+        self.content_length = -1
+        self.content_type = b""
+        self.connection = b""
+        self.upgrade = b""
+        self.is_chunked = False
+        self.is_complete = False
+        self.is_until_close = False
+        self.is_babbling = False
+        self.has_head = False
+        self.has_buffering_field = False
+        self.keeps_alive = False
+        self.head_bytes = 0
+        self._interim_count = 0
+
+    # -- the connection ---------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Remember the transport and how to ask the kernel whether anything waits on it."""
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "pause_reading")
+        self.transport = transport  # type: ignore[assignment]
+        self._file = transport.get_extra_info("socket").fileno()
+        self._poll = select.poll()
+        self._poll.register(self._file, select.POLLIN | select.POLLRDHUP)
+
+    def is_silent(self) -> bool:
+        """Tell whether nothing has arrived on this idle connection, not even an end of file."""
+        return not self._poll.poll(0) and not self.transport.is_closing()
+
+    def send(self, exchange: "Exchange", data: bytes) -> None:
+        """Start serving `exchange` with the bytes of its request's head (and body, so far)."""
+        self.exchange = exchange
+        self.transport.write(data)
+
+    def release(self, now_s: float) -> None:
+        """The exchange is over: keep the connection if the answer ended cleanly, else close it."""
+        self.exchange = None
+        if self.keeps_alive and self.is_complete and not self.is_babbling and not self.transport.is_closing():
+            self.is_reused = True
+            self._reset()
+            self.origin.give(self, now_s)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Drop the connection at once; the upstream sees a reset and stops working."""
+        self.exchange = None
+        self.transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Tell the pool, and the exchange if one was waiting."""
+        self.origin.forget(self)
+        exchange, self.exchange = self.exchange, None
+        if exchange is None:
+            return
+        if self.is_until_close and error is None:
+            self.is_complete = True
+            exchange.relay(self)
+        else:
+            exchange.upstream_lost(self)
+
+    def eof_received(self) -> bool:
+        """Close; `connection_lost` tells what the end means."""
+        return False
+
+    def pause_writing(self) -> None:
+        """The upstream takes no more: stop reading the upload."""
+        if self.exchange is not None:
+            self.exchange.block_upload()
+
+    def resume_writing(self) -> None:
+        """The upstream takes bytes again."""
+        if self.exchange is not None:
+            self.exchange.unblock_upload()
+
+    # -- the answer -------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, then let the exchange pass on whatever this read brought, in one write."""
+        exchange = self.exchange
+        if exchange is None:  # nobody asked
+            self.abort()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self.tunnel_bytes = data[upgrade.args[0] :]
+            if exchange.is_upgrade:
+                exchange.switch_protocols(self)
+            else:
+                exchange.upstream_faulted(self, "it switched protocols unasked")
+            return
+        except httptools.HttpParserError as error:
+            self.is_babbling = True
+            if not self.is_complete:
+                exchange.upstream_faulted(self, _reason(error))
+                return
+        if not self.has_head:
+            self.head_bytes += len(data)
+            if self.head_bytes > HEAD_BYTES_MAX:
+                exchange.upstream_faulted(self, f"its head is over {HEAD_BYTES_MAX} bytes")
+            return
+        if self.parts or self.is_complete or not exchange.has_sent_head:
+            exchange.relay(self)
+
+    def on_message_begin(self) -> None:
+        """A second answer to one request is none of the next caller's."""
+        if self.is_complete:
+            self.is_babbling = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Sort one field. Trailers (fields after the head) are dropped, RFC 9110 §6.5.1."""
+        if self.has_head:
+            return
+        rule = response_rules.get(name)
+        if rule is None:
+            rule = classify_response(name)
+        if not rule:
+            self.fields.append((name, value))
+        elif rule == LENGTH:
+            self.content_length = int(value)
+        elif rule == CONTENT_TYPE:
+            self.content_type = value
+            self.fields.append((name, value))
+        elif rule == CODING:
+            if value.lower() != b"chunked":
+                raise UpstreamFaultError(f"transfer coding {value[:40]!r} is not supported")
+            self.is_chunked = True
+        elif rule == CONNECTION:
+            self.connection = self.connection + b"," + value if self.connection else value
+        elif rule == BUFFERING:
+            self.has_buffering_field = True
+            self.fields.append((name, value))
+        elif rule == UPGRADE:
+            self.upgrade = value
+        else:
+            assert rule in (DROP, REQUEST_ID)
+
+    def on_headers_complete(self) -> None:
+        """Settle how the body is framed."""
+        parser = self._parser
+        self.status = status = parser.get_status_code()
+        if len(self.fields) > FIELDS_MAX:
+            raise UpstreamFaultError(f"its head has over {FIELDS_MAX} fields")
+        if status < 200:
+            self._interim_count += 1
+            if self._interim_count > INTERIM_MAX:
+                raise UpstreamFaultError(f"it sent over {INTERIM_MAX} interim answers")
+            return
+        if not self.is_complete:
+            self.has_head = True
+            self.keeps_alive = parser.should_keep_alive()
+            exchange = self.exchange
+            assert exchange is not None
+            if exchange.method == b"HEAD":
+                # The parser cannot be told that no body follows: answer now and use this connection no more.
+                self.is_complete = True
+                self.keeps_alive = False
+                self.parts.clear()
+            elif self.content_length < 0 and not self.is_chunked and status not in (204, 304):
+                self.is_until_close = True
+
+    def on_body(self, body: bytes) -> None:
+        """Collect what this read brought; `data_received` passes it on."""
+        if not self.is_complete:
+            self.parts.append(body)
+        else:
+            self.is_babbling = True
+
+    def on_message_complete(self) -> None:
+        """The answer is whole, or an interim one is."""
+        if self.status >= 200:
+            self.is_complete = True
+            return
+        if self.status == 101:
+            return
+        fields, self.fields = self.fields, []
+        self.content_length = -1
+        self.connection = b""
+        if self.exchange is not None and self.status != 100:  # 100 answers an Expect of ours: we send none
+            self.exchange.relay_interim(self.status, fields)
+        self.status = 0
+
+
+def _reason(error: httptools.HttpParserError) -> str:
+    cause: Any = error.__context__
+    if isinstance(cause, UpstreamFaultError):
+        return str(cause)
+    if cause is not None and not isinstance(cause, httptools.HttpParserError):
+        raise cause
+    return f"its answer is not valid HTTP/1.1 ({str(error).lower()[:80]})"

@@ -1,0 +1,285 @@
+"""The supervisor: holds the listening sockets, starts control and the workers, restarts what dies.
+
+It is a plain loop over signals, without an event loop or threads, so that there is little that can fail. The
+sockets stay open here: when a child dies, new connections wait in the backlog until its successor
+accepts, and none is refused. Children stop with the supervisor because their lifeline pipe reads end of file.
+"""
+
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from gpuproxy.config import Config, load
+from gpuproxy.errors import ConfigError, PluginError
+from gpuproxy.observe.logs import configure_logs
+from gpuproxy.plugin import load_plugins
+from gpuproxy.process import Boot
+
+_log = structlog.get_logger("gpuproxy.supervisor")
+
+BACKLOG = 4096
+START_S = 30.0  # a child that is not ready by then is killed
+STOP_GRACE_S = 15.0  # on top of drain_s, before what is left is killed
+RESTART_PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # by the number of deaths in the last minute
+CONTROL = -1
+
+_CHILD_MODULES = {True: "gpuproxy.control.app", False: "gpuproxy.proxy.worker"}
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+
+class Child:
+    """A running child process and its end of the ready pipe."""
+
+    def __init__(self, slot: int, process: subprocess.Popen[bytes], ready_fd: int) -> None:
+        self.slot = slot
+        self.process = process
+        self.ready_fd = ready_fd
+
+    def await_ready(self, deadline_s: float) -> bool:
+        """Wait until the child reports ready; False if it died or took too long."""
+        readable, _, _ = select.select([self.ready_fd], [], [], max(0.0, deadline_s - time.monotonic()))
+        is_ready = bool(readable) and os.read(self.ready_fd, 1) == b"1"
+        os.close(self.ready_fd)
+        return is_ready
+
+
+class Supervisor:
+    """Starts, watches and stops the children of one gateway."""
+
+    def __init__(self, config_path: Path | None, config: Config) -> None:
+        self._config_path = config_path
+        self._config = config
+        self._children: dict[int, Child] = {}  # by slot
+        self._leaving: list[Child] = []  # recycled, still draining
+        self._deaths: dict[int, list[float]] = {}
+        self._restart_at: dict[int, float] = {}
+        self._directory = Path(tempfile.mkdtemp(prefix="gpuproxy-"))  # short: socket paths have 107 bytes
+        self._lifeline_read, self._lifeline_write = os.pipe()
+        self._control_socket = self._unix_socket("control.sock")
+        self._link_socket = self._unix_socket("link.sock")
+        self._sockets = _listening_sockets(config.server.host, config.server.port, config.server.workers)
+
+    @property
+    def address(self) -> str:
+        """Return the URL the gateway is reached at."""
+        host, port = self._sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; return the exit code."""
+        try:
+            if not self._start_all():
+                return 1
+            print(f"listening on {self.address}", flush=True)
+            notify("READY=1")
+            while True:
+                info = signal.sigtimedwait(_SIGNALS, self._until_restart_s())
+                if info is None or info.si_signo == signal.SIGCHLD:
+                    self._reap()
+                    self._restart_due()
+                elif info.si_signo == signal.SIGHUP:
+                    self._recycle()
+                else:
+                    return 0
+        finally:
+            notify("STOPPING=1")
+            self._stop_all()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    # -- children -------------------------------------------------------------------------------------------
+
+    def _start_all(self) -> bool:
+        slots = [CONTROL, *range(self._config.server.workers)]
+        deadline_s = time.monotonic() + START_S
+        for slot in slots:
+            self._children[slot] = self._spawn(slot)
+        for slot in slots:
+            if not self._children[slot].await_ready(deadline_s):
+                _log.error("child did not start", child=_name(slot))
+                return False
+        return True
+
+    def _spawn(self, slot: int) -> Child:
+        is_control = slot == CONTROL
+        boot_read, boot_write = os.pipe()
+        ready_read, ready_write = os.pipe()
+        listen_fd = self._control_socket.fileno() if is_control else self._sockets[slot].fileno()
+        link_fd = self._link_socket.fileno() if is_control else -1
+        boot = Boot(
+            self._config,
+            slot,
+            listen_fd,
+            link_fd,
+            str(self._directory / "link.sock"),
+            str(self._directory / "control.sock"),
+            ready_write,
+            self._lifeline_read,
+        )
+        inherited = [fd for fd in (boot_read, ready_write, self._lifeline_read, listen_fd, link_fd) if fd >= 0]
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", _CHILD_MODULES[is_control], str(boot_read)], pass_fds=inherited
+        )
+        os.close(boot_read)
+        os.close(ready_write)
+        with os.fdopen(boot_write, "wb") as pipe:
+            pipe.write(msgspec.msgpack.encode(boot))
+        return Child(slot, process, ready_read)
+
+    def _reap(self) -> None:
+        self._leaving = [child for child in self._leaving if child.process.poll() is None]
+        for slot, child in list(self._children.items()):
+            if child.process.poll() is None:
+                continue
+            del self._children[slot]
+            now_s = time.monotonic()
+            recent = [at_s for at_s in self._deaths.get(slot, ()) if now_s - at_s < 60] + [now_s]
+            self._deaths[slot] = recent
+            pause_s = RESTART_PAUSES_S[min(len(recent) - 1, len(RESTART_PAUSES_S) - 1)]
+            self._restart_at[slot] = now_s + pause_s
+            _log.error("child died", child=_name(slot), code=child.process.returncode, restart_in_s=pause_s)
+
+    def _restart_due(self) -> None:
+        now_s = time.monotonic()
+        for slot in [slot for slot, at_s in self._restart_at.items() if at_s <= now_s]:
+            del self._restart_at[slot]
+            child = self._spawn(slot)
+            os.close(child.ready_fd)  # if it fails it dies, and is seen as dead
+            self._children[slot] = child
+
+    def _until_restart_s(self) -> float:
+        if not self._restart_at:
+            return 60.0
+        return max(0.0, min(self._restart_at.values()) - time.monotonic())
+
+    def _recycle(self) -> None:
+        """Put a new generation of children on the same sockets, then let the old one drain."""
+        try:
+            config = load(self._config_path, os.environ)
+            load_plugins(config.plugins.enabled)
+        except (ConfigError, PluginError) as error:
+            _log.error("configuration refused, the old one stays", faults=str(error))
+            return
+        if config.server != self._config.server:
+            _log.warning("changes of [server] need a restart; the others are taken")
+            config = msgspec.structs.replace(config, server=self._config.server)
+        notify("RELOADING=1")
+        self._config = config
+        for slot in sorted(self._children):
+            self._replace(slot)
+        notify("READY=1")
+
+    def _replace(self, slot: int) -> None:
+        old = self._children[slot]
+        new = self._spawn(slot)
+        if not new.await_ready(time.monotonic() + START_S):
+            _log.error("new child did not start, the old one stays", child=_name(slot))
+            new.process.kill()
+            new.process.wait()
+            return
+        self._children[slot] = new
+        self._leaving.append(old)
+        old.process.terminate()
+
+    def _stop_all(self) -> None:
+        workers = [child for slot, child in self._children.items() if slot != CONTROL] + self._leaving
+        deadline_s = time.monotonic() + self._config.server.drain_s + STOP_GRACE_S
+        _stop(workers, deadline_s)  # first, so that control can take in their last receipts
+        _stop([child for slot, child in self._children.items() if slot == CONTROL], deadline_s + STOP_GRACE_S)
+
+    def _unix_socket(self, name: str) -> socket.socket:
+        unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        unix.bind(str(self._directory / name))
+        unix.listen(BACKLOG)
+        return unix
+
+
+def _stop(children: list[Child], deadline_s: float) -> None:
+    for child in children:
+        if child.process.poll() is None:
+            child.process.terminate()
+    for child in children:
+        try:
+            child.process.wait(max(0.1, deadline_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _log.error("child did not stop in time, killed", child=_name(child.slot))
+            child.process.kill()
+            child.process.wait()
+
+
+def _name(slot: int) -> str:
+    return "control" if slot == CONTROL else f"worker {slot}"
+
+
+def _listening_sockets(host: str, port: int, count: int) -> list[socket.socket]:
+    inherited = _inherited_socket()
+    if inherited is not None:
+        return [inherited] * count
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sockets: list[socket.socket] = []
+    for _ in range(count):
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if not sockets:
+            _refuse_taken_port(family, host, port)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listening.bind((host, port))
+        port = listening.getsockname()[1]
+        listening.listen(BACKLOG)
+        sockets.append(listening)
+    return sockets
+
+
+def _refuse_taken_port(family: int, host: str, port: int) -> None:
+    # without this a second gateway of the same user would silently share the port
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+
+
+def _inherited_socket() -> socket.socket | None:
+    """Return the socket systemd hands over, if any (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
+        return None
+    return socket.socket(fileno=3)
+
+
+def notify(state: str) -> None:
+    """Tell systemd about the state, if it asked for that (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    message = f"{state}\nMONOTONIC_USEC={time.monotonic_ns() // 1000}" if state == "RELOADING=1" else state
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
+        unix.sendto(message.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def serve(config_path: Path | None) -> int:
+    """Run a gateway from a configuration file; return the exit code. Raises ConfigError."""
+    config = load(config_path, os.environ)
+    configure_logs(config.log)
+    try:
+        load_plugins(config.plugins.enabled)
+    except PluginError as error:
+        raise ConfigError([str(error)]) from error
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    Path(config.server.data_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        supervisor = Supervisor(config_path, config)
+    except OSError as error:
+        place = f"{config.server.host}:{config.server.port}"
+        print(
+            f"gpuproxy: cannot listen on {place}: {error.strerror}; set another [server] port",
+            file=sys.stderr,
+        )
+        return 1
+    return supervisor.run()
