@@ -180,13 +180,8 @@ def _is_stateless(request: web.Request, body: dict[str, Any]) -> bool:
 def _check_envelope(request: web.Request, body: dict[str, Any]) -> None:
     """Refuse a stateless call whose headers and body disagree (MCP 2026-07-28 Streamable HTTP)."""
     meta = _params(body).get("_meta")
-    if (
-        not isinstance(meta, dict)
-        or not {f"{META}protocolVersion", f"{META}clientCapabilities"} <= meta.keys()
-    ):
-        raise RpcError(
-            INVALID_PARAMS, f"params._meta needs {META}protocolVersion and {META}clientCapabilities"
-        )
+    if not isinstance(meta, dict) or not {f"{META}protocolVersion", f"{META}clientCapabilities"} <= meta.keys():
+        raise RpcError(INVALID_PARAMS, f"params._meta needs {META}protocolVersion and {META}clientCapabilities")
     version = meta[f"{META}protocolVersion"]
     mirrored = {"MCP-Protocol-Version": version, "Mcp-Method": body["method"]}
     if body["method"] == "tools/call":
@@ -209,9 +204,7 @@ def _decoded(header: str | None) -> str | None:
         return None
 
 
-def _call(
-    body: dict[str, Any], methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
-) -> dict[str, Any]:
+def _call(body: dict[str, Any], methods: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> dict[str, Any]:
     if body["method"] not in methods:
         raise RpcError(METHOD_NOT_FOUND, f"no method {body['method']!r}; known: {', '.join(methods)}")
     return methods[body["method"]](_params(body))
@@ -295,9 +288,7 @@ def _accepts_both(accept: str) -> bool:
     kinds = {part.partition(";")[0].strip().lower() for part in accept.split(",")}
     if "*/*" in kinds:
         return True
-    return bool(kinds & {"application/json", "application/*"}) and bool(
-        kinds & {"text/event-stream", "text/*"}
-    )
+    return bool(kinds & {"application/json", "application/*"}) and bool(kinds & {"text/event-stream", "text/*"})
 
 
 def _reply(

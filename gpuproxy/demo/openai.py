@@ -128,9 +128,7 @@ class OpenAi:
         told = generate((said or texts)[-1], asked, sum(len(tokens(text)) + 4 for text in texts))
         head = _head("chatcmpl", asked.model)
         if asked.stream:
-            return await self._stream(
-                request, asked, told, head | {"object": "chat.completion.chunk"}, _delta
-            )
+            return await self._stream(request, asked, told, head | {"object": "chat.completion.chunk"}, _delta)
         message = {"role": "assistant", "content": told.text(), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": told.finish_reason}
         return json_answer({**head, "object": "chat.completion", "choices": [choice], "usage": told.usage()})
@@ -153,9 +151,7 @@ class OpenAi:
         texts = _texts(asked.input)
         encode = _base64 if asked.encoding_format == "base64" else list
         vectors = [encode(embedding(text, asked.dimensions)) for text in texts]
-        rows = [
-            {"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)
-        ]
+        rows = [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)]
         count = sum(len(tokens(text)) for text in texts)
         usage = {"prompt_tokens": count, "total_tokens": count}
         return json_answer({"object": "list", "data": rows, "model": asked.model, "usage": usage})
