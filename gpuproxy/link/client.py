@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 import structlog
 
@@ -70,10 +71,10 @@ class LinkClient(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Introduce this worker."""
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = cast(asyncio.Transport, transport)
         self._reader = FrameReader()
         self.is_connected = True
-        transport.write(frame(self._hello))  # type: ignore[attr-defined]
+        self._transport.write(frame(self._hello))
         self.on_reconnect()
 
     def data_received(self, data: bytes) -> None:

@@ -7,7 +7,7 @@ not plain HTTP/1.x is refused and the connection closed; nothing of it has reach
 import asyncio
 import select
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import httptools
 import structlog
@@ -115,7 +115,7 @@ class Downstream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the client in, or turn it away when there are too many."""
-        self.transport = transport  # type: ignore[assignment]
+        self.transport = cast(asyncio.Transport, transport)
         plane = self.plane
         if len(plane.downstreams) >= plane.config.limits.connections_max or plane.is_draining:
             self.transport.abort()

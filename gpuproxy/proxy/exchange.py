@@ -252,8 +252,8 @@ class Exchange:
             return GatewayError(route.code, route.fault)
         if route.kind == ENVELOPE and self.method != b"POST":
             return GatewayError("METHOD_NOT_ALLOWED", f"{route.shown} takes POST with a JSON envelope")
-        if grant.scopes and "proxy" not in grant.scopes:
-            return GatewayError("FORBIDDEN", "this API key lacks the scope 'proxy'")
+        if grant.scopes and "inference" not in grant.scopes:
+            return GatewayError("FORBIDDEN", "this API key lacks the scope 'inference'")
         if self.plane.journal.is_full:
             return GatewayError("JOURNAL_FULL", "usage cannot be recorded at the moment; try again", 5)
         if self.content_length > limits.body_bytes_max:
@@ -283,7 +283,7 @@ class Exchange:
         self._body.append(data)
         if self._needs_body:
             if self.request_bytes > limits.buffered_body_bytes_max:
-                message = f"the body is over {limits.buffered_body_bytes_max} bytes, the limit where routing needs it whole"
+                message = f"the body is over {limits.buffered_body_bytes_max} bytes, the most routing may hold"
                 self.refuse(GatewayError("BODY_TOO_LARGE", message))
             elif not self.is_received:
                 self.downstream.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s

@@ -7,7 +7,7 @@ it (D21); extra bytes after an answer, or a framing we do not fully understand, 
 
 import asyncio
 import select
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 
@@ -102,8 +102,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Remember the transport and how to ask the kernel whether anything waits on it."""
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "pause_reading")
-        self.transport = transport  # type: ignore[assignment]
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
         self._file = transport.get_extra_info("socket").fileno()
         self._poll = select.poll()
         self._poll.register(self._file, select.POLLIN | select.POLLRDHUP)
