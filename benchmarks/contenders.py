@@ -119,7 +119,10 @@ def gpuproxy(upstream_port: int, cpu: int, home: Path) -> Iterator[Contender]:
     key = _run_gateway_command(environment, "key", "create", "--user", email)
     with started([*_GATEWAY, "serve", "-c", str(config)], cpu, log, environment) as process:
         wait_until(lambda: _is_healthy(port), process, log, "gpuproxy")
-        yield Contender("gpuproxy", process.pid, _worker_of(process.pid), port, port, key)
+        try:
+            yield Contender("gpuproxy", process.pid, _worker_of(process.pid), port, port, key)
+        except BenchmarkError as error:
+            raise BenchmarkError(f"{error}\nThe gateway's log ends with:\n{tail(log)}") from error
 
 
 def receipt_count(gateway: Contender) -> int:
