@@ -34,7 +34,7 @@ from gpuproxy.store.migrate import upgrade
 EMAIL, CREDIT_USD = "demo@example.com", "10.00"
 QUESTION = "Why does streaming make an answer feel fast?"
 HOST = "127.0.0.1"
-START_S, STOP_S, CALL_S, RECEIPT_S = 20.0, 15.0, 30.0, 10.0
+START_S, STOP_S, CALL_S, RECEIPT_S = 40.0, 35.0, 30.0, 10.0
 LOOK_S = 0.2  # how often the gateway's log is looked at while it runs
 CONFIG = """\
 [server]
