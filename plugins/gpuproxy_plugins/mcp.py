@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import msgspec
-from msgspec import Raw, Struct
 
 from gpuproxy.plugin import (
     Call,
@@ -51,15 +50,7 @@ RPC_CODES = {
 }
 
 
-class _Message(Struct, gc=False):
-    """What tells a JSON-RPC response from a request."""
-
-    method: Raw | None = None
-    result: Raw | None = None
-    error: Raw | None = None
-
-
-_decode_message = msgspec.json.Decoder(_Message).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Mcp:
@@ -116,10 +107,10 @@ class Mcp:
 
 def _is_response(payload: bytes) -> bool:
     try:
-        message = _decode_message(payload)
+        message = _decode_fields(payload)
     except (ValueError, RecursionError):
         return False
-    return message.method is None and (message.result is not None or message.error is not None)
+    return "method" not in message and ("result" in message or "error" in message)
 
 
 def register(registry: Registry) -> None:

@@ -62,9 +62,7 @@ def _explained(call: Call, error: Exception) -> GatewayError:
     encoding = call.header(b"content-encoding") or b"identity"
     if encoding.lower() != b"identity":
         what = encoding.decode("latin-1")
-        return GatewayError(
-            "BAD_REQUEST", f"content-encoding {what!r} hides the model; send the body uncompressed"
-        )
+        return GatewayError("BAD_REQUEST", f"content-encoding {what!r} hides the model; send the body uncompressed")
     size_bytes = len(call.body or b"")
     if size_bytes == 0:
         return GatewayError("INVALID_JSON", "the body is empty; send a JSON object with `model` (byte 0)")
@@ -95,7 +93,7 @@ def intent_of_path(path: bytes) -> Intent:
     ``/v2/models/{m}/…``, ``/v2/repository/models/{m}/…``, ``/v1/models/{m}``, ``/v1/realtime?model={m}``.
     """
     route, _, query = path.partition(b"?")
-    _, version, *segments = route.split(b"/")
+    version, *segments = route.removeprefix(b"/").split(b"/")
     if segments[:1] == [b"repository"]:
         del segments[0]
     if segments[:1] == [b"models"] and len(segments) > 1:

@@ -6,26 +6,16 @@ First match wins: ``messages``, ``input``, ``prompt``, tensor ``inputs``, ``text
 from urllib.parse import quote
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from gpuproxy.plugin import Call, GatewayError
 
 Fields = dict[str, Raw]
 
 _decode_fields = msgspec.json.Decoder(Fields).decode
+_decode_list = msgspec.json.Decoder(list[Fields]).decode
 _decode_string = msgspec.json.Decoder(str).decode
 _KNOWN = "messages, input, prompt, inputs, text_input"
-
-
-class _Item(Struct, gc=False):
-    """The first item of a list: what tells a typed message or a tensor."""
-
-    type: Raw | None = None
-    role: Raw | None = None
-    datatype: Raw | None = None
-
-
-_decode_items = msgspec.json.Decoder(list[_Item]).decode
 
 
 def completed_path(call: Call) -> bytes | None:
@@ -40,9 +30,7 @@ def completed_path(call: Call) -> bytes | None:
     found = _route(call, call.body)
     if base == b"":
         if found is None:
-            raise GatewayError(
-                "BAD_REQUEST", f"target_url has no path and the body none of {_KNOWN}; name the path"
-            )
+            raise GatewayError("BAD_REQUEST", f"target_url has no path and the body none of {_KNOWN}; name the path")
         return found + mark + query
     if found is None or not found.startswith(b"/v1/"):
         return None
@@ -65,9 +53,7 @@ def _route(call: Call, body: bytes) -> bytes | None:
 
 
 def _chat_route(call: Call, fields: Fields) -> bytes:
-    is_anthropic = (
-        "system" in fields or "anthropic_version" in fields or call.header(b"anthropic-version") is not None
-    )
+    is_anthropic = "system" in fields or "anthropic_version" in fields or call.header(b"anthropic-version") is not None
     return b"/v1/messages" if is_anthropic else b"/v1/chat/completions"
 
 
@@ -91,10 +77,10 @@ def _v2_route(call: Call, fields: Fields) -> bytes | None:
 
 def _has_tensors(inputs: Raw) -> bool:
     try:
-        items = _decode_items(inputs)
+        items = _decode_list(inputs)
     except (ValueError, RecursionError):
         return False
-    return bool(items) and items[0].datatype is not None
+    return bool(items) and "datatype" in items[0]
 
 
 def _model(fields: Fields) -> bytes:

@@ -1,0 +1,217 @@
+"""Usage is read from every dialect, whole or streamed, the same however the bytes arrive."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from gpuproxy_plugins.openinference import OpenInference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpuproxy.plugin import TAIL_BYTES, Call, Usage
+
+OPEN = OpenInference()
+CALL = Call(b"POST", b"/v1/chat/completions", [], b"{}")
+JSON = b"application/json; charset=utf-8"
+SSE = b"text/event-stream"
+
+
+def read(content_type: bytes, *chunks: bytes) -> Usage | None:
+    reader = OPEN.reader(CALL, 200, content_type)
+    assert reader is not None
+    for chunk in chunks:
+        reader.feed(chunk)
+    return reader.finish()
+
+
+def bytewise(body: bytes) -> list[bytes]:
+    return [body[at : at + 1] for at in range(len(body))]
+
+
+def stream(*events: Any, end: bytes = b"\n", names: bool = False) -> bytes:
+    """Return the events as a stream with the given line end; bytes are data as they are."""
+    lines: list[bytes] = []
+    for event in events:
+        data = event if isinstance(event, bytes) else json.dumps(event, separators=(",", ":")).encode()
+        if names and isinstance(event, dict):
+            lines.append(b"event: " + str(event.get("type")).encode())
+        lines += [b"data: " + data, b""]
+    return end.join(lines) + end
+
+
+def token(text: str, **more: Any) -> dict[str, Any]:
+    return {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": text}}], **more}
+
+
+OPENAI = [token("Hel"), token("lo"), {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}, b"[DONE]"]
+NULLS = [token("Hel", usage=None), token("lo", usage=None), *OPENAI[2:]]
+CONTINUOUS = [token("a", usage={"prompt_tokens": 3, "completion_tokens": n}) for n in range(1, 6)]
+ZEROS = [token("a", usage={"prompt_tokens": 0, "completion_tokens": 0}), *OPENAI]
+QUOTED = [token('she said "usage":{"prompt_tokens":99}'), token('"usage"'), *OPENAI]
+ANTHROPIC = [
+    {
+        "type": "message_start",
+        "message": {
+            "usage": {
+                "input_tokens": 10,
+                "cache_creation_input_tokens": 20,
+                "cache_read_input_tokens": 30,
+                "output_tokens": 1,
+            }
+        },
+    },
+    {"type": "ping"},
+    {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Hi"}},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 4}},
+    {"type": "message_delta", "delta": {}, "usage": {"input_tokens": None, "output_tokens": 7}},
+    {"type": "message_stop"},
+]
+
+
+def responses(status: str) -> list[Any]:
+    usage = {"input_tokens": 12, "output_tokens": 8, "input_tokens_details": {"cached_tokens": 4}}
+    return [
+        {"type": "response.created", "response": {"id": "r", "usage": None}},
+        {"type": "response.output_text.delta", "delta": "Hi"},
+        {"type": f"response.{status}", "response": {"id": "r", "status": status, "usage": usage}},
+    ]
+
+
+STREAMS: list[tuple[list[Any], Usage | None]] = [
+    (OPENAI, Usage(3, 0, 5)),
+    (NULLS, Usage(3, 0, 5)),
+    (CONTINUOUS, Usage(3, 0, 5)),
+    (ZEROS, Usage(3, 0, 5)),
+    (QUOTED, Usage(3, 0, 5)),
+    (ANTHROPIC, Usage(60, 30, 7)),
+    (responses("completed"), Usage(12, 4, 8)),
+    (responses("incomplete"), Usage(12, 4, 8)),
+    (responses("failed"), Usage(12, 4, 8)),
+    ([{"type": "transcript.text.done", "usage": {"input_tokens": 2, "output_tokens": 3}}], Usage(2, 0, 3)),
+    ([{"response": "text", "usage": {"prompt_tokens": 1}}], Usage(1, 0, 0)),
+    ([{"usage": {"prompt_tokens": 0, "completion_tokens": 0}}], Usage(0, 0, 0)),
+    ([token("a"), b"[DONE]"], None),
+    ([{"error": {"message": "x"}}, b"[DONE]"], None),
+    ([{"usage": "much"}, {"usage": {}}, b'{"usage":{"prompt_tokens":1'], None),
+]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
+@pytest.mark.parametrize(("events", "usage"), STREAMS)
+def test_a_stream_tells_the_same_in_one_piece_byte_by_byte_and_event_by_event(
+    events: list[Any], usage: Usage | None, end: bytes
+) -> None:
+    body = b": PROCESSING" + end + end + stream(*events, end=end, names=True)
+    assert read(SSE, body) == usage
+    assert read(SSE, *bytewise(body)) == usage
+    assert read(SSE, *[piece + end + end for piece in body.split(end + end)]) == usage
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    events=st.lists(st.sampled_from([*OPENAI, *NULLS, *QUOTED, *ANTHROPIC, *responses("completed")]), max_size=8),
+    end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    cuts=st.lists(st.integers(0, 1_500), max_size=12),
+)
+def test_a_stream_tells_the_same_under_any_splitting(events: list[Any], end: bytes, cuts: list[int]) -> None:
+    body = stream(*events, end=end)
+    borders = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
+    assert read(SSE, *(body[start:stop] for start, stop in pairwise(borders))) == read(SSE, body)
+
+
+def test_the_final_event_may_lack_its_empty_line() -> None:
+    assert read(SSE, stream(*OPENAI[:3]).rstrip()) == Usage(3, 0, 5)
+
+
+def test_a_cut_stream_tells_what_came_last() -> None:
+    assert read(SSE, stream(*ANTHROPIC[:3])) == Usage(60, 30, 1)
+
+
+def test_data_over_several_lines_is_joined() -> None:
+    assert read(SSE, b'data: {"usage":\ndata: {"prompt_tokens":3}}\n\n') == Usage(3, 0, 0)
+
+
+def test_usage_at_the_end_of_an_event_too_long_to_hold_is_still_read() -> None:
+    event = {"type": "response.completed", "response": {"output": "x" * 400_000, "usage": {"input_tokens": 9}}}
+    body = stream(event)
+    assert read(SSE, body) == Usage(9, 0, 0)
+    assert read(SSE, *(body[at : at + 4_096] for at in range(0, len(body), 4_096))) == Usage(9, 0, 0)
+
+
+def test_an_endless_event_does_not_hide_the_next() -> None:
+    assert read(SSE, *[b"data: " + b"x" * 60_000] * 20, b"\n\n", stream(*OPENAI)) == Usage(3, 0, 5)
+
+
+ANSWERS: list[tuple[Any, Usage | None]] = [
+    ({"usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}}, Usage(3, 0, 5)),
+    ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}}, Usage(3, 2, 0)),
+    ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": None, "completion_tokens": None}}, Usage(3, 0, 0)),
+    (
+        {"usage": {"input_tokens": 12, "output_tokens": 8, "input_tokens_details": {"cached_tokens": 4}}},
+        Usage(12, 4, 8),
+    ),
+    ({"usage": {"input_tokens": 1, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 3}}, Usage(6, 2, 0)),
+    ({"message": "text", "response": "text", "usage": {"prompt_tokens": 3}}, Usage(3, 0, 0)),
+    ({"model": "m", "message": {}, "prompt_eval_count": 7, "eval_count": 9}, Usage(7, 0, 9)),
+    ({"usage": {"prompt_tokens": 2, "prompt_tokens_details": {"cached_tokens": 5}}}, Usage(2, 2, 0)),
+    ({"usage": {"type": "duration", "seconds": 3}}, None),
+    ({"usage": {"prompt_tokens": -1}}, None),
+    ({"usage": {"prompt_tokens": 10**30}}, None),
+    ({"usage": {"prompt_tokens": "3"}}, None),
+    ({"usage": None}, None),
+    ({"choices": []}, None),
+    ([], None),
+]
+
+
+@pytest.mark.parametrize(("answer", "usage"), ANSWERS)
+def test_an_answer_tells_its_usage(answer: Any, usage: Usage | None) -> None:
+    body = json.dumps(answer).encode()
+    assert read(JSON, body) == usage
+    assert read(JSON, *bytewise(body)) == usage
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_of_a_large_answer_only_the_end_is_searched(indent: int | None) -> None:
+    data = [{"usage": None, "embedding": [0.5] * 50_000}]
+    answer = {"data": data, "note": 'a "usage": b', "usage": {"prompt_tokens": 3}, "service_tier": "x"}
+    body = json.dumps(answer, indent=indent).encode()
+    assert len(body) > TAIL_BYTES
+    assert read(JSON, body) == Usage(3, 0, 0)
+    assert read(JSON, *(body[at : at + 1_000] for at in range(0, len(body), 1_000))) == Usage(3, 0, 0)
+
+
+@pytest.mark.parametrize("size_bytes", [TAIL_BYTES - 1, TAIL_BYTES, TAIL_BYTES + 40, 2 * TAIL_BYTES + 1])
+def test_the_limit_does_not_depend_on_the_splitting(size_bytes: int) -> None:
+    head, tail = b'{"usage":{"prompt_tokens":3},"x":"', b'"}'
+    body = head + b"y" * (size_bytes - len(head) - len(tail)) + tail
+    halves = [body[: size_bytes // 2], body[size_bytes // 2 :]]
+    assert read(JSON, body) == read(JSON, *halves) == (Usage(3, 0, 0) if size_bytes <= TAIL_BYTES else None)
+
+
+@settings(deadline=None, max_examples=50)
+@given(cuts=st.lists(st.integers(0, 200_000), max_size=20), answer=st.sampled_from([one for one, _ in ANSWERS]))
+def test_an_answer_of_any_size_tells_the_same_under_any_splitting(cuts: list[int], answer: Any) -> None:
+    body = json.dumps({"pad": "x" * 150_000, "answer": answer, "usage": {"prompt_tokens": 3}}).encode()
+    borders = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
+    assert read(JSON, *(body[start:stop] for start, stop in pairwise(borders))) == Usage(3, 0, 0)
+
+
+def test_a_cut_answer_tells_nothing() -> None:
+    assert read(JSON, b'{"usage":{"prompt_tokens":3},"x":') is None
+    assert read(JSON) is None
+
+
+def test_json_lines_tell_usage_on_the_last_line_that_has_it() -> None:
+    lines = [{"message": {"content": "a"}, "done": False}] * 3 + [
+        {"done": True, "prompt_eval_count": 4, "eval_count": 6}
+    ]
+    body = b"\n".join(json.dumps(line).encode() for line in lines) + b"\n"
+    assert read(b"application/x-ndjson", body) == Usage(4, 0, 6)
+    assert read(b"application/x-ndjson", *bytewise(body)) == Usage(4, 0, 6)
+
+
+def test_an_answer_of_another_type_is_not_looked_at() -> None:
+    assert OPEN.reader(CALL, 200, b"audio/mpeg") is None
+    assert OPEN.reader(CALL, 200, b"") is None
