@@ -181,13 +181,9 @@ def report(measured: list[Measured], exactness: Exactness, console: Console) -> 
             verdict = "reached" if figure.is_reached else "NOT reached"
             told = f"{figure.ratio:.2f} x nginx, at most {figure.ratio_max:g}: {verdict}"
             console.print(f"{one.load.title}, CPU of {figure.name}: {told}", highlight=False, soft_wrap=True)
-    told = (
-        f"{exactness.receipts} receipts for {exactness.calls} answered calls, {exactness.probes} probes and"
-    )
+    told = f"{exactness.receipts} receipts for {exactness.calls} answered calls, {exactness.probes} probes and"
     verdict = "exact" if exactness.is_exact else "NOT exact"
-    console.print(
-        f"{told} up to {exactness.in_flight_max} cut in flight: {verdict}", highlight=False, soft_wrap=True
-    )
+    console.print(f"{told} up to {exactness.in_flight_max} cut in flight: {verdict}", highlight=False, soft_wrap=True)
 
 
 def as_json(measured: list[Measured], exactness: Exactness) -> str:
@@ -212,15 +208,12 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 @click.command(help="Compare the CPU cost of a call through gpuproxy with nginx's plain proxying.")
 @click.option("--rounds", default=4, show_default=True, type=click.IntRange(min=1), help="Rounds of each.")
-@click.option(
-    "--seconds", default=5, show_default=True, type=click.IntRange(min=1), help="Length of a round."
-)
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all rounds."
-)
+@click.option("--seconds", default=5, show_default=True, type=click.IntRange(min=1), help="Length of a round.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all rounds.")
 def main(rounds: int, seconds: int, json_file: Path | None) -> None:
     """Run the comparison; exits with 1 when it fails, not when a figure is missed."""
-    signal.signal(signal.SIGTERM, _leave)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     console = Console()
     try:
         check_programs()

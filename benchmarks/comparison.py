@@ -37,9 +37,7 @@ RATIO_MAX = {
 }
 
 
-def sample(
-    calls: int, elapsed_s: float, worker_cpu_s: float, all_cpu_s: float, p50_us: float, p99_us: float
-) -> Sample:
+def sample(calls: int, elapsed_s: float, worker_cpu_s: float, all_cpu_s: float, p50_us: float, p99_us: float) -> Sample:
     """Put one round into figures per call."""
     return Sample(
         worker_us=worker_cpu_s / calls * 1e6,
@@ -71,8 +69,7 @@ def figures(load_name: str, nginx: Sample, gateway: Sample) -> list[Figure]:
     """Return the figures for one kind of call; both are ratios to nginx's worker."""
     measured = {"worker": gateway.worker_us, "all processes": gateway.all_us}
     return [
-        Figure(name, measured[name] / nginx.worker_us, ratio_max)
-        for name, ratio_max in RATIO_MAX[load_name].items()
+        Figure(name, measured[name] / nginx.worker_us, ratio_max) for name, ratio_max in RATIO_MAX[load_name].items()
     ]
 
 

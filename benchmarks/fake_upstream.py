@@ -131,9 +131,7 @@ class _Rhythm:
         if not self._step_s:
             self._loop.call_soon(self._step)
             return
-        self._due_s = max(
-            self._due_s + self._step_s, self._loop.time()
-        )  # steps that came late are not caught up
+        self._due_s = max(self._due_s + self._step_s, self._loop.time())  # steps that came late are not caught up
         self._loop.call_at(self._due_s, self._step)
 
 

@@ -65,9 +65,7 @@ def test_a_plain_call_gets_one_small_completion_with_usage(upstream_port: int) -
 
 
 @pytest.mark.parametrize("kind", [load.SSE, load.SSE_BURST], ids=lambda kind: kind.name)
-def test_a_streamed_call_gets_34_events_the_last_with_usage_then_done(
-    upstream_port: int, kind: load.Load
-) -> None:
+def test_a_streamed_call_gets_34_events_the_last_with_usage_then_done(upstream_port: int, kind: load.Load) -> None:
     events = load.call_once(kind, upstream_port, "").split(b"\n\n")
     assert events.pop() == b""
     assert len(events) == 34
@@ -111,9 +109,7 @@ def test_a_connection_takes_one_call_after_the_other(upstream_port: int) -> None
 
 
 def test_calls_sent_ahead_are_answered_in_order(upstream_port: int) -> None:
-    received = exchange(
-        upstream_port, [post('{"stream":true,"user":"burst"}') + post("{}")], fake_upstream.JSON_BODY
-    )
+    received = exchange(upstream_port, [post('{"stream":true,"user":"burst"}') + post("{}")], fake_upstream.JSON_BODY)
     assert received.index(b"[DONE]") < received.index(b'"chat.completion"')
 
 
@@ -153,9 +149,7 @@ def test_the_cpu_time_of_a_busy_process_is_read() -> None:
 
 
 def test_the_cpu_time_of_a_tree_counts_children_alive_and_ended() -> None:
-    child = (
-        f"import subprocess, sys; command = [sys.executable, '-c', {busy(0.2)!r}]; subprocess.run(command)\n"
-    )
+    child = f"import subprocess, sys; command = [sys.executable, '-c', {busy(0.2)!r}]; subprocess.run(command)\n"
     alive = f"child = subprocess.Popen([sys.executable, '-c', {busy(0.2) + 'print(flush=True); input()'!r}],"
     alive += " stdin=subprocess.PIPE, stdout=subprocess.PIPE); child.stdout.readline()\n"
     end = "print(flush=True); input(); child.communicate(b'\\n')"
@@ -224,9 +218,7 @@ def test_a_process_that_dies_at_start_shows_its_log(tmp_path: Path) -> None:
 
 def told(**changes: int) -> str:
     fields = {"calls": 10, "duration_us": 2_000_000, "connect": 0, "read": 0, "write": 0, "status": 0}
-    return (
-        "Running 2s test\n" + json.dumps({**fields, "timeout": 0, "p50_us": 5, "p99_us": 9, **changes}) + "\n"
-    )
+    return "Running 2s test\n" + json.dumps({**fields, "timeout": 0, "p50_us": 5, "p99_us": 9, **changes}) + "\n"
 
 
 def test_the_last_line_of_wrk_is_the_result() -> None:
@@ -249,9 +241,7 @@ def test_a_run_without_answers_fails() -> None:
 # Arithmetic
 
 
-def one(
-    worker_us: float, *, all_us: float = 0.0, calls_per_s: float = 1.0, busy: float = 0.0
-) -> comparison.Sample:
+def one(worker_us: float, *, all_us: float = 0.0, calls_per_s: float = 1.0, busy: float = 0.0) -> comparison.Sample:
     return comparison.Sample(worker_us, all_us, calls_per_s, p50_us=worker_us, p99_us=worker_us, busy=busy)
 
 
@@ -281,9 +271,7 @@ def test_every_kind_of_call_has_its_figures() -> None:
     assert set(comparison.RATIO_MAX) == {kind.name for kind in load.LOADS}
 
 
-@pytest.mark.parametrize(
-    ("receipts", "is_exact"), [(101, False), (102, True), (166, True), (167, False)], ids=str
-)
+@pytest.mark.parametrize(("receipts", "is_exact"), [(101, False), (102, True), (166, True), (167, False)], ids=str)
 def test_receipts_may_exceed_answered_calls_by_those_cut_in_flight(receipts: int, is_exact: bool) -> None:
     assert comparison.is_exact(100, 2, receipts, 64) is is_exact
 
