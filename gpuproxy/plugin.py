@@ -67,7 +67,8 @@ class Call(Struct):
 class Intent(Struct):
     """Where a call wants to go: by model, or by the name of an upstream; and what is worth metering.
 
-    ``path`` replaces the call's path below the upstream's base URL (None keeps it).
+    ``path`` replaces the call's path and query below the upstream's base URL; None keeps them, and one that is
+    empty or begins with ``?`` means the base URL's own path.
     """
 
     model: str = ""
