@@ -189,9 +189,7 @@ def warnings(config: Config, environment: Mapping[str, str]) -> list[str]:
         if variable and not environment.get(variable):
             said.append(f"{place}.api_key_env: {variable} is not set, so no credential is sent; export it")
         if not upstream.verify_tls:
-            said.append(
-                f"{place}.verify_tls: any certificate is believed; name the right one in ca_file instead"
-            )
+            said.append(f"{place}.verify_tls: any certificate is believed; name the right one in ca_file instead")
     return said
 
 
@@ -233,9 +231,7 @@ def _override_names() -> list[str]:
     return [f"{PREFIX}{name}__{key}".upper() for name in SECTIONS for key in SECTIONS[name].__struct_fields__]
 
 
-def _override_one(
-    tree: dict[str, Any], variable: str, section: str, key: str, text: str, faults: Faults
-) -> None:
+def _override_one(tree: dict[str, Any], variable: str, section: str, key: str, text: str, faults: Faults) -> None:
     fields = msgspec.structs.fields(SECTIONS[section]) if section in SECTIONS else ()
     kinds = {field.name: field.type for field in fields}
     table = tree.setdefault(section, {}) if kinds else None

@@ -79,9 +79,7 @@ def read_struct(kind: type[AnyStruct], tree: Any, path: KeyPath, faults: Faults)
     for name in missing:
         faults.add(path, f'"{name}" is missing')
     values = {
-        name: _read(field.type, tree[name], (*path, name), faults)
-        for name, field in fields.items()
-        if name in tree
+        name: _read(field.type, tree[name], (*path, name), faults) for name, field in fields.items() if name in tree
     }
     return None if missing or None in values.values() else kind(**values)
 

@@ -56,9 +56,7 @@ def test_the_shipped_file_equals_the_defaults() -> None:
 
 def test_the_commented_upstreams_of_the_shipped_file_are_valid(tmp_path: Path) -> None:
     _, _, examples = (ROOT / "config.toml").read_text().partition("Repeat the block for each one.\n#\n")
-    config = load(
-        write(tmp_path, examples.replace("# [[", "[[").replace("\n# ", "\n").replace("\n#\n", "\n")), {}
-    )
+    config = load(write(tmp_path, examples.replace("# [[", "[[").replace("\n# ", "\n").replace("\n#\n", "\n")), {})
     assert [upstream.name for upstream in config.upstreams] == ["llm", "tools"]
     assert config.upstreams[0].headers == {"X-Team": "research"}
 
@@ -92,9 +90,7 @@ def test_all_faults_are_told_at_once_each_with_its_line(tmp_path: Path) -> None:
 
 
 def test_a_fault_in_a_list_over_several_lines_names_the_line_of_the_item(tmp_path: Path) -> None:
-    text = (
-        SAMPLE + '[[upstreams]]\nname = "x"\nprotocol = "mcp"\nurls = [\n  "http://a",\n  "http:///x",\n]\n'
-    )
+    text = SAMPLE + '[[upstreams]]\nname = "x"\nprotocol = "mcp"\nurls = [\n  "http://a",\n  "http:///x",\n]\n'
     assert faults(tmp_path, text) == [
         'config.toml:23: upstreams[2].urls[1]: "http:///x" has no host; write http://HOST[:PORT][/PATH]'
     ]
@@ -151,7 +147,7 @@ def test_a_url_that_is_no_base_is_refused(tmp_path: Path, url: str, complaint: s
         ('[egress]\nca_file = "/no/such"', '"/no/such" cannot be read: No such file'),
         ('[egress]\nconnect_to = { "a:1" = "b" }', '"b" is not HOST:PORT'),
         ('[egress]\nconnect_to = { "a:1" = 2 }', "expected a string"),
-        ('[log]\nlevel = "loud"', '"loud" is unknown; known: debug, info, warning, error'),
+        ('[log]\nlevel = "loud"', '"loud" is unknown; known: debug, info, warning, error, critical'),
         ('[log]\nformat = "xml"', '"xml" is unknown; known: text, json'),
         ('[plugins]\nenabled = [""]', "is empty"),
         ("[timeouts]\nidle_s = nan", "NaN does not fit: expected float > 0"),

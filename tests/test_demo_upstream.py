@@ -48,9 +48,7 @@ def test_a_stream_says_the_same_as_the_whole_answer_one_token_at_a_time(client: 
     whole = client.chat.completions.create(model="demo-chat", messages=PROMPT)
     options = {"include_usage": True}
     stream = list(
-        client.chat.completions.create(
-            model="demo-chat", messages=PROMPT, stream=True, stream_options=options
-        )
+        client.chat.completions.create(model="demo-chat", messages=PROMPT, stream=True, stream_options=options)
     )
     said = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
     assert "".join(piece or "" for piece in said) == whole.choices[0].message.content
@@ -186,9 +184,7 @@ async def test_the_mcp_sdk_lists_and_calls_tools(url: str, mode: str, version: s
 
 
 @pytest.mark.parametrize("mode", ["legacy", MODERN])
-async def test_wrong_arguments_are_a_tool_error_and_an_unknown_tool_a_protocol_error(
-    url: str, mode: str
-) -> None:
+async def test_wrong_arguments_are_a_tool_error_and_an_unknown_tool_a_protocol_error(url: str, mode: str) -> None:
     async with Client(streamable_http_client(f"{url}/mcp"), mode=mode) as client:
         assert (await client.call_tool("add", {"a": "2"})).is_error
         assert (await client.call_tool("roll_dice", {"count": 0})).is_error

@@ -110,12 +110,16 @@ def _tour(screen: Screen, directory: Path, upstream: str, once: bool, port: int)
         screen.say(f"Account           {EMAIL}, {CREDIT_USD} USD credit", "dim")
         screen.say(f"API key           {key}\n", "dim")
         _first_call(screen, gateway.url, key)
-        for title, text in snippets.all_of(gateway.url, key, upstream).items():
-            screen.say(f"\n# {title}", "bold cyan")
-            screen.say(text)
         if not once:
-            screen.say("\nThe gateway stays up; its log follows. Ctrl-C stops it.", "bold")
+            _show_snippets(screen, gateway.url, key, upstream)
             _follow(screen, gateway)
+
+
+def _show_snippets(screen: Screen, url: str, key: str, upstream: str) -> None:
+    for title, text in snippets.all_of(url, key, upstream).items():
+        screen.say(f"\n# {title}", "bold cyan")
+        screen.say(text)
+    screen.say("\nThe gateway stays up; its log follows. Ctrl-C stops it.", "bold")
 
 
 async def _open_account(store_url: str) -> str:
