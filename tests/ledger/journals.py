@@ -1,0 +1,80 @@
+"""Journal segments as a worker writes them, for the tests of their reader."""
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from zlib import crc32
+
+import msgspec
+
+from gpuproxy.types import Receipt
+
+DAY_NS = 86_400 * 10**9
+START_NS = 20_000 * DAY_NS  # 2024-10-04
+
+
+def receipt(number: int, **changes: object) -> Receipt:
+    """Return a finished call of user u1; `changes` replace fields."""
+    plain = Receipt(
+        id=f"r{number:08}",
+        request_id=f"q{number}",
+        started_ns=START_NS + number,
+        duration_us=900,
+        first_byte_us=700,
+        user_id="u1",
+        key_id="k1",
+        protocol="openinference",
+        upstream="llm",
+        model="m1",
+        method="POST",
+        path="/v1/chat/completions",
+        status=200,
+        outcome="ok",
+        error="",
+        request_bytes=100,
+        response_bytes=1_000,
+        input_tokens=10,
+        cached_tokens=4,
+        output_tokens=20,
+        usage_source="provider",
+        attempts=1,
+        is_stream=False,
+    )
+    return msgspec.structs.replace(plain, **changes)
+
+
+def frame(receipts: Iterable[Receipt]) -> bytes:
+    """Return one frame."""
+    payload = msgspec.msgpack.encode(list(receipts))
+    return struct.pack("<II", len(payload), crc32(payload)) + payload
+
+
+def frames(first: int, end: int, size: int = 1) -> bytes:
+    """Return receipts first..end-1 in frames of `size`."""
+    return b"".join(
+        frame(receipt(number) for number in range(start, min(start + size, end))) for start in range(first, end, size)
+    )
+
+
+class Worker:
+    """A writer that holds its lock until it `leaves`, as a process that is killed would."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._fd = os.open(path.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        path.with_suffix(".new").rename(path)
+        self._is_here = True
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        os.write(self._fd, data)
+
+    def leaves(self) -> None:
+        """Give up the lock."""
+        if self._is_here:
+            os.close(self._fd)
+        self._is_here = False

@@ -1,0 +1,315 @@
+"""From the journal into the store: every receipt, once, whatever happens."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from journals import Worker, frame, frames, receipt
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import OperationalError
+
+from gpuproxy import config
+from gpuproxy.ledger.ingest import BATCH_RECEIPTS, Ingest
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import journal_segments, receipts
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "journal"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def hire(directory: Path) -> Iterator[Callable[[str], Worker]]:
+    """Return a function that starts a worker on a segment."""
+    hired: list[Worker] = []
+
+    def start(name: str = "000-1") -> Worker:
+        hired.append(Worker(directory / f"{name}.log"))
+        return hired[-1]
+
+    yield start
+    for worker in hired:
+        worker.leaves()
+
+
+@pytest.fixture
+async def ingest(store: Store, directory: Path) -> AsyncIterator[Ingest]:
+    made = Ingest(store, directory)
+    yield made
+    made.close()
+
+
+async def stored(store: Store) -> list[str]:
+    async with store.reading() as connection:
+        return list(await connection.scalars(select(receipts.c.id).order_by(receipts.c.id)))
+
+
+async def offsets(store: Store) -> dict[str, int]:
+    async with store.reading() as connection:
+        rows = await connection.execute(select(journal_segments))
+        return {row.name: row.offset for row in rows}
+
+
+def ids(first: int, end: int) -> list[str]:
+    return [receipt(number).id for number in range(first, end)]
+
+
+Hire = Callable[..., Worker]
+
+
+async def test_what_a_worker_wrote_is_stored_with_every_field(store: Store, ingest: Ingest, hire: Hire) -> None:
+    hire().write(frame([receipt(1)]))
+    assert await ingest.ingest_once() == 1
+    async with store.reading() as connection:
+        row = (await connection.execute(select(receipts))).one()
+    written = receipt(1)
+    assert {name: getattr(written, name) for name in written.__struct_fields__} == row._asdict()
+
+
+async def test_a_live_segment_is_read_on_where_it_was_left(store: Store, ingest: Ingest, hire: Hire) -> None:
+    worker = hire()
+    worker.write(frames(0, 3))
+    assert await ingest.ingest_once() == 3
+    worker.write(frames(3, 5))
+    assert await ingest.ingest_once() == 2
+    assert await stored(store) == ids(0, 5)
+    assert await offsets(store) == {"000-1.log": worker.path.stat().st_size}
+
+
+async def test_an_unfinished_frame_of_a_live_worker_waits(store: Store, ingest: Ingest, hire: Hire) -> None:
+    worker, data = hire(), frames(0, 2)
+    for byte in data:
+        worker.write(bytes([byte]))
+        if byte % 7 == 0:
+            await ingest.ingest_once()
+    await ingest.ingest_once()
+    assert await stored(store) == ids(0, 2)
+    assert ingest.damaged_count == ingest.torn_count == 0
+
+
+async def test_the_segment_of_a_worker_that_left_goes_when_all_is_stored(
+    store: Store, ingest: Ingest, hire: Hire
+) -> None:
+    worker = hire()
+    worker.write(frames(0, 3))
+    await ingest.ingest_once()
+    worker.write(frames(3, 4))
+    worker.leaves()
+    await ingest.ingest_once()
+    assert await stored(store) == ids(0, 4)
+    assert not worker.path.exists()
+    assert await offsets(store) == {}
+
+
+async def test_a_torn_end_of_a_dead_worker_is_skipped_counted_and_logged(
+    store: Store, ingest: Ingest, hire: Hire, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = hire()
+    worker.write(frames(0, 2) + frames(2, 3)[:-5])
+    worker.leaves()
+    with caplog.at_level(logging.WARNING):
+        await ingest.ingest_once()
+    assert await stored(store) == ids(0, 2)
+    assert (ingest.torn_count, ingest.damaged_count) == (1, 0)
+    assert not worker.path.exists()
+
+
+@pytest.mark.parametrize("end", [bytes(3), bytes(4_096), frames(9, 10)[:9] + bytes(30)])
+async def test_what_a_power_cut_leaves_at_the_end_is_torn(store: Store, ingest: Ingest, hire: Hire, end: bytes) -> None:
+    worker = hire()
+    worker.write(frames(0, 2) + end)
+    worker.leaves()
+    await ingest.ingest_once()
+    assert (await stored(store), ingest.torn_count, ingest.damaged_count) == (ids(0, 2), 1, 0)
+
+
+@pytest.mark.parametrize("position", [0, 1, 4, 30])
+async def test_damage_in_the_middle_keeps_the_file_and_all_receipts_before_it(
+    store: Store, ingest: Ingest, hire: Hire, position: int
+) -> None:
+    bad = bytearray(frames(2, 3))
+    bad[position] ^= 0x41
+    worker = hire()
+    worker.write(frames(0, 2) + bytes(bad) + frames(3, 5))
+    content = worker.path.read_bytes()
+    worker.leaves()
+    await ingest.ingest_once()
+    assert await stored(store) == ids(0, 2)
+    assert (ingest.torn_count, ingest.damaged_count) == (0, 1)
+    assert worker.path.with_suffix(".damaged").read_bytes() == content
+    assert not worker.path.exists()
+
+
+async def test_damage_of_a_live_segment_is_believed_when_seen_twice(ingest: Ingest, hire: Hire) -> None:
+    bad = bytearray(frames(0, 1))
+    bad[20] ^= 1
+    worker = hire()
+    worker.write(bytes(bad))
+    await ingest.ingest_once()
+    assert ingest.damaged_count == 0
+    await ingest.ingest_once()
+    assert ingest.damaged_count == 1
+    assert worker.path.with_suffix(".damaged").exists()
+
+
+async def test_damage_in_one_segment_does_not_stop_another(store: Store, ingest: Ingest, hire: Hire) -> None:
+    bad, good = hire("a"), hire("b")
+    bad.write(b"\xff" * 50 + frames(8, 9))
+    bad.leaves()
+    good.write(frames(0, 2))
+    await ingest.ingest_once()
+    assert await stored(store) == ids(0, 2)
+
+
+async def test_a_receipt_met_again_is_stored_once(store: Store, directory: Path) -> None:
+    for name in ("a", "b"):
+        (directory / f"{name}.log").write_bytes(frames(0, 3))
+        ingest = Ingest(store, directory)
+        await ingest.ingest_once()
+        ingest.close()
+    assert await stored(store) == ids(0, 3)
+
+
+async def test_another_process_goes_on_where_the_last_one_committed(
+    store: Store, ingest: Ingest, hire: Hire, directory: Path
+) -> None:
+    worker = hire()
+    worker.write(frames(0, 3))
+    await ingest.ingest_once()
+    worker.write(frames(3, 4))
+    successor = Ingest(store, directory)
+    assert await successor.ingest_once() == 1
+    successor.close()
+
+
+async def test_a_kill_between_commit_and_delete_loses_and_doubles_nothing(store: Store, directory: Path) -> None:
+    path = directory / "a.log"
+    path.write_bytes(frames(0, 3))
+    async with store.writing() as connection:
+        await connection.execute(text(f"INSERT INTO journal_segments VALUES ('a.log', {path.stat().st_size})"))
+    ingest = Ingest(store, directory)
+    assert await ingest.ingest_once() == 0
+    assert not path.exists()
+    assert await offsets(store) == {}
+    ingest.close()
+
+
+async def test_a_kill_between_delete_and_forgetting_is_tidied_at_the_next_start(store: Store, ingest: Ingest) -> None:
+    async with store.writing() as connection:
+        await connection.execute(text("INSERT INTO journal_segments VALUES ('gone.log', 7)"))
+    await ingest.ingest_once()
+    assert await offsets(store) == {}
+
+
+async def test_receipts_and_offset_commit_together_or_not_at_all(store: Store, ingest: Ingest, hire: Hire) -> None:
+    hire().write(frames(0, 3))
+    async with store.writing() as connection:
+        await connection.execute(text("ALTER TABLE journal_segments RENAME TO away"))
+    for _ in range(2):
+        with pytest.raises(OperationalError):
+            await ingest.ingest_once()
+    assert await stored(store) == []
+    async with store.writing() as connection:
+        await connection.execute(text("ALTER TABLE away RENAME TO journal_segments"))
+    await ingest.ingest_once()
+    assert await stored(store) == ids(0, 3)
+
+
+async def test_the_loop_goes_on_after_an_outage_of_the_store(store: Store, ingest: Ingest, hire: Hire) -> None:
+    hire().write(frames(0, 3))
+    async with store.writing() as connection:
+        await connection.execute(text("ALTER TABLE receipts RENAME TO away"))
+    running = asyncio.create_task(ingest.run(config.Journal(ingest_s=0.001, sync_s=0.001)))
+    while ingest._offsets is None:
+        await asyncio.sleep(0)
+    async with store.writing() as connection:
+        await connection.execute(text("ALTER TABLE away RENAME TO receipts"))
+    async with asyncio.timeout(10):
+        while ingest.ingested_count < 3:
+            await asyncio.sleep(0.001)
+    ingest.stop()
+    await running
+    assert await stored(store) == ids(0, 3)
+
+
+async def test_more_receipts_than_one_transaction_takes_are_all_stored(
+    store: Store, ingest: Ingest, hire: Hire
+) -> None:
+    count = BATCH_RECEIPTS * 2 + 7
+    hire("a").write(frames(0, count, size=100))
+    hire("b").write(frames(count, count + 50))
+    assert await ingest.ingest_once() == count + 50
+    async with store.reading() as connection:
+        assert await connection.scalar(select(func.count()).select_from(receipts)) == count + 50
+
+
+async def test_a_frame_larger_than_a_read_is_stored(store: Store, ingest: Ingest, hire: Hire) -> None:
+    hire().write(frames(0, 9_000, size=9_000))
+    assert await ingest.ingest_once() == 9_000
+
+
+async def test_values_no_database_takes_do_not_stop_the_others(store: Store, ingest: Ingest, hire: Hire) -> None:
+    hire().write(frame([receipt(0), receipt(1, output_tokens=2**64 - 1), receipt(2)]))
+    await ingest.ingest_once()
+    async with store.reading() as connection:
+        tokens = list(await connection.scalars(select(receipts.c.output_tokens).order_by(receipts.c.id)))
+    assert tokens == [20, 2**63 - 1, 20]
+
+
+async def test_an_empty_new_segment_is_left_to_its_worker(ingest: Ingest, directory: Path) -> None:
+    path = directory / "a.log"
+    path.touch()
+    await ingest.ingest_once()
+    assert path.exists()
+    os.utime(path, (1, 1))
+    await ingest.ingest_once()
+    assert not path.exists()
+
+
+async def test_other_files_are_left_alone(ingest: Ingest, directory: Path) -> None:
+    for name in ("a.new", "a.damaged", "notes.txt"):
+        (directory / name).write_bytes(frames(0, 1))
+    assert await ingest.ingest_once() == 0
+    assert len(list(directory.iterdir())) == 3
+
+
+async def test_a_missing_directory_is_an_empty_journal(store: Store, tmp_path: Path) -> None:
+    ingest = Ingest(store, tmp_path / "none")
+    assert await ingest.ingest_once() == 0
+    assert await ingest.sync_once() == 0
+
+
+async def test_segments_that_grew_are_synced_and_only_those(ingest: Ingest, hire: Hire) -> None:
+    first, second = hire("a"), hire("b")
+    await ingest.ingest_once()
+    first.write(frames(0, 1))
+    second.write(frames(1, 2))
+    assert await ingest.sync_once() == 2
+    assert await ingest.sync_once() == 0
+    second.write(frames(2, 3))
+    assert await ingest.sync_once() == 1
+
+
+async def test_a_new_segment_is_synced_before_it_is_ingested(ingest: Ingest, hire: Hire) -> None:
+    await ingest.ingest_once()
+    hire().write(frames(0, 1))
+    assert await ingest.sync_once() == 1
+
+
+async def test_a_segment_put_away_is_closed_by_the_next_sync(ingest: Ingest, hire: Hire) -> None:
+    worker = hire()
+    worker.write(frames(0, 1))
+    worker.leaves()
+    await ingest.ingest_once()
+    await ingest.sync_once()
+    assert str(worker.path) not in " ".join(
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.islink(f"/proc/self/fd/{fd}")
+    )

@@ -1,0 +1,125 @@
+"""Opening stores: URLs as people write them, and what a transaction promises."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from sqlalchemy import insert, select, text
+from sqlalchemy.exc import IntegrityError, StatementError
+
+from gpuproxy.store.engine import Store, open_store
+from gpuproxy.store.schema import accounts, changes
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("nonsense", "write sqlite:///./gpuproxy.db"),
+        ("mysql://host/name", "known: sqlite:///PATH, postgresql:"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("postgresql://host/name?sslmode=maybe", "known: disable"),
+        ("postgresql://host/name?connect_timeout=3", "only sslmode is understood"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_with_the_remedy(url: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        open_store(url)
+
+
+def test_the_error_for_a_bad_url_does_not_tell_the_password() -> None:
+    with pytest.raises(ValueError) as caught:
+        open_store("mysql://user:secret@host/name")
+    assert "secret" not in str(caught.value)
+
+
+async def test_the_postgresql_url_of_the_guide_is_taken_as_written() -> None:
+    pytest.importorskip("asyncpg")
+    opened = open_store("postgresql://user:password@host:5432/gpuproxy?sslmode=disable")
+    assert (opened.engine.url.drivername, opened.engine.url.database) == ("postgresql+asyncpg", "gpuproxy")
+    await opened.close()
+
+
+async def test_the_folder_of_a_sqlite_file_is_made(tmp_path: Path) -> None:
+    opened = open_store(f"sqlite:///{tmp_path}/a/b/gpuproxy.db")
+    assert await opened.is_healthy()
+    await opened.close()
+    assert (tmp_path / "a/b/gpuproxy.db").exists()
+
+
+async def test_sqlite_is_set_up_for_money(store: Store) -> None:
+    async with store.reading() as connection:
+        found = {
+            name: await connection.scalar(text(f"PRAGMA {name}"))
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 5_000}
+
+
+async def test_a_block_that_raises_leaves_nothing_behind(store: Store) -> None:
+    async def add_and_fail() -> None:
+        async with store.writing() as connection:
+            await connection.execute(insert(changes).values(kind="k", subject_id="s", at=datetime.now(UTC)))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await add_and_fail()
+    async with store.reading() as connection:
+        assert (await connection.execute(select(changes))).all() == []
+
+
+async def test_transactions_that_read_then_write_wait_for_each_other(store: Store) -> None:
+    await _add_account(store)
+
+    async def add_one() -> None:
+        async with store.writing() as connection:
+            now = await connection.scalar(select(accounts.c.posted_nanousd))
+            await asyncio.sleep(0)
+            await connection.execute(accounts.update().values(posted_nanousd=now + 1))
+
+    await asyncio.gather(*(add_one() for _ in range(20)))
+    async with store.reading() as connection:
+        assert await connection.scalar(select(accounts.c.posted_nanousd)) == 20
+
+
+async def test_a_transfer_can_neither_be_changed_nor_deleted(store: Store) -> None:
+    await _add_account(store)
+    await _add_account(store, "b")
+    async with store.writing() as connection:
+        await connection.execute(
+            text(
+                "INSERT INTO transfers (id, debit_account_id, credit_account_id, amount_nanousd, kind,"
+                " idempotency_key, created_at) VALUES ('t', 'a', 'b', 5, 'k', 'i', '2026-01-01 00:00:00')"
+            )
+        )
+    for change in ("UPDATE transfers SET amount_nanousd = 6", "DELETE FROM transfers"):
+        with pytest.raises(IntegrityError, match="transfers are immutable"):
+            async with store.writing() as connection:
+                await connection.execute(text(change))
+
+
+async def test_times_come_back_in_utc(store: Store) -> None:
+    written = datetime(2026, 5, 1, 12, 0, tzinfo=timezone(timedelta(hours=2)))
+    async with store.writing() as connection:
+        await connection.execute(insert(changes).values(kind="k", subject_id="s", at=written))
+        found = await connection.scalar(select(changes.c.at))
+    assert (found, found.tzinfo) == (written, UTC)
+
+
+async def test_a_time_without_a_zone_is_refused(store: Store) -> None:
+    with pytest.raises(StatementError, match="has no zone"):
+        async with store.writing() as connection:
+            await connection.execute(insert(changes).values(kind="k", subject_id="s", at=datetime(2026, 1, 1)))
+
+
+async def test_a_store_that_cannot_be_opened_is_unhealthy(tmp_path: Path) -> None:
+    opened = open_store(f"sqlite:///{tmp_path}/gpuproxy.db")
+    (tmp_path / "gpuproxy.db").mkdir()
+    assert not await opened.is_healthy()
+    await opened.close()
+
+
+async def _add_account(store: Store, name: str = "a") -> None:
+    async with store.writing() as connection:
+        await connection.execute(insert(accounts).values(id=name, kind="adjustments", posted_nanousd=0, held_nanousd=0))

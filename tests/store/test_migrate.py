@@ -1,0 +1,57 @@
+"""Migrations: once, whoever asks, and equal to the schema that the code uses."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, text
+
+import gpuproxy.store
+from gpuproxy.errors import GatewayError
+from gpuproxy.store.engine import Store
+from gpuproxy.store.migrate import NEWEST, migrate, upgrade
+from gpuproxy.store.schema import metadata
+
+
+async def test_a_second_migration_has_nothing_to_do(store_url: str) -> None:
+    assert await migrate(store_url) is True
+    assert await migrate(store_url) is False
+
+
+def test_the_newest_revision_is_the_last_file() -> None:
+    config = Config()
+    config.set_main_option("script_location", f"{gpuproxy.store.__path__[0]}/migrations")
+    config.set_main_option("path_separator", "os")
+    assert ScriptDirectory.from_config(config).get_current_head() == NEWEST
+
+
+async def test_migrations_make_the_schema_the_code_uses(store: Store) -> None:
+    def differences(connection: Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), metadata))
+
+    async with store.reading() as connection:
+        assert await connection.run_sync(differences) == []
+
+
+def test_processes_that_migrate_at_once_do_not_disturb_each_other(store_url: str) -> None:
+    code = f"import asyncio; from gpuproxy.store.migrate import migrate; print(asyncio.run(migrate({store_url!r})))"
+    command = [sys.executable, "-W", "error", "-c", code]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    told = sorted(process.communicate()[0].strip() for process in started)
+    assert told == ["False", "False", "True"]
+
+
+async def test_tasks_that_migrate_at_once_do_not_disturb_each_other(store_url: str) -> None:
+    assert sorted(await asyncio.gather(*(migrate(store_url) for _ in range(3)))) == [False, False, True]
+
+
+async def test_a_store_of_a_newer_version_is_refused(store: Store) -> None:
+    async with store.writing() as connection:
+        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(GatewayError, match=r"schema 9999, newer than .* update gpuproxy"):
+        await upgrade(store)
