@@ -407,7 +407,7 @@ class Downstream(asyncio.Protocol):
     def _answer_malformed(self) -> None:
         error = self._fault
         assert error is not None
-        self.transport.write(error_answer(error, self.plane.new_request_id()))
+        self.plane.outbox.write(self.transport, error_answer(error, self.plane.new_request_id()))
         self.close_gently()
 
     # -- what exchanges ask for --------------------------------------------------------------------------
@@ -455,6 +455,7 @@ class Downstream(asyncio.Protocol):
         self.plane.unread.discard(self)
         self.transport.resume_reading()
         self.deadline_s = self.plane.now() + self.plane.config.timeouts.linger_s
+        self.plane.outbox.flush()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
@@ -462,6 +463,7 @@ class Downstream(asyncio.Protocol):
         # what is buffered is still flushed, but not for longer than a client may stall elsewhere
         self.is_closing = True
         self.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
+        self.plane.outbox.flush()
         self.transport.close()
 
     def abort(self) -> None:

@@ -233,7 +233,7 @@ class Exchange:
         )
         self.downstream.unblock_reading(READ_BUFFER)
         if self.expects_continue and not self.is_received and not self._body:
-            self.downstream.transport.write(_CONTINUE)
+            self._write(_CONTINUE)
         if self._needs_body:
             self.state = COLLECTING
             if self.is_received:
@@ -312,12 +312,12 @@ class Exchange:
     def _send_body(self, data: bytes) -> None:
         upstream = self.upstream
         assert upstream is not None
-        upstream.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
+        self.plane.outbox.write(upstream.transport, b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
         self.downstream.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
 
     def _end_upload(self) -> None:
         if self.is_chunked and self.upstream is not None:
-            self.upstream.transport.write(b"0\r\n\r\n")
+            self.plane.outbox.write(self.upstream.transport, b"0\r\n\r\n")
         if not self.has_sent_head:
             self.downstream.deadline_s = self.plane.now() + self._first_byte_s()
 
@@ -472,7 +472,7 @@ class Exchange:
             fields = fields + self.own_fields
         endpoint = self.plane.control_endpoint._replace(host=self.host or b"localhost")
         if self.expects_continue and not self.is_received:
-            self.downstream.transport.write(_CONTINUE)
+            self._write(_CONTINUE)
         self._forward(endpoint, self.method, self.target, fields, None, _UNCHANGED)
 
     def _dispatch(self, origin: "Origin", fresh: bool = False) -> None:
@@ -507,19 +507,20 @@ class Exchange:
 
     def _send(self, connection: "UpstreamConnection") -> None:
         self.upstream = connection
+        connection.exchange = self
         self.state = SENT
         plane = self.plane
         body = self._body
         if self._is_body_whole:
             data = body[0]
             if len(data) <= JOINED_BYTES_MAX:
-                connection.send(self, self._head + data)
+                plane.outbox.write(connection.transport, self._head + data)
             else:
-                connection.send(self, self._head)
-                connection.transport.write(data)
+                plane.outbox.write(connection.transport, self._head)
+                plane.outbox.write(connection.transport, data)
             self.downstream.deadline_s = plane.now() + self._first_byte_s()
             return
-        connection.send(self, self._head)
+        plane.outbox.write(connection.transport, self._head)
         self._body = []
         self.downstream.unblock_reading(READ_BUFFER)
         for part in body:
@@ -571,12 +572,12 @@ class Exchange:
             elif is_complete:
                 out += b"0\r\n\r\n"
             if out:
-                downstream.transport.write(out)
+                self._write(out)
         elif len(body) > JOINED_BYTES_MAX and out:
-            downstream.transport.write(out)
-            downstream.transport.write(body)
+            self._write(out)
+            self._write(body)
         elif out or body:
-            downstream.transport.write(out + body if out else body)
+            self._write(out + body if out else body)
         # the client has been served; now look at what it was
         if body and self._reader is not None:
             self._reader.feed(body)
@@ -646,11 +647,14 @@ class Exchange:
             connection.abort()
         self._finish("ok")
 
+    def _write(self, data: bytes) -> None:
+        self.plane.outbox.write(self.downstream.transport, data)
+
     def relay_interim(self, status: int, fields: list[Field]) -> None:
         """Pass on a 1xx answer (RFC 9110 §15.2) to a client that can understand it."""
         if not self.is_http_1_0 and self._answer_parts is None and not self.has_sent_head:
             line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-            self.downstream.transport.write(line + join_fields(fields) + b"\r\n")
+            self._write(line + join_fields(fields) + b"\r\n")
 
     def pause_answer(self) -> None:
         """The client takes no more: stop reading the upstream."""
@@ -718,7 +722,7 @@ class Exchange:
             extra_fields += b"Connection: close\r\n"
         elif self.is_http_1_0:
             extra_fields += b"Connection: keep-alive\r\n"
-        self.downstream.transport.write(
+        self._write(
             b"%bContent-Type: application/json\r\nContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b"
             % (
                 _STATUS_LINES[status],
@@ -826,7 +830,7 @@ class Exchange:
         self._first_byte_ns = time.monotonic_ns()
         downstream = self.downstream
         fields = without_nominated(connection.fields, connection.connection)
-        downstream.transport.write(
+        self._write(
             b"%b%bConnection: Upgrade\r\nUpgrade: %b\r\nX-Request-Id: %b\r\n\r\n"
             % (_STATUS_LINES[101], join_fields(fields), connection.upgrade, self.request_id)
         )
@@ -836,6 +840,7 @@ class Exchange:
         downstream.current = None
         self.plane.downstreams.discard(downstream)
         downstream.unblock_reading(READ_BUFFER)
+        self.plane.outbox.flush()
         ends = tunnel.join(downstream.transport, connection.transport, self._end_tunnel)
         self._answer_parts = None
         self.plane.tunnels[self] = ends
@@ -876,6 +881,7 @@ class Exchange:
         request_id = self.request_id.decode("latin-1")
         if usage is None:
             usage = NO_USAGE
+        plane.outbox.schedule()
         plane.journal.append(
             Receipt(
                 plane.new_receipt_id(),

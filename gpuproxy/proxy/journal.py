@@ -4,12 +4,9 @@ A segment is a series of frames: payload length and CRC-32 of the payload (4 byt
 the payload, a MessagePack array of Receipts. The worker holds an exclusive flock on the segment it may still write;
 control reads along, and deletes the segment once the lock is free and everything in it is committed.
 
-The flush runs as a plain loop callback. uvloop runs those before it sends what was written to transports in
-the same turn, so a receipt is in the page cache before the client can see the end of its answer: a worker
-killed at any moment has lost no call that a client saw complete.
+`Outbox` flushes it before it writes to sockets: see there why.
 """
 
-import asyncio
 import fcntl
 import os
 import time
@@ -37,22 +34,20 @@ def frame(receipts: list[Receipt]) -> bytes:
 class Journal:
     """Appends receipts; `is_full` tells that no new billable call may be taken."""
 
-    def __init__(self, directory: Path, name: str, config: JournalConfig, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, directory: Path, name: str, config: JournalConfig) -> None:
         self.is_full = False
         self.refusals_dropped = 0
         self._directory = directory
         self._name = name
         self._config = config
-        self._loop = loop
         self._pending: list[Receipt] = []
         self._unwritten = b""
-        self._is_scheduled = False
         self._sequence = 0
         directory.mkdir(parents=True, exist_ok=True)
         self._open_segment()
 
     def append(self, receipt: Receipt) -> None:
-        """Take a receipt; it is written at the end of this loop turn.
+        """Take a receipt; the next flush writes it.
 
         While the journal is full only refusals can come: they cost nobody anything and are counted, not kept.
         """
@@ -60,13 +55,9 @@ class Journal:
             self.refusals_dropped += 1
             return
         self._pending.append(receipt)
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Write what is pending. A disk that refuses keeps it in memory and closes admission."""
-        self._is_scheduled = False
         if self._pending:
             self._unwritten += frame(self._pending)
             self._pending.clear()

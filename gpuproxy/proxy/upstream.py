@@ -111,11 +111,6 @@ class UpstreamConnection(asyncio.Protocol):
         """Tell whether nothing has arrived on this idle connection, not even an end of file."""
         return not self._poll.poll(0) and not self.transport.is_closing()
 
-    def send(self, exchange: "Exchange", data: bytes) -> None:
-        """Start serving `exchange` with the bytes of its request's head (and body, so far)."""
-        self.exchange = exchange
-        self.transport.write(data)
-
     def release(self, now_s: float) -> None:
         """The exchange is over: keep the connection if the answer ended cleanly, else close it."""
         self.exchange = None

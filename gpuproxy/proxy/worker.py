@@ -30,6 +30,7 @@ from gpuproxy.proxy.downstream import Downstream
 from gpuproxy.proxy.exchange import Exchange
 from gpuproxy.proxy.guard import Guard
 from gpuproxy.proxy.journal import Journal, segment_name
+from gpuproxy.proxy.outbox import Outbox
 from gpuproxy.proxy.pool import ConnectPolicy, OriginKey, Pools
 from gpuproxy.proxy.route import Endpoint, Router
 from gpuproxy.proxy.tunnel import TunnelEnd
@@ -52,6 +53,7 @@ class Plane:
         self.config = config
         self.now = loop.time
         self.journal = journal
+        self.outbox = Outbox(loop, journal.flush)
         self.downstreams: set[Downstream] = set()
         self.unread: set[Downstream] = set()
         self.tunnels: dict[Exchange, tuple[TunnelEnd, TunnelEnd]] = {}
@@ -164,7 +166,7 @@ async def serve(boot: Boot) -> None:
     config = boot.config
     registry = load_plugins(config.plugins.enabled)
     link = LinkClient(boot.link_path, Hello(boot.slot, os.getpid()))
-    journal = Journal(Path(config.server.data_dir) / "journal", segment_name(boot.slot), config.journal, loop)
+    journal = Journal(Path(config.server.data_dir) / "journal", segment_name(boot.slot), config.journal)
     plane = Plane(config, registry, link, journal, boot.control_path)
     stopping = asyncio.Event()
     on_stop(boot, stopping.set)
