@@ -15,6 +15,7 @@ from gpuproxy.observe.logs import get_logger
 
 CODE_BY_STATUS = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED", 413: "BODY_TOO_LARGE"}
 KEPT_HEADERS = ("Allow", "Retry-After", "WWW-Authenticate")
+REQUEST_ID = web.RequestKey("request_id", str)
 
 _encode = msgspec.json.Encoder().encode
 logger = get_logger(__name__)
@@ -49,10 +50,9 @@ def failure(error: GatewayError, request_id: str, headers: Mapping[str, str] | N
 
 def request_id_of(request: web.Request) -> str:
     """Return the id the worker gave this request."""
-    if "request_id" not in request:
-        request["request_id"] = request.headers.get("X-Request-Id") or uuid4().hex
-    known: str = request["request_id"]
-    return known
+    if REQUEST_ID not in request:
+        request[REQUEST_ID] = request.headers.get("X-Request-Id") or uuid4().hex
+    return request[REQUEST_ID]
 
 
 @web.middleware

@@ -29,15 +29,17 @@ def credit_account(user_id: str) -> str:
 def parse_usd(text: str) -> int:
     """Return a positive amount of dollars such as ``12.50`` in nanodollars, exactly. Raises ValueError."""
     try:
-        amount = Decimal(text) * NANOUSD
-        whole = int(amount)
-    except (InvalidOperation, ValueError, OverflowError):
-        raise ValueError(f"{text!r} is not an amount in dollars; write it like 12.50") from None
-    if amount != whole:
-        raise ValueError(f"{text} has more than 9 decimals; a nanodollar is the least amount")
-    if not 0 < whole <= AMOUNT_NANOUSD_MAX:
+        amount = Decimal(text)
+    except InvalidOperation:
+        amount = Decimal("nan")
+    if not amount.is_finite():
+        raise ValueError(f"{text!r} is not an amount in dollars; write it like 12.50")
+    if not 0 < amount <= AMOUNT_NANOUSD_MAX // NANOUSD:  # first: bounds the digits below
         raise ValueError(f"{text} is out of range; an amount is over 0 and up to 1000000000 dollars")
-    return whole
+    exact = amount.quantize(Decimal("1e-9"))
+    if exact != amount:
+        raise ValueError(f"{text} has more than 9 decimals; a nanodollar is the least amount")
+    return int(exact.scaleb(9))
 
 
 def format_usd(nanousd: int) -> str:

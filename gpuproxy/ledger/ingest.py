@@ -212,7 +212,7 @@ def _storable(value: Any) -> Any:
 
 
 def _read_batch(segments: list[Segment]) -> list[Taken]:
-    """Read about BATCH_RECEIPTS rows off the segments, [] at the end of all. Runs in a thread of its own."""
+    """Read about BATCH_RECEIPTS rows off the segments, [] at the end of all. Runs in a thread."""
     taken: list[Taken] = []
     room = BATCH_RECEIPTS
     for segment in segments:

@@ -22,6 +22,7 @@ if _hides_rich:
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 FORMATS = ("text", "json")
+CHATTY = ("alembic", "aiosqlite")  # one tells its whole start as news, the other every statement and its values
 
 
 def configure_logs(log: config.Log, environment: Mapping[str, str] = os.environ) -> None:
@@ -36,6 +37,8 @@ def configure_logs(log: config.Log, environment: Mapping[str, str] = os.environ)
     handler.setFormatter(_formatter(form))
     logging.basicConfig(handlers=[handler], level=LEVELS[level.lower()], force=True)
     logging.captureWarnings(True)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -8,9 +8,11 @@ and writes later would fail with "database is locked" at once, whatever busy_tim
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 from sqlalchemy import Insert, Table, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, make_url
@@ -98,16 +100,30 @@ def _parse(url: str) -> URL:
 def _sqlite_engine(url: URL) -> AsyncEngine:
     if not url.database or url.database == ":memory:":
         raise ValueError("store url names no file; write sqlite:///./gpuproxy.db")
-    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    if url.query:
+        raise ValueError(f"store url has the parameters {', '.join(sorted(url.query))}; sqlite takes none")
+    path = Path(url.database)
+    path.parent.mkdir(parents=True, exist_ok=True)
     engine = create_async_engine(
         url.set(drivername="sqlite+aiosqlite"),
         pool_size=POOL_CONNECTIONS,
         max_overflow=0,
-        connect_args={"timeout": BUSY_TIMEOUT_MS / 1_000},
+        async_creator=partial(_connect_sqlite, path),
     )
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
+
+
+async def _connect_sqlite(path: Path) -> aiosqlite.Connection:
+    """Open the file. After a failure wait for the driver's thread, which else speaks to a closed event loop."""
+    connection = aiosqlite.connect(path, timeout=BUSY_TIMEOUT_MS / 1_000)
+    connection._thread.daemon = True  # as SQLAlchemy does: a thread must not keep the process
+    try:
+        return await connection
+    except BaseException:
+        connection._thread.join()
+        raise
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -129,9 +145,7 @@ def _postgresql_engine(url: URL) -> AsyncEngine:
     if mode not in SSL_MODES:
         raise ValueError(f"store url has sslmode={mode!r}; known: {', '.join(SSL_MODES)}")
     if query:
-        raise ValueError(
-            f"store url has the parameters {', '.join(sorted(query))}; only sslmode is understood"
-        )
+        raise ValueError(f"store url has the parameters {', '.join(sorted(query))}; only sslmode is understood")
     try:
         return create_async_engine(
             url.set(drivername="postgresql+asyncpg", query={}),
@@ -140,6 +154,4 @@ def _postgresql_engine(url: URL) -> AsyncEngine:
             connect_args={"ssl": mode, "timeout": BUSY_TIMEOUT_MS / 1_000},
         )
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"PostgreSQL needs the package {error.name}; install it: pip install asyncpg"
-        ) from None
+        raise ValueError(f"PostgreSQL needs the package {error.name}; install it: pip install asyncpg") from None

@@ -139,9 +139,7 @@ def _create_ledger() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_transfers"),
         sa.UniqueConstraint("idempotency_key", name="uq_transfers_idempotency_key"),
         sa.ForeignKeyConstraint(["debit_account_id"], ["accounts.id"], name="fk_transfers_debit_account_id"),
-        sa.ForeignKeyConstraint(
-            ["credit_account_id"], ["accounts.id"], name="fk_transfers_credit_account_id"
-        ),
+        sa.ForeignKeyConstraint(["credit_account_id"], ["accounts.id"], name="fk_transfers_credit_account_id"),
         sa.CheckConstraint("amount_nanousd > 0", name="ck_transfers_amount_is_positive"),
         sa.CheckConstraint("debit_account_id <> credit_account_id", name="ck_transfers_accounts_differ"),
     )
