@@ -1,0 +1,111 @@
+"""What is written down is true and complete: configuration, errors, commands, paths, the plugin example."""
+
+import os
+import re
+from pathlib import Path
+
+import click
+import msgspec
+import pytest
+from msgspec import Struct
+
+from gpuproxy.cli import cli
+from gpuproxy.config import Config, Upstream, load
+from gpuproxy.errors import CODES
+from gpuproxy.plugin import Call, Registry, Usage
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CONFIG = (ROOT / "config.toml").read_text()
+SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Config) if field.name != "upstreams"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands(group: click.Group, prefix: str = "") -> list[str]:
+    """Return the full names of all commands."""
+    found = []
+    for name, command in group.commands.items():
+        is_group = isinstance(command, click.Group)
+        found += commands(command, f"{prefix}{name} ") if is_group else [prefix + name]
+    return found
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_key_of_a_section_is_explained_where_it_stands(section: str) -> None:
+    text = re.split(r"^\[", CONFIG.partition(f"\n[{section}]\n")[2], flags=re.MULTILINE)[0]
+    kind: type[Struct] = SECTIONS[section]
+    for key in kind.__struct_fields__:
+        assert re.search(rf"^{key} = .+  # \S+", text, re.MULTILINE), f"{section}.{key}"
+
+
+def test_every_key_of_an_upstream_is_explained() -> None:
+    text = CONFIG.partition("# [[upstreams]]\n")[2].partition("# [[upstreams]]\n")[0]
+    for key in Upstream.__struct_fields__:
+        assert re.search(rf"^# {key} = .+ # \S+", text, re.MULTILINE), key
+
+
+def test_the_readme_names_every_section() -> None:
+    for section in SECTIONS:
+        assert f"| `[{section}]` |" in README
+    assert "| `[[upstreams]]` |" in README
+
+
+def test_the_readme_lists_every_error_as_the_table_has_it() -> None:
+    written = re.findall(r"^\| `([A-Z_]+)` \| (\d+) \| (\w+) \| (yes|no) \| (.+) \|$", README, re.MULTILINE)
+    table = [
+        (name, str(code.status), code.source, "yes" if code.is_retryable else "no", code.meaning)
+        for name, code in CODES.items()
+    ]
+    assert written == table
+
+
+def test_the_readme_names_every_command() -> None:
+    for command in commands(cli):
+        assert re.search(rf"`[^`]*\b{command}\b[^`]*`", README), command
+
+
+def test_the_readme_names_every_path_of_the_control_plane() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "gpuproxy/control").glob("*.py"))
+    paths = re.findall(r"@routes\.\w+\(\s*\"([^\"]+)\"", source)
+    assert paths
+    for path in paths:
+        assert re.search(rf"`(GET |POST |PUT |PATCH |DELETE )?{re.escape(path)}`", README), path
+
+
+def test_the_first_commands_are_the_two_a_newcomer_needs() -> None:
+    demo, test = (block.strip() for block in blocks("sh")[:2])
+    assert demo.endswith("&& .venv/bin/gpuproxy demo")
+    assert test.endswith("&& .venv/bin/pytest -q")
+    assert README.index(test) < 1_000
+
+
+def test_ci_runs_the_test_command_of_the_readme_and_nothing_after_it() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    assert script.splitlines()[-1] == blocks("sh")[1].strip()
+    assert "set -euo pipefail" in script
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_configuration_shown_is_valid(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(blocks("toml")[0])
+    assert [upstream.name for upstream in load(path, {}).upstreams] == ["llm", "tools"]
+
+
+def test_the_plugin_shown_works() -> None:
+    source = next(block for block in blocks("python") if "def register" in block)
+    module: dict[str, object] = {"__name__": "tgi"}
+    exec(compile(source, "README.md", "exec"), module)
+    registry = Registry()
+    registry.run("tgi", module["register"])  # type: ignore[arg-type]
+    handler = registry.mounts["tgi"]
+    call = Call(b"POST", b"/tgi/big/generate", [])
+    assert (handler.inspect(call).upstream, handler.inspect(call).path) == ("big", b"/generate")
+    reader = handler.reader(call, 200, b"application/json")
+    assert reader is not None
+    reader.feed(b'{"details": {"prefill": [1, 2],')
+    reader.feed(b' "generated_tokens": 7}}')
+    assert reader.finish() == Usage(input_tokens=2, output_tokens=7)
