@@ -1,5 +1,6 @@
 """The servers, the gateway before them, and the ways to reach a model: directly and through the gateway."""
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -143,6 +144,14 @@ def example_hosts(authority: Authority) -> Iterator[dict[str, int]]:
 
 
 @pytest.fixture(scope="session")
+def dead_port() -> Iterator[int]:
+    """A port nobody listens on: bound, so that nobody can."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
 def gateway(
     tmp_path_factory: pytest.TempPathFactory,
     models: Models,
@@ -150,11 +159,12 @@ def gateway(
     files: Files,
     authority: Authority,
     example_hosts: dict[str, int],
+    dead_port: int,
 ) -> Iterator[Gateway]:
     upstreams = [
         upstream("llm", "openinference", models.url, models=MODELS, api_key_env="LLM_KEY"),
         upstream("files", "https", files.url),
-        upstream("nobody", "https", "http://127.0.0.1:1"),
+        upstream("nobody", "https", f"http://127.0.0.1:{dead_port}"),
         *(upstream(name, "mcp", tools.url(name)) for name in tools.ports),
     ]
     connect_to = {f"{host}:443": f"127.0.0.1:{port}" for host, port in example_hosts.items()}

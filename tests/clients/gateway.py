@@ -82,6 +82,7 @@ def running_gateway(directory: Path, settings: str, secrets: Mapping[str, str]) 
             gateway = Gateway(url, "", config, environment, log)
             gateway = gateway._replace(key=gateway.new_key("caller@example.com"))
             yield gateway
+            assert daemon.poll() is None, f"the gateway ended with {daemon.returncode}: {log.read_text()}"
             daemon.send_signal(signal.SIGTERM)
             assert daemon.wait(STOP_S) == 0, log.read_text()
         finally:

@@ -33,11 +33,11 @@ def run(code: str, **names: Any) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("authority", ["127.0.0.1", "localhost"])
-def test_the_class_of_the_guide_calls_through_the_gateway(gateway: Gateway, authority: str) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_class_of_the_guide_calls_through_the_gateway(gateway: Gateway, host: str) -> None:
     source = CALL.sub("", sample("Python Example"))
     assert "def proxy_request" in source
-    url = gateway.url.replace("127.0.0.1", authority)
+    url = gateway.url.replace("127.0.0.1", host)
     theirs = run(source)["GPUProxyClient"](f"{url}/api/v1", gateway.key)
     answer = theirs.proxy_request("https", "https://api.example.com/endpoint", body={"data": "value"})
     assert answer["data"]["received"] == {"data": "value"}
