@@ -1,7 +1,6 @@
 """From the journal into the store: every receipt, once, whatever happens."""
 
 import asyncio
-import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from journals import Worker, frame, frames, receipt
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 from gpuproxy import config
 from gpuproxy.ledger.ingest import BATCH_RECEIPTS, Ingest
@@ -108,13 +108,14 @@ async def test_the_segment_of_a_worker_that_left_goes_when_all_is_stored(
 
 
 async def test_a_torn_end_of_a_dead_worker_is_skipped_counted_and_logged(
-    store: Store, ingest: Ingest, hire: Hire, caplog: pytest.LogCaptureFixture
+    store: Store, ingest: Ingest, hire: Hire
 ) -> None:
     worker = hire()
     worker.write(frames(0, 2) + frames(2, 3)[:-5])
     worker.leaves()
-    with caplog.at_level(logging.WARNING):
+    with capture_logs() as lines:
         await ingest.ingest_once()
+    assert [(line["log_level"], line["segment"]) for line in lines] == [("warning", worker.path.name)]
     assert await stored(store) == ids(0, 2)
     assert (ingest.torn_count, ingest.damaged_count) == (1, 0)
     assert not worker.path.exists()

@@ -1,0 +1,168 @@
+"""The command line: what it prints, where, and how it ends."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpuproxy import __version__
+from gpuproxy.cli import main
+from gpuproxy.codec.key import is_well_formed
+
+Run = Callable[..., tuple[int, str, str]]
+EMAIL = "ann@example.com"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a command in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GPUPROXY_CONFIG", raising=False)
+
+    def command(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        told = capsys.readouterr()
+        return int(ended.value.code or 0), told.out, told.err
+
+    return command
+
+
+def test_a_user_and_a_key_in_two_commands(run: Run) -> None:
+    code, user_id, _ = run("user", "create", EMAIL, "--credits", "12.50")
+    assert (code, len(user_id.strip())) == (0, 36)
+    code, key, err = run("key", "create", "--user", EMAIL)
+    assert (code, err) == (0, "")
+    assert is_well_formed(key.rstrip("\n").encode())
+
+
+def test_only_the_key_is_printed(run: Run) -> None:
+    run("user", "create", EMAIL)
+    _, out, _ = run("key", "create", "--user", EMAIL, "--name", "laptop", "--expires", "7", "--models", "a, b")
+    assert out.count("\n") == 1
+    _, listed, _ = run("key", "list", "--user", EMAIL, "--json")
+    (key,) = json.loads(listed)
+    assert (key["name"], key["models"], key["prefix"]) == ("laptop", ["a", "b"], out[:12])
+    assert key["expires_at"] is not None
+
+
+def test_scripts_get_json(run: Run) -> None:
+    user = json.loads(run("user", "create", EMAIL, "--admin", "--credits", "1", "--json")[1])
+    assert (user["email"], user["is_admin"], user["credits"]) == (EMAIL, True, "1.00")
+    key = json.loads(run("key", "create", "--user", EMAIL, "--json")[1])
+    assert key["api_key"].startswith(key["prefix"])
+    assert json.loads(run("key", "revoke", key["id"], "--json")[1]) == {"id": key["id"], "was_live": True}
+    assert json.loads(run("key", "revoke", key["id"], "--json")[1])["was_live"] is False
+    assert [each["email"] for each in json.loads(run("user", "list", "--json")[1])] == [EMAIL]
+    assert json.loads(run("version", "--json")[1]) == {"version": __version__}
+    assert json.loads(run("migrate", "--json")[1]) == {"schema": "0001", "was_changed": False}
+    assert json.loads(run("check-config", "--json")[1])["is_valid"] is True
+
+
+def test_lists_are_tab_separated_when_piped(run: Run) -> None:
+    run("user", "create", EMAIL)
+    assert run("user", "list")[1].split("\t")[1:4] == [EMAIL, "False", "True"]
+
+
+def test_a_user_is_blocked_and_let_in_again(run: Run) -> None:
+    run("user", "create", EMAIL)
+    for command, is_active in (("block", False), ("unblock", True)):
+        assert run("user", command, EMAIL)[0] == 0
+        assert json.loads(run("user", "list", "--json")[1])[0]["is_active"] is is_active
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("user", "create", "nobody"), "error: 'nobody' is not an e-mail address; write name@host"),
+        (("key", "create", "--user", "x@y"), "error: no user x@y; create one with: gpuproxy user create x@y"),
+        (("key", "revoke", "nix"), "error: no key 'nix'; list them with: gpuproxy key list"),
+        (("user", "block", "x@y"), "error: no user x@y; create one with: gpuproxy user create x@y"),
+    ],
+)
+def test_a_fault_of_what_was_asked_is_one_line_and_exit_1(run: Run, words: tuple[str, ...], message: str) -> None:
+    assert run(*words) == (1, "", message + "\n")
+
+
+@pytest.mark.parametrize("credits_usd", ["x", "0", "-1", "1.0000000001"])
+def test_a_bad_amount_is_a_fault_of_usage_and_creates_nobody(run: Run, credits_usd: str) -> None:
+    code, _, err = run("user", "create", EMAIL, f"--credits={credits_usd}")
+    assert (code, "--credits" in err) == (2, True)
+    assert run("user", "list")[1] == ""
+
+
+@pytest.mark.parametrize("words", [("nix",), ("key", "create"), ("user", "create"), ("serve", "--nix")])
+def test_wrong_usage_ends_with_2(run: Run, words: tuple[str, ...]) -> None:
+    assert run(*words)[0] == 2
+
+
+@pytest.mark.parametrize("words", [("check-config",), ("serve",), ("user", "list"), ("migrate",)])
+def test_every_fault_of_the_configuration_is_a_line_and_ends_with_2(run: Run, words: tuple[str, ...]) -> None:
+    Path("bad.toml").write_text('[server]\nport = "x"\nnix = 1\n')
+    code, out, err = run(*words, "-c", "bad.toml")
+    assert (code, out, len(err.splitlines())) == (2, "", 2)
+    assert not Path("gpuproxy.db").exists()
+
+
+def test_faults_of_the_configuration_as_json(run: Run) -> None:
+    Path("bad.toml").write_text('[server]\nport = "x"\nnix = 1\n')
+    code, out, _ = run("check-config", "-c", "bad.toml", "--json")
+    assert (code, len(json.loads(out)["faults"])) == (2, 2)
+
+
+def test_a_missing_configuration_file_is_told(run: Run) -> None:
+    code, _, err = run("check-config", "-c", "none.toml")
+    assert (code, "none.toml" in err) == (2, True)
+
+
+@pytest.mark.parametrize("how", ["option", "environment", "folder"])
+def test_the_configuration_is_found(run: Run, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "config.toml" if how == "folder" else "other.toml"
+    Path(name).write_text('[store]\nurl = "sqlite:///./chosen.db"\n')
+    if how == "environment":
+        monkeypatch.setenv("GPUPROXY_CONFIG", name)
+    words = ("-c", name) if how == "option" else ()
+    assert run("user", "create", EMAIL, *words)[0] == 0
+    assert Path("chosen.db").exists()
+
+
+def test_without_a_configuration_the_defaults_hold(run: Run) -> None:
+    assert run("migrate")[0] == 0
+    assert Path("gpuproxy.db").exists()
+
+
+def test_a_store_that_cannot_be_opened_is_one_line(run: Run) -> None:
+    Path("gpuproxy.db").mkdir()
+    code, out, err = run("user", "list")
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "unable to open database file; see [store] url" in err
+
+
+def test_a_bad_store_url_is_one_line_with_the_remedy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUPROXY_STORE__URL", "mysql://h/n")
+    code, _, err = run("user", "list")
+    assert (code in (1, 2), len(err.splitlines())) == (True, 1)
+
+
+def test_help_does_not_load_what_it_does_not_need() -> None:
+    code = (
+        "import sys\nfrom gpuproxy.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('sqlalchemy', 'aiohttp', 'alembic', 'rich', 'structlog', 'uvloop') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_commands_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "gpuproxy.cli", "user", "create", f"u{number}@example.com"],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    assert [(process.communicate()[1], process.returncode) for process in started] == [("", 0)] * 3
