@@ -26,6 +26,7 @@ class FileServer:
                 web.get("/bytes/{size}", self.bytes),
                 web.route("*", "/digest", self.digest),
                 web.get("/gated", self.gated),
+                web.get("/silent", self.silent),
                 web.get("/ws", self.websocket),
                 web.get("/status/{status}", self.status),
                 web.post("/endpoint", self.endpoint),
@@ -63,6 +64,11 @@ class FileServer:
         await self.gate.wait()
         await response.write(b"second\n")
         return response
+
+    async def silent(self, request: web.Request) -> web.Response:
+        """Say nothing until the gate opens."""
+        await self.gate.wait()
+        return web.Response(text="at last")
 
     async def websocket(self, request: web.Request) -> web.WebSocketResponse:
         """Send every message back; say goodbye with the code 4001 when told to."""

@@ -197,5 +197,6 @@ def test_a_wrong_version_keeps_the_servers_own_answer(http: httpx2.Client, tool_
 
 
 async def test_the_form_of_2024_11_05_works(sse_way: Way) -> None:
-    async with Client(sse_client(sse_way.url, headers={"X-API-Key": sse_way.key}), mode="legacy") as client:
+    transport = sse_client(sse_way.url, headers={"X-API-Key": sse_way.key})
+    async with Client(transport, mode="legacy", read_timeout_seconds=2) as client:
         assert text(await client.call_tool("add", {"a": 2, "b": 3})) == "5"
