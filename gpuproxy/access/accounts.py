@@ -123,15 +123,11 @@ async def list_keys(store: Store, email: str | None = None) -> list[Key]:
 async def revoke_key(store: Store, key_id: str) -> bool:
     """Take a key back for good. Return False if it was revoked before. Raises GatewayError NOT_FOUND."""
     async with store.writing() as connection:
-        found = await connection.execute(select(api_keys.c.revoked_at).where(api_keys.c.id == key_id))
-        row = found.first()
-        if row is None:
-            raise GatewayError("NOT_FOUND", f"no key {key_id!r}; list them with: gpuproxy key list")
-        if row.revoked_at is not None:
+        live = and_(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
+        done = await connection.execute(update(api_keys).where(live).values(revoked_at=datetime.now(UTC)))
+        if done.rowcount == 0:
+            await _check_key(connection, key_id)
             return False
-        await connection.execute(
-            update(api_keys).where(api_keys.c.id == key_id).values(revoked_at=datetime.now(UTC))
-        )
         await _announce(connection, KEY_REVOKED, key_id)
         return True
 
@@ -173,9 +169,7 @@ async def _lost(
     keys = [row.subject_id for row in rows if row.kind == KEY_REVOKED]
     for row in rows:
         if row.kind == USER_BLOCKED:
-            keys += await connection.scalars(
-                select(api_keys.c.id).where(api_keys.c.user_id == row.subject_id)
-            )
+            keys += await connection.scalars(select(api_keys.c.id).where(api_keys.c.user_id == row.subject_id))
     return (rows[-1].seq if rows else seq), tuple(dict.fromkeys(keys))
 
 
@@ -184,6 +178,11 @@ async def _user(connection: AsyncConnection, email: str) -> User:
     if row is None:
         raise GatewayError("NOT_FOUND", f"no user {email}; create one with: gpuproxy user create {email}")
     return User(**row._mapping)
+
+
+async def _check_key(connection: AsyncConnection, key_id: str) -> None:
+    if await connection.scalar(select(api_keys.c.id).where(api_keys.c.id == key_id)) is None:
+        raise GatewayError("NOT_FOUND", f"no key {key_id!r}; list them with: gpuproxy key list")
 
 
 async def _announce(connection: AsyncConnection, kind: str, subject_id: str) -> None:
@@ -204,23 +203,17 @@ _GRANT = _grant_query()
 
 def _checked_email(email: str) -> str:
     if len(email) > EMAIL_CHARACTERS_MAX or _matches_email(email) is None:
-        raise GatewayError(
-            "UNPROCESSABLE", f"{email[:300]!r} is not an e-mail address; write name@host", param="email"
-        )
+        raise GatewayError("UNPROCESSABLE", f"{email[:300]!r} is not an e-mail address; write name@host", param="email")
     return email.lower()
 
 
-def _check_key_fields(
-    name: str, expires_at: datetime | None, models: Sequence[str] | None, now: datetime
-) -> None:
+def _check_key_fields(name: str, expires_at: datetime | None, models: Sequence[str] | None, now: datetime) -> None:
     if len(name) > NAME_CHARACTERS_MAX or not name.isprintable():
         raise GatewayError(
             "UNPROCESSABLE", f"a key's name is up to {NAME_CHARACTERS_MAX} printable characters", param="name"
         )
     if expires_at is not None and expires_at <= now:
-        raise GatewayError(
-            "UNPROCESSABLE", f"the key would expire in the past, {expires_at}", param="expires_at"
-        )
+        raise GatewayError("UNPROCESSABLE", f"the key would expire in the past, {expires_at}", param="expires_at")
     if models is not None and not all(models):
         raise GatewayError("UNPROCESSABLE", "the list of models has an empty name", param="models")
 

@@ -57,9 +57,7 @@ async def _serve(boot: Boot, store: Store, stopping: asyncio.Event) -> None:
     feed = ChangeFeed(store, link)
     await feed.start(auth.stale_grant_s)
     await link.start(socket.socket(fileno=boot.link_fd))
-    runner = web.AppRunner(
-        application(store, stopping), access_log=None, shutdown_timeout=boot.config.server.drain_s
-    )
+    runner = web.AppRunner(application(store, stopping), access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
     polling = asyncio.create_task(feed.run(stopping))

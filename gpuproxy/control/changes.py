@@ -45,9 +45,7 @@ class ChangeFeed:
                 is_failing = False
             except Exception as error:
                 if not is_failing:
-                    logger.error(
-                        "change feed cannot be read, will go on", error=f"{type(error).__name__}: {error}"
-                    )
+                    logger.error("change feed cannot be read, will go on", error=f"{type(error).__name__}: {error}")
                 is_failing = True
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):

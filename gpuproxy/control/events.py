@@ -49,9 +49,7 @@ def replies(text: str) -> list[dict[str, Any]]:
     if message.type == "ping":
         return [{"type": "pong", "payload": {}}]
     if message.type == "subscribe":
-        return [
-            _error("UNKNOWN_CHANNEL", f"no channel {name!r}; none is published") for name in message.channels
-        ]
+        return [_error("UNKNOWN_CHANNEL", f"no channel {name!r}; none is published") for name in message.channels]
     return [_error("UNPROCESSABLE", f"no message type {message.type!r}; known: ping, subscribe")]
 
 

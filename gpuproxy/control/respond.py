@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import msgspec
 from aiohttp import web
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from gpuproxy.errors import CODES, GatewayError
 from gpuproxy.observe.logs import get_logger
@@ -64,6 +65,9 @@ async def errors_in_one_shape(request: web.Request, handler: Any) -> web.StreamR
         return failure(error, request_id_of(request))
     except web.HTTPException as error:
         return failure(_translated(request, error), request_id_of(request), _kept(error))
+    except (OperationalError, InterfaceError, OSError) as error:
+        logger.error("store is away", request_id=request_id_of(request), path=request.path, error=str(error))
+        return failure(GatewayError("UNAVAILABLE", "the store is away", retry_after_s=2), request_id_of(request))
     except Exception:
         logger.exception("request failed", request_id=request_id_of(request), path=request.path)
         message = "a fault of the gateway; the request id finds it in the log"

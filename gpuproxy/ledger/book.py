@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from uuid import uuid4
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.errors import GatewayError
@@ -64,9 +64,7 @@ async def credit(store: Store, user_id: str, amount_nanousd: int, idempotency_ke
 
 async def balance(store: Store, user_id: str) -> int:
     """Return what the customer has left to spend, in nanodollars."""
-    query = select(accounts.c.posted_nanousd - accounts.c.held_nanousd).where(
-        accounts.c.id == credit_account(user_id)
-    )
+    query = select(accounts.c.posted_nanousd - accounts.c.held_nanousd).where(accounts.c.id == credit_account(user_id))
     async with store.reading() as connection:
         return (await connection.scalar(query)) or 0
 
@@ -85,17 +83,8 @@ async def _transfer(
     store: Store, connection: AsyncConnection, debit: str, credit: str, amount_nanousd: int, key: str
 ) -> bool:
     """Post one transfer inside the caller's transaction; False if its key was posted before."""
-    known = await connection.execute(select(transfers).where(transfers.c.idempotency_key == key))
-    if (row := known.first()) is not None:
-        if (row.debit_account_id, row.credit_account_id, row.amount_nanousd) != (
-            debit,
-            credit,
-            amount_nanousd,
-        ):
-            raise GatewayError("CONFLICT", f"idempotency key {key!r} belongs to another transfer")
-        return False
-    await connection.execute(
-        insert(transfers).values(
+    posted = await connection.execute(
+        store.insert_new(transfers).values(
             id=str(uuid4()),
             debit_account_id=debit,
             credit_account_id=credit,
@@ -105,12 +94,19 @@ async def _transfer(
             created_at=datetime.now(UTC),
         )
     )
-    for account_id, change in sorted(
-        [(debit, -amount_nanousd), (credit, amount_nanousd)]
-    ):  # one order: no deadlock
+    if posted.rowcount == 0:
+        await _check_same(connection, debit, credit, amount_nanousd, key)
+        return False
+    for account_id, change in sorted([(debit, -amount_nanousd), (credit, amount_nanousd)]):  # one order: no deadlock
         await connection.execute(
             update(accounts)
             .where(accounts.c.id == account_id)
             .values(posted_nanousd=accounts.c.posted_nanousd + change)
         )
     return True
+
+
+async def _check_same(connection: AsyncConnection, debit: str, credit: str, amount_nanousd: int, key: str) -> None:
+    row = (await connection.execute(select(transfers).where(transfers.c.idempotency_key == key))).one()
+    if (row.debit_account_id, row.credit_account_id, row.amount_nanousd) != (debit, credit, amount_nanousd):
+        raise GatewayError("CONFLICT", f"idempotency key {key!r} belongs to another transfer")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Table, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DataError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy import config
@@ -152,9 +152,12 @@ class Ingest:
         offsets = {part.segment.name: part.end for part in taken}
         try:
             await _store(self._store, rows, offsets)
-        except (OverflowError, DataError) as error:
+        except (OverflowError, DBAPIError) as error:
+            clipped = [storable(row) for row in rows]
+            if clipped == rows:
+                raise
             logger.error("receipts hold values no database takes, clipped", error=_short(error))
-            await _store(self._store, [storable(row) for row in rows], offsets)
+            await _store(self._store, clipped, offsets)
         for part in taken:
             part.segment.offset = part.end
         self.ingested_count += len(rows)

@@ -1,5 +1,6 @@
 """Users and keys: who may call, and who may no more."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -101,6 +102,12 @@ async def test_a_key_is_revoked_once(store: Store, user_id: str) -> None:
     _, key = await create_key(store, EMAIL)
     await revoke_key(store, key.id)
     assert await revoke_key(store, key.id) is False
+    assert await newest_change(store) == 1
+
+
+async def test_racing_revocations_are_announced_once(store: Store, user_id: str) -> None:
+    _, key = await create_key(store, EMAIL)
+    assert sum(await asyncio.gather(*(revoke_key(store, key.id) for _ in range(5)))) == 1
     assert await newest_change(store) == 1
 
 

@@ -78,12 +78,26 @@ async def test_health_has_the_shape_of_the_guide(client: Client) -> None:
 async def test_a_store_that_is_away_degrades_health_but_not_readiness(
     store: Store, client: Client, tmp_path: Path
 ) -> None:
-    await store.close()
-    (tmp_path / "gpuproxy.db").rename(tmp_path / "away")
-    (tmp_path / "gpuproxy.db").mkdir()
+    await take_away(store, tmp_path)
     body = await (await client.get("/health")).json()
     assert (body["status"], body["services"]["database"]) == ("degraded", "unhealthy")
     assert (await client.get("/health/ready")).status == 200
+
+
+async def test_a_store_that_is_away_makes_no_key_invalid(
+    store: Store, client: Client, key: str, tmp_path: Path
+) -> None:
+    await take_away(store, tmp_path)
+    answer = await client.get("/api/v1/user/usage", headers={"X-API-Key": key})
+    assert await _error(answer) == (503, "UNAVAILABLE", "the store is away")
+    assert answer.headers["Retry-After"] == "2"
+
+
+async def take_away(store: Store, directory: Path) -> None:
+    """Put a folder where the database was."""
+    await store.close()
+    (directory / "gpuproxy.db").rename(directory / "away")
+    (directory / "gpuproxy.db").mkdir()
 
 
 async def test_a_stopping_gateway_is_alive_but_not_ready(client: Client) -> None:

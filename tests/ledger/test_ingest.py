@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from journals import Worker, frame, frames, receipt
 from sqlalchemy import func, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 from structlog.testing import capture_logs
 
 from gpuproxy import config
@@ -213,7 +213,7 @@ async def test_receipts_and_offset_commit_together_or_not_at_all(store: Store, i
     async with store.writing() as connection:
         await connection.execute(text("ALTER TABLE journal_segments RENAME TO away"))
     for _ in range(2):
-        with pytest.raises(OperationalError):
+        with pytest.raises(SQLAlchemyError):
             await ingest.ingest_once()
     assert await stored(store) == []
     async with store.writing() as connection:
