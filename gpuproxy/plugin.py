@@ -40,7 +40,7 @@ GROUP = "gpuproxy.plugins"
 HeaderList = list[tuple[bytes, bytes]]
 
 
-class Call(Struct):
+class Call(Struct, gc=False):
     """One call as a handler sees it.
 
     ``path`` is what follows the gateway's own prefix, in origin form with its query and byte-exact
@@ -64,7 +64,7 @@ class Call(Struct):
         return None
 
 
-class Intent(Struct):
+class Intent(Struct, gc=False):
     """Where a call wants to go: by model, or by the name of an upstream; and what is worth metering.
 
     ``path`` replaces the call's path and query below the upstream's base URL; None keeps them, and one that is
@@ -77,7 +77,7 @@ class Intent(Struct):
     is_stream: bool = False
 
 
-class UpstreamRequest(Struct):
+class UpstreamRequest(Struct, gc=False):
     """What to send upstream instead of what the client sent; the defaults change nothing.
 
     ``path`` replaces the target (origin form, below no base path), ``body`` the body. ``headers`` replace the

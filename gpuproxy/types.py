@@ -27,7 +27,7 @@ class Grant(Struct, array_like=True):
     revoked: bool = False
 
 
-class Usage(Struct, array_like=True):
+class Usage(Struct, array_like=True, gc=False):
     """Tokens one call used. ``cached_tokens`` is the part of ``input_tokens`` served from a prompt cache."""
 
     input_tokens: int = 0
@@ -36,7 +36,7 @@ class Usage(Struct, array_like=True):
     source: UsageSource = "provider"
 
 
-class Receipt(Struct, array_like=True, frozen=True):
+class Receipt(Struct, array_like=True, frozen=True, gc=False):
     """One ended exchange, exactly one for each; the only thing a worker ever reports about a call.
 
     ``id`` is unique over all workers and restarts. ``status`` is what the client was sent (0: nothing).

@@ -32,7 +32,7 @@ class LinkClient(asyncio.Protocol):
     def __init__(self, path: str, hello: Hello) -> None:
         self.on_revoke: Callable[[tuple[str, ...]], None] = lambda key_ids: None
         self.on_reconnect: Callable[[], None] = lambda: None
-        self.is_connected = False
+        self.connected = asyncio.Event()
         self._path = path
         self._hello = hello
         self._transport: asyncio.Transport | None = None
@@ -73,7 +73,7 @@ class LinkClient(asyncio.Protocol):
         """Introduce this worker."""
         self._transport = cast(asyncio.Transport, transport)
         self._reader = FrameReader()
-        self.is_connected = True
+        self.connected.set()
         self._transport.write(frame(self._hello))
         self.on_reconnect()
 
@@ -92,7 +92,7 @@ class LinkClient(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Answer every open question with «cannot tell»."""
         self._transport = None
-        self.is_connected = False
+        self.connected.clear()
         self._lost.set()
         for question in list(self._questions):
             self.give_up(question)

@@ -20,6 +20,7 @@ from gpuproxy.proxy.headers import (
     BEARER,
     CODING,
     CONNECTION,
+    DROP,
     EXPECT,
     HOST,
     INVALID,
@@ -29,8 +30,8 @@ from gpuproxy.proxy.headers import (
     REQUEST_ID,
     UPGRADE,
     VIA,
-    Field,
     classify_request,
+    hosts_seen,
     is_valid_host,
     join_fields,
     request_rules,
@@ -45,27 +46,19 @@ URL_BYTES_MAX = 8_192
 PIPELINED_MAX = 64  # calls of one connection that wait for their turn; a refusal of each nests a few frames
 
 
-_NO_FIELDS: dict[int, bytes] = {}
-
-
 class Downstream(asyncio.Protocol):
     """A client connection. `current` is the exchange being answered, `receiving` the one whose body arrives."""
 
     __slots__ = (
         "_connection_fields",
         "_fault",
+        "_feed",
         "_field_count",
-        "_fields",
         "_head_bytes",
-        "_host",
-        "_key",
-        "_length",
-        "_own_fields",
+        "_is_deaf",
         "_parser",
-        "_proxied_fields",
+        "_parsing",
         "_read_blocks",
-        "_special",
-        "_url",
         "_waiting",
         "_was_malformed",
         "after_upgrade",
@@ -89,6 +82,11 @@ class Downstream(asyncio.Protocol):
         self.receiving: Exchange | None = None
         self._waiting: deque[Exchange] = deque()
         self._parser = httptools.HttpRequestParser(self)
+        self._feed = self._parser.feed_data
+        self._parsing: Exchange | None = None
+        self._field_count = 0
+        self._head_bytes = 0
+        self._is_deaf = False
         self._fault: GatewayError | None = None
         self._was_malformed = False
         self._read_blocks = 0
@@ -97,19 +95,6 @@ class Downstream(asyncio.Protocol):
         self.is_write_blocked = False
         self.after_upgrade: bytes | None = None
         self._connection_fields = (b"", b"")
-        self._begin_head()
-
-    def _begin_head(self) -> None:
-        self._url = b""
-        self._fields: list[Field] = []
-        self._field_count = 0
-        self._head_bytes = 0
-        self._host = b""
-        self._length = -1
-        self._key = b""
-        self._special = _NO_FIELDS
-        self._own_fields: list[Field] | None = None
-        self._proxied_fields: list[Field] | None = None
 
     # -- the connection ---------------------------------------------------------------------------------
 
@@ -117,14 +102,14 @@ class Downstream(asyncio.Protocol):
         """Take the client in, or turn it away when there are too many."""
         self.transport = cast(asyncio.Transport, transport)
         plane = self.plane
-        if len(plane.downstreams) >= plane.config.limits.connections_max or plane.is_draining:
+        if len(plane.downstreams) >= plane.limits.connections_max or plane.is_draining:
             self.transport.abort()
             return
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) else "unix"
         self.is_trusted = plane.is_trusted_proxy(self.peer)
-        self.transport.set_write_buffer_limits(high=plane.config.limits.write_buffer_bytes)
-        self.deadline_s = plane.now() + plane.config.timeouts.head_s
+        self.transport.set_write_buffer_limits(high=plane.limits.write_buffer_bytes)
+        self.deadline_s = plane.now_s + plane.timeouts.head_s
         plane.downstreams.add(self)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -188,84 +173,107 @@ class Downstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse; complete heads start or queue exchanges from within."""
-        if self.after_upgrade is not None:
-            self._hold_tunnel_bytes(data)
-            return
-        if self.is_lingering or self._was_malformed:
+        if self._is_deaf:
+            if self.after_upgrade is not None:
+                self._hold_tunnel_bytes(data)
             return
         if self.receiving is None:
-            self._count_head(len(data))
+            self._head_bytes += len(data)
         try:
-            self._parser.feed_data(data)
+            self._feed(data)
         except httptools.HttpParserUpgrade as upgrade:
+            self._is_deaf = True
             self.after_upgrade = b""
             self._hold_tunnel_bytes(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             self._malformed(self._fault or _parse_fault(error))
-            return
-        if self.receiving is None and self._head_bytes > self.plane.config.limits.head_bytes_max:
-            self._malformed(
-                GatewayError("HEAD_TOO_LARGE", f"the head is over {self.plane.config.limits.head_bytes_max} bytes")
-            )
+        else:
+            if self._head_bytes:
+                self._await_head(len(data))
 
-    def _count_head(self, byte_count: int) -> None:
-        if self._head_bytes == 0 and self.current is None:
-            self.deadline_s = self.plane.now() + self.plane.config.timeouts.head_s
-        self._head_bytes += byte_count
+    def _await_head(self, byte_count: int) -> None:
+        if self._head_bytes == byte_count and self.current is None:
+            self.deadline_s = self.plane.now_s + self.plane.timeouts.head_s
+        if self._head_bytes > self.plane.limits.head_bytes_max:
+            self._malformed(_head_too_large(self.plane.limits.head_bytes_max))
 
     def _hold_tunnel_bytes(self, data: bytes) -> None:
         assert self.after_upgrade is not None
         self.after_upgrade += data
-        if len(self.after_upgrade) > self.plane.config.limits.write_buffer_bytes:
+        if len(self.after_upgrade) > self.plane.limits.write_buffer_bytes:
             self.block_reading(READ_BUFFER)
 
     def on_url(self, url: bytes) -> None:
-        """Take (a piece of) the request target."""
-        self._url = self._url + url if self._url else url
+        """Take (a piece of) the request target: a head has begun."""
+        exchange = self._parsing
+        if exchange is None:
+            self._parsing = Exchange(self.plane, self, url)
+            self._field_count = 0
+        else:
+            exchange.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Sort one field by its rule."""
-        if self.receiving is not None:  # a trailer: dropped, RFC 9110 §6.5.1
+        exchange = self._parsing
+        if exchange is None:  # a trailer: dropped, RFC 9110 §6.5.1
             return
         rule = request_rules.get(name)
         if rule is None:
             rule = classify_request(name)
         if not rule:
-            self._fields.append((name, value))
+            exchange.fields.append((name, value))
             return
         self._field_count += 1
         if rule == HOST:
-            if self._host:
+            if exchange.host:
                 self._refuse_head("BAD_REQUEST", "the head has two Host fields")
-            self._host = value or b" "
+            exchange.host = value or b" "
         elif rule == LENGTH:
-            self._length = int(value)
+            exchange.content_length = int(value)
         elif rule == API_KEY:
-            self._take_credential(value)
+            exchange.own_fields.append((name, value))
+            self._take_credential(exchange, value)
+        elif rule == ACCEPT_ENCODING:
+            earlier = exchange.accept_encoding
+            exchange.accept_encoding = b"%b, %b" % (earlier, value) if earlier else value
         elif rule == BEARER:
-            self._take_credential(value[7:].strip() if value[:7].lower() == b"bearer " else b"")
-        elif rule == INVALID:
-            self._refuse_head("BAD_REQUEST", f"field name {name[:60].decode('latin-1')!r} has an underscore; use '-'")
+            exchange.own_fields.append((name, value))
+            self._take_credential(exchange, value[7:].strip() if value[:7].lower() == b"bearer " else b"")
+        elif rule == CONNECTION:
+            exchange.connection = b"%b, %b" % (exchange.connection, value) if exchange.connection else value
+        elif rule != DROP:
+            self._take_rare(exchange, rule, name, value)
+
+    def _take_rare(self, exchange: Exchange, rule: int, name: bytes, value: bytes) -> None:
+        if rule == OWN:
+            exchange.own_fields.append((name, value))
         elif rule == PROXIED:
             if self.is_trusted:
-                self._proxied_fields = self._proxied_fields or []
-                self._proxied_fields.append((name, value))
-        else:
-            self._take_special(rule, value)
-        if rule in (OWN, API_KEY, BEARER):
-            self._own_fields = self._own_fields or []
-            self._own_fields.append((name, value))
+                exchange.proxied_fields.append((name, value))
+        elif rule == VIA:
+            exchange.via = exchange.via + b", " + value if exchange.via else value
+        elif rule == REQUEST_ID:
+            exchange.take_request_id(value)
+        elif rule == CODING:
+            if exchange.is_chunked or value.lower() != b"chunked":
+                shown = value[:40].decode("latin-1")
+                self._refuse_head("NOT_IMPLEMENTED", f"Transfer-Encoding {shown!r}; only one chunked is served")
+            exchange.is_chunked = True
+        elif rule == EXPECT:
+            if value.lower() != b"100-continue":
+                shown = value[:40].decode("latin-1")
+                self._refuse_head("EXPECTATION_FAILED", f"Expect {shown!r}; only 100-continue is served")
+            exchange.expects_continue = True
+        elif rule == UPGRADE:
+            exchange.upgrade = value
+        elif rule == INVALID:
+            shown = name[:60].decode("latin-1")
+            self._refuse_head("BAD_REQUEST", f"field name {shown!r} has an underscore; use '-'")
 
-    def _take_credential(self, value: bytes) -> None:
-        if self._key and value and value != self._key:
+    def _take_credential(self, exchange: Exchange, value: bytes) -> None:
+        if exchange.credential and value and value != exchange.credential:
             self._refuse_head("BAD_REQUEST", "X-API-Key and Authorization carry different credentials; send one")
-        self._key = value or self._key
-
-    def _take_special(self, rule: int, value: bytes) -> None:
-        special = self._special
-        if special is _NO_FIELDS:
-            special = self._special = {}
-        special[rule] = special[rule] + b", " + value if rule in special else value
+        exchange.credential = value or exchange.credential
 
     def _refuse_head(self, code: str, message: str) -> None:
         self._fault = GatewayError(code, message)
@@ -274,20 +282,27 @@ class Downstream(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """Check what the parser does not, then start the exchange or queue it."""
         parser = self._parser
-        limits = self.plane.config.limits
-        if self._field_count + len(self._fields) > limits.header_count_max:
-            self._refuse_head("HEAD_TOO_LARGE", f"the head has over {limits.header_count_max} fields")
-        if self._head_bytes > limits.head_bytes_max and self._head_size() > limits.head_bytes_max:
-            self._refuse_head("HEAD_TOO_LARGE", f"the head is over {limits.head_bytes_max} bytes")
+        exchange, self._parsing = self._parsing, None
+        assert exchange is not None
         version = parser.get_http_version()
-        if version != "1.1" and version != "1.0":
-            self._refuse_head("HTTP_VERSION", f"HTTP/{version} is not served; use HTTP/1.1")
-        exchange = Exchange(self.plane, self, parser.get_method(), self._url, self._fields)
-        exchange.is_http_1_0 = version == "1.0"
+        if version != "1.1":
+            if version != "1.0":
+                self._refuse_head("HTTP_VERSION", f"HTTP/{version} is not served; use HTTP/1.1")
+            self._check_http_1_0(exchange)
+        self._check_size(exchange)
+        self._head_bytes = 0
+        exchange.method = method = parser.get_method()
         exchange.keeps_alive = parser.should_keep_alive()
-        self._check_head(exchange)
+        if exchange.target[:1] != b"/":
+            self._take_other_form(exchange)
+        if exchange.host not in hosts_seen and not (exchange.is_http_1_0 and not exchange.host):
+            self._check_host(exchange.host)
+        if method == b"CONNECT" or method == b"TRACE":
+            self._refuse_head("METHOD_NOT_ALLOWED", f"{method.decode()} is not served")
+        exchange.has_body = exchange.is_chunked or exchange.content_length > 0
+        if exchange.upgrade:
+            self._check_upgrade(exchange)
         self.receiving = exchange
-        self._begin_head()
         if self.current is None:
             self.current = exchange
             self._start(exchange)
@@ -296,87 +311,57 @@ class Downstream(asyncio.Protocol):
             if len(self._waiting) >= PIPELINED_MAX:
                 self.block_reading(READ_QUEUE)
 
-    def _head_size(self) -> int:
-        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._fields)
+    def _check_http_1_0(self, exchange: Exchange) -> None:
+        exchange.is_http_1_0 = True
+        exchange.expects_continue = False
+        if exchange.is_chunked:
+            self._refuse_head("BAD_REQUEST", "HTTP/1.0 has no Transfer-Encoding")
 
-    def _check_head(self, exchange: Exchange) -> None:
-        special = self._special
-        if len(self._url) > URL_BYTES_MAX:
+    def _check_size(self, exchange: Exchange) -> None:
+        limits = self.plane.limits
+        if self._field_count + len(exchange.fields) > limits.header_count_max:
+            self._refuse_head("HEAD_TOO_LARGE", f"the head has over {limits.header_count_max} fields")
+        if len(exchange.target) > URL_BYTES_MAX:
             self._refuse_head("URI_TOO_LONG", f"the request target is over {URL_BYTES_MAX} bytes")
-        if self._url[:1] != b"/":
-            self._take_other_form(exchange)
-        host = self._host
-        if not (is_valid_host(host) if host else exchange.is_http_1_0):
-            self._refuse_head("BAD_REQUEST", "the head needs one valid Host field" if not host else "Host is not valid")
-        if exchange.method in (b"CONNECT", b"TRACE"):
-            self._refuse_head("METHOD_NOT_ALLOWED", f"{exchange.method.decode()} is not served")
-        exchange.host = host
-        exchange.content_length = self._length
-        exchange.credential = self._key
-        exchange.own_fields = self._own_fields
-        exchange.proxied_fields = self._proxied_fields
-        if special:
-            self._check_special(exchange, special)
-        exchange.has_body = exchange.is_chunked or self._length > 0
+        if self._head_bytes > limits.head_bytes_max and exchange.head_size() > limits.head_bytes_max:
+            raise self._fault_of(_head_too_large(limits.head_bytes_max))
 
-    def _check_special(self, exchange: Exchange, special: dict[int, bytes]) -> None:
-        coding = special.get(CODING)
-        if coding is not None:
-            if coding.lower() != b"chunked":
-                self._refuse_head(
-                    "NOT_IMPLEMENTED",
-                    f"Transfer-Encoding {coding[:40].decode('latin-1')!r}; only chunked is served",
-                )
-            if exchange.is_http_1_0:
-                self._refuse_head("BAD_REQUEST", "HTTP/1.0 has no Transfer-Encoding")
-            exchange.is_chunked = True
-        expect = special.get(EXPECT)
-        if expect is not None:
-            if expect.lower() != b"100-continue":
-                self._refuse_head(
-                    "EXPECTATION_FAILED",
-                    f"Expect {expect[:40].decode('latin-1')!r}; only 100-continue is served",
-                )
-            exchange.expects_continue = not exchange.is_http_1_0
-        request_id = special.get(REQUEST_ID)
-        if request_id is not None:
-            exchange.take_request_id(request_id)
-        exchange.connection = special.get(CONNECTION, b"")
-        exchange.via = special.get(VIA, b"")
-        exchange.accept_encoding = special.get(ACCEPT_ENCODING, b"")
-        if UPGRADE in special and self._parser.should_upgrade():
-            self._check_upgrade(exchange, special[UPGRADE])
+    def _fault_of(self, error: GatewayError) -> GatewayError:
+        self._fault = error
+        return error
 
-    def _check_upgrade(self, exchange: Exchange, token: bytes) -> None:
-        is_websocket = token.strip().lower() == b"websocket" and exchange.method == b"GET"
-        if is_websocket and not (exchange.is_chunked or self._length > 0):
-            exchange.is_upgrade = True
+    def _check_host(self, host: bytes) -> None:
+        if not is_valid_host(host):
+            self._refuse_head("BAD_REQUEST", "Host is not valid" if host else "the head needs one valid Host field")
+
+    def _check_upgrade(self, exchange: Exchange) -> None:
+        if not self._parser.should_upgrade():
+            return
+        is_websocket = exchange.upgrade.strip().lower() == b"websocket" and exchange.method == b"GET"
+        exchange.is_upgrade = is_websocket and not exchange.has_body
         exchange.keeps_alive = False  # another token (h2c) is ignored, but the parser has stopped for it
 
     def _take_other_form(self, exchange: Exchange) -> None:
         # absolute-form must be accepted; its authority replaces Host (RFC 9112 §3.2.2)
-        scheme, mark, rest = self._url.partition(b"://")
+        scheme, mark, rest = exchange.target.partition(b"://")
         if not mark or scheme.lower() not in (b"http", b"https"):
             self._refuse_head("BAD_REQUEST", "the request target must be a path or an http(s) URL")
-        authority, slash, path = rest.partition(b"/")
-        if not slash:
-            authority, slash, path = rest.partition(b"?")
-        if self._host:
-            self._host = authority
-        exchange.target = b"/" + path if slash == b"/" else b"/" + slash + path
+        end = min(at for at in (rest.find(b"/"), rest.find(b"?"), len(rest)) if at >= 0)
+        if exchange.host:
+            exchange.host = rest[:end]
+        path = rest[end:]
+        exchange.target = path if path.startswith(b"/") else b"/" + path
 
     def _start(self, exchange: Exchange) -> None:
         try:
             exchange.start()
         except Exception:
-            _log.exception("exchange failed", request_id=exchange.request_id_text())
+            _log.exception("exchange failed", request_id=exchange.request_id)
             exchange.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
 
     def on_body(self, body: bytes) -> None:
         """Hand a piece of the body to its exchange."""
-        exchange = self.receiving
-        assert exchange is not None
-        exchange.take_body(body)
+        self.receiving.take_body(body)  # type: ignore[union-attr]  # llhttp: after the head, before the end
 
     def on_message_complete(self) -> None:
         """The request is whole."""
@@ -386,13 +371,15 @@ class Downstream(asyncio.Protocol):
         try:
             exchange.end_body()
         except Exception:
-            _log.exception("exchange failed", request_id=exchange.request_id_text())
+            _log.exception("exchange failed", request_id=exchange.request_id)
             exchange.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
 
     def _malformed(self, error: GatewayError) -> None:
         """Refuse what cannot be parsed; calls before it are still answered, nothing behind it is read."""
         self._was_malformed = True
+        self._is_deaf = True
         self._fault = error
+        self._head_bytes = 0
         exchange = self.receiving
         if exchange is not None:  # the body of a call went wrong
             self.receiving = None
@@ -407,7 +394,7 @@ class Downstream(asyncio.Protocol):
     def _answer_malformed(self) -> None:
         error = self._fault
         assert error is not None
-        self.plane.outbox.write(self.transport, error_answer(error, self.plane.new_request_id()))
+        self.plane.outbox.write(self.transport, error_answer(error, self.plane.new_id().encode()))
         self.close_gently()
 
     # -- what exchanges ask for --------------------------------------------------------------------------
@@ -422,7 +409,7 @@ class Downstream(asyncio.Protocol):
             self.close_gently()
             return
         if not exchange.is_received:  # the rest of a refused or early answered upload is read and dropped
-            self.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
+            self.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
             return
         self.next()
 
@@ -441,7 +428,7 @@ class Downstream(asyncio.Protocol):
         elif self.plane.is_draining:
             self.close_gently()
         else:
-            self.deadline_s = self.plane.now() + self.plane.config.timeouts.keepalive_s
+            self.deadline_s = self.plane.now_s + self.plane.timeouts.keepalive_s
 
     def close_gently(self) -> None:
         """Close so that the client can read the answer even if it is still sending (RFC 9112 §9.6)."""
@@ -451,10 +438,11 @@ class Downstream(asyncio.Protocol):
             self._close()
             return
         self.is_lingering = True
+        self._is_deaf = True
         self._read_blocks = 0
         self.plane.unread.discard(self)
         self.transport.resume_reading()
-        self.deadline_s = self.plane.now() + self.plane.config.timeouts.linger_s
+        self.deadline_s = self.plane.now_s + self.plane.timeouts.linger_s
         self.plane.outbox.flush()
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -462,7 +450,7 @@ class Downstream(asyncio.Protocol):
     def _close(self) -> None:
         # what is buffered is still flushed, but not for longer than a client may stall elsewhere
         self.is_closing = True
-        self.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
+        self.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
         self.plane.outbox.flush()
         self.transport.close()
 
@@ -503,6 +491,10 @@ class Downstream(asyncio.Protocol):
         kept.setdefault(b"x-forwarded-host", exchange.host)
         kept[b"x-forwarded-for"] = before + b", " + peer if before else peer
         return join_fields([(name.title(), value) for name, value in kept.items()])
+
+
+def _head_too_large(limit_bytes: int) -> GatewayError:
+    return GatewayError("HEAD_TOO_LARGE", f"the head is over {limit_bytes} bytes")
 
 
 def _parse_fault(error: httptools.HttpParserError) -> GatewayError:

@@ -82,7 +82,7 @@ def wrap(
     content_type: bytes,
     body: bytes,
     duration_us: int,
-    request_id: bytes,
+    request_id: str,
     usage: Usage | None,
 ) -> bytes:
     """Return the answer object around an upstream's answer."""
@@ -93,7 +93,7 @@ def wrap(
         status,
         orjson.dumps(headers),
         duration_us / 1000,
-        orjson.dumps(request_id.decode("latin-1")),
+        orjson.dumps(request_id),
         b"" if usage is None else b',"usage":' + _usage(usage),
     )
 

@@ -56,13 +56,14 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Exchange:
-    """One request and its answer on a client connection."""
+    """One request and its answer on a client connection. The connection fills in what the head says."""
 
     __slots__ = (
         "_answer_parts",
         "_answer_size",
         "_attempts",
         "_body",
+        "_call",
         "_destination",
         "_envelope",
         "_error",
@@ -71,6 +72,7 @@ class Exchange:
         "_handler",
         "_head",
         "_idle_s",
+        "_intent",
         "_is_answer_chunked",
         "_is_answer_until_close",
         "_is_body_whole",
@@ -93,7 +95,6 @@ class Exchange:
         "has_body",
         "has_sent_head",
         "host",
-        "intent",
         "is_chunked",
         "is_http_1_0",
         "is_received",
@@ -108,49 +109,40 @@ class Exchange:
         "route",
         "state",
         "target",
+        "upgrade",
         "upstream",
         "via",
     )
 
     route: Route
+    method: bytes
+    keeps_alive: bool
+    has_body: bool
     _sending: tuple[bytes, bytes, list[Field], bytes | None, UpstreamRequest]
 
-    def __init__(
-        self, plane: "Plane", downstream: "Downstream", method: bytes, target: bytes, fields: list[Field]
-    ) -> None:
+    def __init__(self, plane: "Plane", downstream: "Downstream", target: bytes) -> None:
         self.plane = plane
         self.downstream = downstream
-        self.method = method
-        self.target = target
-        self.fields = fields
         self.state = NEW
         # said by the head
-        self.host = b""
+        self.target = target
+        self.fields: list[Field] = []
+        self.own_fields: list[Field] = []
+        self.proxied_fields: list[Field] = []
+        self.host = self.credential = self.connection = self.via = self.accept_encoding = self.upgrade = b""
+        self.request_id = ""
         self.content_length = -1
-        self.credential = b""
-        self.own_fields: list[Field] | None = None
-        self.proxied_fields: list[Field] | None = None
-        self.connection = b""
-        self.via = b""
-        self.accept_encoding = b""
-        self.request_id = b""
-        self.is_chunked = False
-        self.is_http_1_0 = False
-        self.is_upgrade = False
-        self.expects_continue = False
-        self.keeps_alive = True
-        self.has_body = False
+        self.is_chunked = self.is_http_1_0 = self.is_upgrade = self.expects_continue = False
         # the upload
-        self.is_received = False
+        self.is_received = self._needs_body = self._is_body_whole = False
         self.request_bytes = 0
         self._body: list[bytes] = []
-        self._needs_body = False
-        self._is_body_whole = False
         # the way
         self.upstream: UpstreamConnection | None = None
-        self.intent: Intent | None = None
         self._grant: Grant | None = None
         self._handler: ProtocolHandler | None = None
+        self._call: Call | None = None
+        self._intent: Intent | None = None
         self._destination: Destination | None = None
         self._envelope: envelopes.Envelope | None = None
         self._origin: Origin | None = None
@@ -158,48 +150,39 @@ class Exchange:
         self._attempts = 0
         self._timeout_s = 0.0
         # the answer
-        self.has_sent_head = False
+        self.has_sent_head = self._is_answer_chunked = self._is_answer_until_close = self._is_paused = False
         self._reader: UsageReader | None = None
         self._answer_parts: list[bytes] | None = None
-        self._answer_size = 0
-        self._is_answer_chunked = False
-        self._is_answer_until_close = False
-        self._is_paused = False
+        self._answer_size = self._status = self._response_bytes = self._first_byte_ns = 0
         self._idle_s = 0.0
-        self._status = 0
-        self._response_bytes = 0
         self._error = ""
-        self._started_ns = time.monotonic_ns()
-        self._first_byte_ns = 0
 
     def take_request_id(self, value: bytes) -> None:
         """Use the client's own request id if it is fit to be passed on."""
         if is_valid_request_id(value):
-            self.request_id = value
+            self.request_id = value.decode("ascii")
 
-    def request_id_text(self) -> str:
-        """Return the request id for logs and answers."""
-        return self.request_id.decode("latin-1")
+    def head_size(self) -> int:
+        """Return about how many bytes the head has."""
+        return len(self.target) + sum(len(name) + len(value) + 4 for name, value in self.fields)
 
     # -- admit ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin: classify the path, find out who is calling."""
         plane = self.plane
+        self._started_ns = time.monotonic_ns()
         if not self.request_id:
-            self.request_id = plane.new_request_id()
+            self.request_id = plane.new_id()
         self.state = ADMITTING
-        self.downstream.unblock_reading(READ_BUFFER)
         route = self.route = plane.router.route(self.target)
         self._handler = route.handler
-        kind = route.kind
-        if kind == CONTROL:
+        if route.kind == CONTROL:
             self._forward_to_control()
             return
-        if not self.credential:
-            self.refuse(GatewayError("UNAUTHORIZED", "no API key; send it as X-API-Key or Authorization: Bearer"))
-            return
         try:
+            if not self.credential:
+                raise GatewayError("UNAUTHORIZED", "no API key; send it as X-API-Key or Authorization: Bearer")
             grant = plane.admission.grant(self.credential, self.answered)
         except GatewayError as error:
             self.refuse(error)
@@ -207,7 +190,7 @@ class Exchange:
         if grant is not None:
             self.admitted(grant)
         else:
-            self.downstream.deadline_s = plane.now() + plane.config.auth.authorize_timeout_s + 1
+            self.downstream.deadline_s = plane.now_s + plane.config.auth.authorize_timeout_s + 1
 
     def answered(self, result: Grant | GatewayError) -> None:
         """Control has told about an unknown key, or could not."""
@@ -222,72 +205,74 @@ class Exchange:
         """The caller is known: check what can be checked before the body, then resolve or wait for the body."""
         self._grant = grant
         plane = self.plane
-        error = self._objection(grant)
-        if error is not None:
+        downstream = self.downstream
+        try:
+            self._check(grant)
+        except GatewayError as error:
             self.refuse(error)
             return
-        handler = self._handler
-        route = self.route
-        self._needs_body = self.has_body and (
-            handler is None or grant.models is not None or handler.needs_body(self.method, route.path)
-        )
-        self.downstream.unblock_reading(READ_BUFFER)
-        if self.expects_continue and not self.is_received and not self._body:
-            self._write(_CONTINUE)
-        if self._needs_body:
-            self.state = COLLECTING
-            if self.is_received:
-                self._resolve()
-            else:
-                self.downstream.deadline_s = plane.now() + plane.config.timeouts.body_idle_s
-        else:
-            self._resolve()
-
-    def _objection(self, grant: Grant) -> GatewayError | None:
-        limits = self.plane.config.limits
-        if grant.revoked or (grant.expires_ns and is_expired(grant)):
-            return GatewayError("UNAUTHORIZED", "this API key is expired or revoked")
-        route = self.route
-        if route.kind == UNKNOWN:
-            return GatewayError(route.code, route.fault)
-        if route.kind == ENVELOPE and self.method != b"POST":
-            return GatewayError("METHOD_NOT_ALLOWED", f"{route.shown} takes POST with a JSON envelope")
-        if grant.scopes and "inference" not in grant.scopes:
-            return GatewayError("FORBIDDEN", "this API key lacks the scope 'inference'")
-        if self.plane.journal.is_full:
-            return GatewayError("JOURNAL_FULL", "usage cannot be recorded at the moment; try again", 5)
-        if self.content_length > limits.body_bytes_max:
-            return GatewayError("BODY_TOO_LARGE", f"the body is over {limits.body_bytes_max} bytes")
-        if self.via and self.via.count(PSEUDONYM) >= VIA_HOPS_MAX:
-            return GatewayError(
-                "LOOP_DETECTED", "the request has passed this gateway before; check the upstream's address"
+        if not self.is_received:
+            downstream.unblock_reading(READ_BUFFER)
+            if self.expects_continue and not self._body:
+                self._write(_CONTINUE)
+        if self.has_body:
+            handler = self._handler
+            self._needs_body = (
+                handler is None or grant.models is not None or handler.needs_body(self.method, self.route.path)
             )
-        return None
+            if self._needs_body and not self.is_received:
+                self.state = COLLECTING
+                downstream.deadline_s = plane.now_s + plane.timeouts.body_idle_s
+                return
+        self._resolve()
+
+    def _check(self, grant: Grant) -> None:
+        plane = self.plane
+        route = self.route
+        if grant.revoked or (grant.expires_ns and is_expired(grant)):
+            raise GatewayError("UNAUTHORIZED", "this API key is expired or revoked")
+        if grant.scopes and "inference" not in grant.scopes:
+            raise GatewayError("FORBIDDEN", "this API key lacks the scope 'inference'")
+        if plane.journal.is_full:
+            raise GatewayError("JOURNAL_FULL", "usage cannot be recorded at the moment; try again", 5)
+        if self.content_length > plane.limits.body_bytes_max:
+            raise self._body_too_large(plane.limits.body_bytes_max)
+        if self.via and self.via.count(PSEUDONYM) >= VIA_HOPS_MAX:
+            raise GatewayError("LOOP_DETECTED", "the request has passed this gateway before; check the upstream's URL")
+        if route.kind == UNKNOWN:
+            raise GatewayError(route.code, route.fault)
+        if route.kind == ENVELOPE and self.method != b"POST":
+            raise GatewayError("METHOD_NOT_ALLOWED", f"{route.shown} takes POST with a JSON envelope")
+
+    def _body_too_large(self, limit_bytes: int) -> GatewayError:
+        return GatewayError("BODY_TOO_LARGE", f"the body is over {limit_bytes} bytes")
 
     # -- the body ---------------------------------------------------------------------------------------
 
     def take_body(self, data: bytes) -> None:
         """Take the next piece of the body: hold it, send it on, or drop it when the call is over."""
-        self.request_bytes += len(data)
-        if self.state == DONE:
-            if self.request_bytes > DISCARDED_BODY_BYTES_MAX:
-                self.downstream.close_gently()
-            return
-        limits = self.plane.config.limits
-        if self.request_bytes > limits.body_bytes_max:
-            self.refuse(GatewayError("BODY_TOO_LARGE", f"the body is over {limits.body_bytes_max} bytes"))
-            return
+        self.request_bytes = size = self.request_bytes + len(data)
         if self.state == SENT and not self._is_body_whole:
-            self._send_body(data)
-            return
-        self._body.append(data)
-        if self._needs_body:
-            if self.request_bytes > limits.buffered_body_bytes_max:
-                message = f"the body is over {limits.buffered_body_bytes_max} bytes, the most routing may hold"
-                self.refuse(GatewayError("BODY_TOO_LARGE", message))
-            elif not self.is_received:
-                self.downstream.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
-        elif self.request_bytes > limits.write_buffer_bytes:
+            if size > self.plane.limits.body_bytes_max:
+                self.refuse(self._body_too_large(self.plane.limits.body_bytes_max))
+            else:
+                self._send_body(data)
+        elif self.state == DONE:
+            if size > DISCARDED_BODY_BYTES_MAX:
+                self.downstream.close_gently()
+        else:
+            self._body.append(data)
+            if size != self.content_length:
+                self._bound_held_body(size)
+
+    def _bound_held_body(self, size: int) -> None:
+        limits = self.plane.limits
+        limit_bytes = limits.buffered_body_bytes_max if self._needs_body else limits.body_bytes_max
+        if size > limit_bytes:
+            self.refuse(self._body_too_large(limit_bytes))
+        elif self._needs_body:
+            self.downstream.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
+        elif size > limits.write_buffer_bytes:
             self.downstream.block_reading(READ_BUFFER)
 
     def end_body(self) -> None:
@@ -312,14 +297,15 @@ class Exchange:
     def _send_body(self, data: bytes) -> None:
         upstream = self.upstream
         assert upstream is not None
-        self.plane.outbox.write(upstream.transport, b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data)
-        self.downstream.deadline_s = self.plane.now() + self.plane.config.timeouts.body_idle_s
+        piece = b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data
+        self.plane.outbox.write(upstream.transport, piece)
+        self.downstream.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
 
     def _end_upload(self) -> None:
         if self.is_chunked and self.upstream is not None:
             self.plane.outbox.write(self.upstream.transport, b"0\r\n\r\n")
         if not self.has_sent_head:
-            self.downstream.deadline_s = self.plane.now() + self._first_byte_s()
+            self.downstream.deadline_s = self.plane.now_s + self._first_byte_s()
 
     # -- route ------------------------------------------------------------------------------------------
 
@@ -333,9 +319,9 @@ class Exchange:
             self.refuse(error)
 
     def _whole_body(self) -> bytes | None:
-        parts = self._body
         if not self.is_received:
             return None
+        parts = self._body
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _resolve_transparent(self) -> None:
@@ -343,7 +329,7 @@ class Exchange:
         handler = route.handler
         assert handler is not None
         body = self._whole_body()
-        call = Call(self.method, route.path, self.fields, body)
+        call = self._call = Call(self.method, route.path, self.fields, body)
         if route.kind == MOUNT:
             intent = handler.inspect(call)
             destination = self.plane.router.destination(intent, handler)
@@ -351,10 +337,12 @@ class Exchange:
             intent = handler.describe(call)
             assert route.upstream is not None
             destination = route.upstream
-        self.intent = intent
+        self._intent = intent
         self._destination = destination
-        self._check_model(intent.model)
+        if self._grant.models is not None:  # type: ignore[union-attr]  # admitted
+            self._check_model(intent.model)
         request = handler.prepare(call, intent)
+        call.body = None
         path = request.path
         if path is None:
             path = route.path if intent.path is None else intent.path
@@ -368,10 +356,9 @@ class Exchange:
     def _check_model(self, model: str) -> None:
         grant = self._grant
         assert grant is not None
-        if grant.models is None or model in grant.models:
-            return
-        if model or self.has_body:
-            allowed = ", ".join(grant.models[:20]) or "none"
+        models = grant.models
+        if models is not None and model not in models and (model or self.has_body):
+            allowed = ", ".join(models[:20]) or "none"
             raise GatewayError(
                 "FORBIDDEN",
                 f"this API key may not use model {model[:100]!r}; allowed: {allowed}",
@@ -385,8 +372,9 @@ class Exchange:
         target = parse_target(envelope.target_url)
         fields = checked_fields(envelope.headers or {})
         content = envelope.content()
-        call = Call((envelope.method or "GET").encode(), target.path.encode(), fields, content, is_envelope=True)
-        intent = self.intent = handler.describe(call)
+        method = (envelope.method or "GET").encode()
+        call = self._call = Call(method, target.path.encode(), fields, content, is_envelope=True)
+        intent = self._intent = handler.describe(call)
         self._check_model(intent.model)
         request = handler.prepare(call, intent)
         if (
@@ -448,18 +436,22 @@ class Exchange:
             framing = b"Content-Length: %d\r\n" % self.content_length
         else:
             framing = b""
+        if self.is_upgrade:
+            framing = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        base_path = endpoint.base_path
+        if base_path or path[:1] != b"/":
+            path = joined_path(base_path, path)
         preserves_host = self._destination is not None and self._destination.config.preserve_host
-        self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%bVia: %b\r\nX-Request-Id: %b\r\n%b%b%b\r\n" % (
+        self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%bVia: %b1.1 gpuproxy\r\nX-Request-Id: %b\r\n%b%b\r\n" % (
             method,
-            joined_path(endpoint.base_path, path),
+            path,
             self.host if preserves_host and self.host else endpoint.host,
             endpoint.fixed_fields,
             join_fields(fields),
             encoding,
-            b"%b, 1.1 gpuproxy" % self.via if self.via else b"1.1 gpuproxy",
-            self.request_id,
+            self.via + b", " if self.via else b"",
+            self.request_id.encode(),
             self.downstream.forwarded_fields(self) if self.route.kind != ENVELOPE else b"",
-            b"Connection: Upgrade\r\nUpgrade: websocket\r\n" if self.is_upgrade else b"",
             framing,
         )
         self._dispatch(endpoint.origin)
@@ -476,13 +468,13 @@ class Exchange:
         self._forward(endpoint, self.method, self.target, fields, None, _UNCHANGED)
 
     def _dispatch(self, origin: "Origin", fresh: bool = False) -> None:
-        self.state = CONNECTING
         self._origin = origin
         self._attempts += 1
-        connection = None if fresh else origin.take(self.plane.now())
+        connection = None if fresh else origin.take(self.plane.now_s)
         if connection is not None:
             self._send(connection)
         else:
+            self.state = CONNECTING
             self.plane.spawn(self._connect(origin))
 
     async def _connect(self, origin: "Origin") -> None:
@@ -495,7 +487,7 @@ class Exchange:
         if self.state == CONNECTING:
             self._send(connection)
         else:  # the client left meanwhile; somebody else will want the connection
-            origin.give(connection, self.plane.now())
+            origin.give(connection, self.plane.now_s)
 
     def _unreachable(self, error: GatewayError) -> None:
         destination = self._destination
@@ -506,29 +498,30 @@ class Exchange:
             self.refuse(error)
 
     def _send(self, connection: "UpstreamConnection") -> None:
+        plane = self.plane
+        outbox = plane.outbox
+        self.state = SENT
         self.upstream = connection
         connection.exchange = self
-        self.state = SENT
-        plane = self.plane
-        body = self._body
+        connection.chosen_turn = outbox.turn
         if self._is_body_whole:
-            data = body[0]
-            if len(data) <= JOINED_BYTES_MAX:
-                plane.outbox.write(connection.transport, self._head + data)
+            body = self._body[0]
+            if len(body) <= JOINED_BYTES_MAX:
+                outbox.write(connection.transport, self._head + body)
             else:
-                plane.outbox.write(connection.transport, self._head)
-                plane.outbox.write(connection.transport, data)
-            self.downstream.deadline_s = plane.now() + self._first_byte_s()
+                outbox.write(connection.transport, self._head)
+                outbox.write(connection.transport, body)
+            self.downstream.deadline_s = plane.now_s + self._first_byte_s()
             return
-        plane.outbox.write(connection.transport, self._head)
-        self._body = []
+        outbox.write(connection.transport, self._head)
+        held, self._body = self._body, []
         self.downstream.unblock_reading(READ_BUFFER)
-        for part in body:
+        for part in held:
             self._send_body(part)
         if self.is_received:
             self._end_upload()
         else:
-            self.downstream.deadline_s = plane.now() + plane.config.timeouts.body_idle_s
+            self.downstream.deadline_s = plane.now_s + plane.timeouts.body_idle_s
 
     def _first_byte_s(self) -> float:
         if self._timeout_s:
@@ -536,13 +529,13 @@ class Exchange:
         destination = self._destination
         if destination is not None and destination.config.first_byte_s is not None:
             return destination.config.first_byte_s
-        return self.plane.config.timeouts.first_byte_s
+        return self.plane.timeouts.first_byte_s
 
     def _stream_idle_s(self) -> float:
         destination = self._destination
         if destination is not None and destination.config.idle_s is not None:
             return destination.config.idle_s
-        return self.plane.config.timeouts.idle_s
+        return self.plane.timeouts.idle_s
 
     # -- relay ------------------------------------------------------------------------------------------
 
@@ -554,39 +547,36 @@ class Exchange:
             connection.parts = []
         else:
             body = b""
-        is_complete = connection.is_complete
         if self._answer_parts is not None:
             self._collect(connection, body)
             return
+        plane = self.plane
         downstream = self.downstream
-        out = b""
-        if not self.has_sent_head:
-            out = self._answer_head(connection)
-        self._response_bytes += len(body)
-        if self._is_answer_chunked:
-            if body:
-                if is_complete:
-                    out = b"%b%x\r\n%b\r\n0\r\n\r\n" % (out, len(body), body)
-                else:
-                    out = b"%b%x\r\n%b\r\n" % (out, len(body), body)
-            elif is_complete:
-                out += b"0\r\n\r\n"
-            if out:
-                self._write(out)
-        elif len(body) > JOINED_BYTES_MAX and out:
-            self._write(out)
-            self._write(body)
-        elif out or body:
-            self._write(out + body if out else body)
-        # the client has been served; now look at what it was
-        if body and self._reader is not None:
-            self._reader.feed(body)
-        if is_complete:
+        out = self._answer_head(connection) if not self.has_sent_head else b""
+        if body:
+            self._response_bytes += len(body)
+            if self._is_answer_chunked:
+                ending = b"0\r\n\r\n" if connection.is_complete else b""
+                plane.outbox.write(downstream.transport, b"%b%x\r\n%b\r\n%b" % (out, len(body), body, ending))
+            elif not out:
+                plane.outbox.write(downstream.transport, body)
+            elif len(body) <= JOINED_BYTES_MAX:
+                plane.outbox.write(downstream.transport, out + body)
+            else:
+                plane.outbox.write(downstream.transport, out)
+                plane.outbox.write(downstream.transport, body)
+            if self._reader is not None:
+                self._reader.feed(body)
+        elif connection.is_complete and self._is_answer_chunked:
+            plane.outbox.write(downstream.transport, out + b"0\r\n\r\n")
+        elif out:
+            plane.outbox.write(downstream.transport, out)
+        if connection.is_complete:
             self._complete(connection)
         else:
             if downstream.is_write_blocked and not self._is_paused:
                 self.pause_answer()
-            downstream.deadline_s = self.plane.now() + self._idle_s
+            downstream.deadline_s = plane.now_s + self._idle_s
 
     def _answer_head(self, connection: "UpstreamConnection") -> bytes:
         self.has_sent_head = True
@@ -594,15 +584,12 @@ class Exchange:
         status = self._status = connection.status
         self._head = b""
         self._body = []
-        self._idle_s = self._stream_idle_s()
         fields = connection.fields
         if connection.connection:
             fields = without_nominated(fields, connection.connection)
-        if status == 204:
-            framing = b""
-        elif connection.content_length >= 0:
+        if connection.content_length >= 0 and status != 204:
             framing = b"Content-Length: %d\r\n" % connection.content_length
-        elif status == 304 or self.method == b"HEAD":
+        elif status == 204 or status == 304 or self.method == b"HEAD":
             framing = b""
         elif self.is_http_1_0:
             framing = b""
@@ -616,33 +603,28 @@ class Exchange:
             content_type = content_type.lower()
             if not connection.has_buffering_field and content_type.startswith(b"text/event-stream"):
                 framing += b"X-Accel-Buffering: no\r\n"
-            if self._handler is not None:
-                self._reader = self._handler.reader(self._call(), status, content_type)
-        if self._closes_after_answer():
-            self.keeps_alive = False
+            if self._handler is not None and self._call is not None and not connection.is_encoded:
+                self._reader = self._handler.reader(self._call, status, content_type)
+        if not connection.is_complete:
+            self._idle_s = self._stream_idle_s()
+        if not self.keeps_alive or not self.is_received or self.plane.is_draining:
+            self.keeps_alive = False  # `not is_received`: the rest of an upload that is answered early is not wanted
             framing += b"Connection: close\r\n"
         elif self.is_http_1_0:
             framing += b"Connection: keep-alive\r\n"
         return b"%b%bX-Request-Id: %b\r\n%b\r\n" % (
             _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status,
             join_fields(fields),
-            self.request_id,
+            self.request_id.encode(),
             framing,
         )
-
-    def _call(self) -> Call:
-        return Call(self.method, self.route.path, self.fields, None, self._envelope is not None)
-
-    def _closes_after_answer(self) -> bool:
-        # an answer to an upload that is still coming: the rest of it is not wanted
-        return not self.keeps_alive or self.plane.is_draining or not self.is_received
 
     def _complete(self, connection: "UpstreamConnection") -> None:
         self.upstream = None
         if self._is_paused:
             connection.transport.resume_reading()
         if self.is_received:
-            connection.release(self.plane.now())
+            connection.release(self.plane.now_s)
         else:
             connection.abort()
         self._finish("ok")
@@ -666,7 +648,7 @@ class Exchange:
         """The client takes bytes again."""
         if self._is_paused:
             self._is_paused = False
-            self.downstream.deadline_s = self.plane.now() + self._idle_s
+            self.downstream.deadline_s = self.plane.now_s + self._idle_s
             if self.upstream is not None and not self.upstream.transport.is_closing():
                 self.upstream.transport.resume_reading()
 
@@ -680,21 +662,22 @@ class Exchange:
         if body:
             parts.append(body)
             self._answer_size += len(body)
-            limit = self.plane.config.limits.envelope_answer_bytes_max
+            limit = self.plane.limits.envelope_answer_bytes_max
             if self._answer_size > limit:
                 self.upstream_faulted(connection, f'its answer is over {limit} bytes; use "stream": true')
                 return
         if connection.is_complete:
             self._wrap(connection, b"".join(parts))
         else:
-            self.downstream.deadline_s = self.plane.now() + self._stream_idle_s()
+            self.downstream.deadline_s = self.plane.now_s + self._stream_idle_s()
 
     def _wrap(self, connection: "UpstreamConnection", body: bytes) -> None:
         handler = self._handler
         assert handler is not None
-        call = self._call()
+        call = self._call
+        assert call is not None
         content_type = connection.content_type
-        reader = handler.reader(call, connection.status, content_type.lower())
+        reader = None if connection.is_encoded else handler.reader(call, connection.status, content_type.lower())
         usage = None
         if reader is not None:
             reader.feed(body)
@@ -727,7 +710,7 @@ class Exchange:
             % (
                 _STATUS_LINES[status],
                 len(body),
-                self.request_id,
+                self.request_id.encode(),
                 extra_fields,
                 b"" if self.method == b"HEAD" else body,
             )
@@ -746,9 +729,9 @@ class Exchange:
         self._drop_upstream()
         handler = self._handler
         if handler is not None and self._answer_parts is None and self.route.kind != ENVELOPE:
-            body = handler.refuse(self.route.path, error, self.request_id_text())
+            body = handler.refuse(self.route.path, error, self.request_id)
         else:
-            body = default_refusal(error, self.request_id_text())
+            body = default_refusal(error, self.request_id)
         if not self.is_received and self._rest_is_long():
             self.keeps_alive = False
         self._write_json(error.status, body, _error_fields(error))
@@ -802,7 +785,7 @@ class Exchange:
         if state == DONE:  # the rest of a refused upload does not come
             self.downstream.abort()
         elif state == CONNECTING:  # bounded by the pool's own limits
-            self.downstream.deadline_s = self.plane.now() + self.plane.config.timeouts.connect_s
+            self.downstream.deadline_s = self.plane.now_s + self.plane.timeouts.connect_s
         elif state == SENT and self.has_sent_head and self._is_paused:
             self.downstream.abort()  # the client stopped reading: connection_lost settles the call
         elif state == COLLECTING or (state == SENT and self._waits_for_upload()):
@@ -832,7 +815,7 @@ class Exchange:
         fields = without_nominated(connection.fields, connection.connection)
         self._write(
             b"%b%bConnection: Upgrade\r\nUpgrade: %b\r\nX-Request-Id: %b\r\n\r\n"
-            % (_STATUS_LINES[101], join_fields(fields), connection.upgrade, self.request_id)
+            % (_STATUS_LINES[101], join_fields(fields), connection.upgrade, self.request_id.encode())
         )
         held, downstream.after_upgrade = downstream.after_upgrade or b"", b""
         connection.exchange = None
@@ -862,7 +845,6 @@ class Exchange:
         """Write the receipt and let the connection go on. Runs once."""
         self.state = DONE
         self._body = []
-        self._head = b""
         if self.route.kind != CONTROL:
             self._write_receipt(outcome)
         if self._status != 101:
@@ -870,31 +852,29 @@ class Exchange:
 
     def _write_receipt(self, outcome: Outcome) -> None:
         plane = self.plane
-        now_ns = time.monotonic_ns()
+        started_ns = self._started_ns
         reader = self._reader
-        usage = reader.finish() if reader is not None else None
-        grant = self._grant
-        intent = self.intent
-        destination = self._destination
+        usage = (reader.finish() if reader is not None else None) or NO_USAGE
+        grant = self._grant or NO_GRANT
+        intent = self._intent or NO_INTENT
         handler = self._handler
+        destination = self._destination
         first_byte_ns = self._first_byte_ns
-        request_id = self.request_id.decode("latin-1")
-        if usage is None:
-            usage = NO_USAGE
+        request_id = self.request_id
         plane.outbox.schedule()
         plane.journal.append(
             Receipt(
-                plane.new_receipt_id(),
+                request_id if plane.made_id(request_id) else plane.new_id(),
                 request_id,
-                plane.wall_offset_ns + self._started_ns,
-                (now_ns - self._started_ns) // 1000,
-                (first_byte_ns - self._started_ns) // 1000 if first_byte_ns else -1,
-                grant.user_id if grant is not None else "",
-                grant.key_id if grant is not None else "",
+                plane.wall_offset_ns + started_ns,
+                (time.monotonic_ns() - started_ns) // 1000,
+                (first_byte_ns - started_ns) // 1000 if first_byte_ns else -1,
+                grant.user_id,
+                grant.key_id,
                 handler.name if handler is not None else "",
                 destination.name if destination is not None else "",
-                intent.model if intent is not None else "",
-                self.method.decode("ascii"),
+                intent.model,
+                self.method.decode(),
                 self.route.shown,
                 self._status,
                 outcome,
@@ -906,11 +886,13 @@ class Exchange:
                 usage.output_tokens,
                 usage.source,
                 self._attempts,
-                intent.is_stream if intent is not None else False,
+                intent.is_stream,
             )
         )
 
 
+NO_GRANT = Grant("", "")
+NO_INTENT = Intent()
 NO_USAGE = Usage(-1, -1, -1, "none")
 _UNCHANGED = UpstreamRequest()
 

@@ -30,6 +30,7 @@ ACCEPT_ENCODING = 14
 INVALID = 15
 CONTENT_TYPE = 16
 BUFFERING = 17
+ENCODING = 18
 
 _HOP_BY_HOP = dict.fromkeys(
     (
@@ -77,6 +78,7 @@ _RESPONSE: dict[bytes, int] = {
     b"x-request-id": REQUEST_ID,
     b"content-type": CONTENT_TYPE,
     b"x-accel-buffering": BUFFERING,
+    b"content-encoding": ENCODING,
 }
 
 _INTERNAL_PREFIXES = (b"x-user-", b"x-internal-")  # names a backend may trust; a client must not forge them
@@ -143,17 +145,15 @@ def replace_fields(fields: list[Field], replacing: Iterable[Field]) -> list[Fiel
 
 
 _HOST = re.compile(rb"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?\Z")
-_hosts_seen: set[bytes] = set()
+hosts_seen: set[bytes] = set()  # valid ones; the hot path looks here first
 
 
 def is_valid_host(host: bytes) -> bool:
     """Tell whether a Host value is a name or address with an optional port (RFC 9112 §3.2)."""
-    if host in _hosts_seen:
-        return True
     if not _HOST.match(host):
         return False
-    if len(_hosts_seen) < 256:
-        _hosts_seen.add(host)
+    if len(hosts_seen) < 256:
+        hosts_seen.add(host)
     return True
 
 

@@ -4,6 +4,9 @@ uvloop writes to a socket the moment it is asked. Two things are won by waiting 
 a receipt is in the page cache before the client can see the end of its answer, so a worker killed at any moment
 loses no call that looked complete; and one burst of sends wakes a sleeping peer once instead of once a call, which
 halved the CPU of a small call where peers run on another core.
+
+`turn` counts the turns. Bytes that arrive on an upstream connection in the turn in which a request was put here for
+it cannot be its answer: the request has not been sent yet.
 """
 
 import asyncio
@@ -13,30 +16,35 @@ from collections.abc import Callable
 class Outbox:
     """The writes of this turn. `settle` runs before them (it writes the journal)."""
 
-    __slots__ = ("_is_scheduled", "_loop", "_settle", "_writes")
+    __slots__ = ("_is_scheduled", "_loop", "_settle", "_writes", "turn")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, settle: Callable[[], None]) -> None:
         self._loop = loop
         self._settle = settle
         self._writes: list[tuple[asyncio.Transport, bytes]] = []
         self._is_scheduled = False
+        self.turn = 0
 
     def write(self, transport: asyncio.Transport, data: bytes) -> None:
         """Write `data` at the end of this turn, after what was given earlier."""
         self._writes.append((transport, data))
         if not self._is_scheduled:
             self._is_scheduled = True
-            self._loop.call_soon(self.flush)
+            self._loop.call_soon(self._end_turn)
 
     def schedule(self) -> None:
         """See to it that `settle` runs at the end of this turn."""
         if not self._is_scheduled:
             self._is_scheduled = True
-            self._loop.call_soon(self.flush)
+            self._loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._is_scheduled = False
+        self.turn += 1
+        self.flush()
 
     def flush(self) -> None:
         """Write everything now; to be called before a transport is closed or handed to somebody else."""
-        self._is_scheduled = False
         self._settle()
         writes = self._writes
         if writes:

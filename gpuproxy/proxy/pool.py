@@ -1,8 +1,7 @@
 """Connections to one origin: an idle stack, a count, and the way to open another.
 
 An origin is scheme, host and port; user-given and configured origins never share a pool, because only the
-former are judged by the guard. Taking an idle connection costs one `poll` (0.5 µs): bytes or an end of file that
-wait on an idle connection would otherwise be read as the answer to the next caller's request.
+former are judged by the guard.
 """
 
 import asyncio
@@ -69,11 +68,11 @@ class Origin:
         self._make = make
 
     def take(self, now_s: float) -> "UpstreamConnection | None":
-        """Return an idle connection that is still fresh and silent, newest first; None if there is none."""
+        """Return an idle connection that is still fresh, newest first; None if there is none."""
         idle = self.idle
         while idle:
             connection = idle.popitem()[0]
-            if now_s < connection.idle_until_s and connection.is_silent():
+            if now_s < connection.idle_until_s and not connection.transport.is_closing():
                 return connection
             connection.abort()
         return None

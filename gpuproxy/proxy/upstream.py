@@ -3,10 +3,12 @@
 Rules kept here (spec numbers from the HTTP gateway duties): an answer is read only while an exchange waits for
 it (D21); extra bytes after an answer, or a framing we do not fully understand, end the connection (D9, R26);
 1xx answers are heads of their own (D13); a close-delimited answer ends at end of file.
+
+Requests leave at the end of a loop turn (see `Outbox`). What is read from a connection before that, in the turn that
+chose it, was sent by the upstream unasked: such a connection is dropped and the request goes out on another.
 """
 
 import asyncio
-import select
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
@@ -17,6 +19,7 @@ from gpuproxy.proxy.headers import (
     CONNECTION,
     CONTENT_TYPE,
     DROP,
+    ENCODING,
     LENGTH,
     REQUEST_ID,
     UPGRADE,
@@ -42,11 +45,9 @@ class UpstreamConnection(asyncio.Protocol):
     """A connection that is idle (``exchange is None``) or serves exactly one exchange."""
 
     __slots__ = (
-        "_file",
         "_interim_count",
-        "_is_tls",
         "_parser",
-        "_poll",
+        "chosen_turn",
         "connection",
         "content_length",
         "content_type",
@@ -59,6 +60,7 @@ class UpstreamConnection(asyncio.Protocol):
         "is_babbling",
         "is_chunked",
         "is_complete",
+        "is_encoded",
         "is_reused",
         "is_until_close",
         "keeps_alive",
@@ -77,6 +79,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.exchange: Exchange | None = None
         self.idle_until_s = 0.0
         self.is_reused = False
+        self.chosen_turn = -1
         self._parser = httptools.HttpResponseParser(self)
         self._reset()
 
@@ -92,6 +95,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.is_complete = False
         self.is_until_close = False
         self.is_babbling = False
+        self.is_encoded = False
         self.has_head = False
         self.has_buffering_field = False
         self.keeps_alive = False
@@ -101,15 +105,8 @@ class UpstreamConnection(asyncio.Protocol):
     # -- the connection ---------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember the transport and how to ask the kernel whether anything waits on it."""
+        """Remember the transport."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
-        self._file = transport.get_extra_info("socket").fileno()
-        self._poll = select.poll()
-        self._poll.register(self._file, select.POLLIN | select.POLLRDHUP)
-
-    def is_silent(self) -> bool:
-        """Tell whether nothing has arrived on this idle connection, not even an end of file."""
-        return not self._poll.poll(0) and not self.transport.is_closing()
 
     def release(self, now_s: float) -> None:
         """The exchange is over: keep the connection if the answer ended cleanly, else close it."""
@@ -157,8 +154,8 @@ class UpstreamConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Parse, then let the exchange pass on whatever this read brought, in one write."""
         exchange = self.exchange
-        if exchange is None:  # nobody asked
-            self.abort()
+        if exchange is None or self.chosen_turn == exchange.plane.outbox.turn:  # nobody has asked
+            self._drop_unasked()
             return
         try:
             self._parser.feed_data(data)
@@ -181,6 +178,12 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if self.parts or self.is_complete or not exchange.has_sent_head:
             exchange.relay(self)
+
+    def _drop_unasked(self) -> None:
+        exchange, self.exchange = self.exchange, None
+        self.transport.abort()
+        if exchange is not None:
+            exchange.upstream_lost(self)
 
     def on_message_begin(self) -> None:
         """A second answer to one request is none of the next caller's."""
@@ -207,6 +210,9 @@ class UpstreamConnection(asyncio.Protocol):
             self.is_chunked = True
         elif rule == CONNECTION:
             self.connection = self.connection + b"," + value if self.connection else value
+        elif rule == ENCODING:
+            self.is_encoded = value.lower() != b"identity"
+            self.fields.append((name, value))
         elif rule == BUFFERING:
             self.has_buffering_field = True
             self.fields.append((name, value))

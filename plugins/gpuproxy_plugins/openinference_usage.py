@@ -145,8 +145,11 @@ class _TailReader:
             self._is_cut = True
 
     def _tail(self) -> bytes:
-        self._is_cut = self._is_cut or len(self._kept) > TAIL_BYTES
-        return bytes(self._kept[-TAIL_BYTES:])
+        kept = self._kept
+        if isinstance(kept, bytes) and len(kept) <= TAIL_BYTES:
+            return kept
+        self._is_cut = self._is_cut or len(kept) > TAIL_BYTES
+        return bytes(kept[-TAIL_BYTES:])
 
 
 class JsonUsageReader(_TailReader):
