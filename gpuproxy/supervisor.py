@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -131,7 +132,7 @@ class Supervisor:
         )
         os.close(boot_read)
         os.close(ready_write)
-        with os.fdopen(boot_write, "wb") as pipe:
+        with suppress(BrokenPipeError), os.fdopen(boot_write, "wb") as pipe:  # broken: it is dead, and will be seen so
             pipe.write(msgspec.msgpack.encode(boot))
         return Child(slot, process, ready_read)
 
@@ -191,6 +192,8 @@ class Supervisor:
         old.process.terminate()
 
     def _stop_all(self) -> None:
+        for listening in self._sockets:  # else new connections would wait in a backlog nobody serves any more
+            listening.close()
         workers = [child for slot, child in self._children.items() if slot != CONTROL] + self._leaving
         deadline_s = time.monotonic() + self._config.server.drain_s + STOP_GRACE_S
         _stop(workers, deadline_s)  # first, so that control can take in their last receipts
