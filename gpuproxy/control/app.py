@@ -16,7 +16,7 @@ from gpuproxy.config import Config
 from gpuproxy.control import events, health, user
 from gpuproxy.control.changes import ChangeFeed
 from gpuproxy.control.parts import SOCKETS, STOPPING, STORE
-from gpuproxy.control.respond import errors_in_one_shape
+from gpuproxy.control.respond import errors_in_one_shape, name_server
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import configure_logs, get_logger
@@ -113,6 +113,7 @@ def application(store: Store, stopping: asyncio.Event) -> web.Application:
     app[SOCKETS] = WeakSet()
     for routes in (health.routes, user.routes, events.routes):
         app.add_routes(routes)
+    app.on_response_prepare.append(name_server)
     app.on_shutdown.append(events.close_all)
     return app
 

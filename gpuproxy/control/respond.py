@@ -56,6 +56,11 @@ def request_id_of(request: web.Request) -> str:
     return request[REQUEST_ID]
 
 
+async def name_server(_request: web.Request, response: web.StreamResponse) -> None:
+    """Keep the versions of Python and aiohttp to ourselves."""
+    response.headers["Server"] = "gpuproxy"
+
+
 @web.middleware
 async def errors_in_one_shape(request: web.Request, handler: Any) -> web.StreamResponse:
     """Turn whatever a handler raises into an answer; what nobody expected is logged once."""

@@ -1,14 +1,13 @@
 """One journal segment as its reader sees it: a file of frames that a worker may still be writing.
 
 A frame is a 4-byte little-endian length, the 4-byte little-endian CRC-32 of the payload, and the payload: a
-MessagePack array of Receipts. The writer holds an exclusive lock on the file for as long as it may write, so
-whoever gets the lock knows that the writer is done or dead.
+MessagePack array of Receipts. The writer holds an exclusive lock on the file from before it has its name until
+it writes no more, so whoever gets the lock knows that the writer is done or dead.
 """
 
 import fcntl
 import os
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from gpuproxy.types import Receipt
 CHUNK_BYTES = 1 << 20  # about 4,000 receipts
 FRAME_BYTES_MAX = 1 << 26  # a worker writes a frame per turn of its loop; anything near this is damage
 TORN_BYTES_MAX = 1 << 20  # more than this behind the last whole frame is kept for repair, not taken for torn
-EMPTY_AGE_S = 60.0  # a file this new and empty may belong to a writer that is about to lock it
 
 Row = tuple[Any, ...]
 
@@ -121,9 +119,6 @@ class Segment:
     def _look_for_writer(self) -> None:
         """Take the lock if it is free; nothing is written after that, so what is read next is all."""
         if self.is_abandoned:
-            return
-        status = os.fstat(self._fd)
-        if not status.st_size and time.time() - status.st_mtime < EMPTY_AGE_S:
             return
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

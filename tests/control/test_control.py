@@ -113,6 +113,11 @@ async def test_the_root_tells_name_and_version(client: Client) -> None:
     assert await (await client.get("/")).json() == {"name": "gpuproxy", "version": __version__}
 
 
+async def test_no_answer_tells_what_it_is_built_with(client: Client) -> None:
+    for path in ("/", "/nix", "/ws"):
+        assert (await client.get(path)).headers["Server"] == "gpuproxy"
+
+
 async def test_an_unknown_path_is_an_error_in_the_one_shape(client: Client) -> None:
     answer = await client.get("/api/v1/nix", headers={"X-Request-Id": "abc"})
     assert await answer.json() == {"error": "no path /api/v1/nix", "code": "NOT_FOUND", "request_id": "abc"}

@@ -263,14 +263,14 @@ async def test_values_no_database_takes_do_not_stop_the_others(store: Store, ing
     assert tokens == [20, 2**63 - 1, 20]
 
 
-async def test_an_empty_new_segment_is_left_to_its_worker(ingest: Ingest, directory: Path) -> None:
-    path = directory / "a.log"
-    path.touch()
+async def test_an_empty_segment_goes_with_its_worker(ingest: Ingest, hire: Hire) -> None:
+    worker = hire()
     await ingest.ingest_once()
-    assert path.exists()
-    os.utime(path, (1, 1))
+    assert worker.path.exists()
+    worker.leaves()
     await ingest.ingest_once()
-    assert not path.exists()
+    assert not worker.path.exists()
+    assert ingest.torn_count == 0
 
 
 async def test_other_files_are_left_alone(ingest: Ingest, directory: Path) -> None:
