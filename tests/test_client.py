@@ -38,9 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.asked.append(
-            (self.command, self.path, headers, msgspec.json.decode(body) if body else None)
-        )
+        self.server.asked.append((self.command, self.path, headers, msgspec.json.decode(body) if body else None))
         self.server.script(self, body)
 
     do_GET = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815 (the names http.server calls)
@@ -92,9 +90,7 @@ def test_a_proxy_request_sends_only_what_was_given(gateway: ScriptedGateway, cli
     assert sent == {"protocol": "https", "target_url": "https://api.example.com/x", "body": {"a": 1}}
 
 
-def test_a_proxy_request_returns_the_envelope_as_it_came(
-    gateway: ScriptedGateway, client: gpuproxy.Client
-) -> None:
+def test_a_proxy_request_returns_the_envelope_as_it_came(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
     envelope = {"data": {"x": [1, None]}, "status": "success", "status_code": 500, "headers": {}}
     gateway.script = lambda handler, body: answer(handler, 200, envelope)
     assert client.proxy_request("https", "https://api.example.com/x", method="GET") == envelope
@@ -147,9 +143,7 @@ def test_a_gateway_that_is_not_there_is_a_connection_failure(gateway: ScriptedGa
     assert (caught.value.code, caught.value.status) == ("CONNECTION_FAILED", 0)
 
 
-def test_paths_bodies_and_queries_go_where_they_are_told(
-    gateway: ScriptedGateway, client: gpuproxy.Client
-) -> None:
+def test_paths_bodies_and_queries_go_where_they_are_told(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
     client.get("/user/usage", params={"group_by": "model"})
     client.post("/admin/credits/add", {"amount": 100.0})
     client.put("webhooks/1", {"url": "https://x.example"})
@@ -166,9 +160,7 @@ def test_an_empty_answer_is_none(gateway: ScriptedGateway, client: gpuproxy.Clie
 
 
 def test_a_stream_arrives_as_the_upstream_sent_it(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
-    gateway.script = lambda handler, body: answer(
-        handler, 200, b"data: 1\n\n", Content_Type="text/event-stream"
-    )
+    gateway.script = lambda handler, body: answer(handler, 200, b"data: 1\n\n", Content_Type="text/event-stream")
     stream = client.proxy_request("openinference", "http://x.example", body={"stream": True}, stream=True)
     assert isinstance(stream, ProxyStream)
     assert (stream.status_code, stream.headers["content-type"]) == (200, "text/event-stream")
@@ -176,21 +168,15 @@ def test_a_stream_arrives_as_the_upstream_sent_it(gateway: ScriptedGateway, clie
     assert gateway.asked[0][3]["stream"] is True
 
 
-def test_an_upstreams_refusal_of_a_stream_is_handed_over(
-    gateway: ScriptedGateway, client: gpuproxy.Client
-) -> None:
+def test_an_upstreams_refusal_of_a_stream_is_handed_over(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
     body = b'{"error": {"message": "no"}}'
     gateway.script = lambda handler, sent: answer(handler, 429, body)
     with client.proxy_request("openinference", "http://x.example", body={}, stream=True) as stream:
         assert (stream.status_code, b"".join(stream)) == (429, body)
 
 
-def test_the_gateways_refusal_of_a_stream_is_raised(
-    gateway: ScriptedGateway, client: gpuproxy.Client
-) -> None:
-    gateway.script = lambda handler, sent: answer(
-        handler, 502, {"error": "gone", "code": "UPSTREAM_UNREACHABLE"}
-    )
+def test_the_gateways_refusal_of_a_stream_is_raised(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
+    gateway.script = lambda handler, sent: answer(handler, 502, {"error": "gone", "code": "UPSTREAM_UNREACHABLE"})
     with pytest.raises(gpuproxy.GpuproxyError, match="gone"):
         client.proxy_request("openinference", "http://x.example", body={}, stream=True)
 
@@ -212,9 +198,7 @@ def test_a_streaming_body_without_stream_is_refused_before_anything_is_sent(
 
 
 def test_importing_the_package_does_not_import_the_client() -> None:
-    code = (
-        'import gpuproxy as g, sys; m = sys.modules\nassert "httpx" not in m; g.Client; assert "httpx" in m'
-    )
+    code = 'import gpuproxy as g, sys; m = sys.modules\nassert "httpx" not in m; g.Client; assert "httpx" in m'
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
