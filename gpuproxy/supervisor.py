@@ -18,15 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import structlog
 
 from gpuproxy.config import Config, load
 from gpuproxy.errors import ConfigError, PluginError
-from gpuproxy.observe.logs import configure_logs
+from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import load_plugins
 from gpuproxy.process import Boot
 
-_log = structlog.get_logger("gpuproxy.supervisor")
+_log = get_logger("gpuproxy.supervisor")
 
 BACKLOG = 4096
 START_S = 30.0  # a child that is not ready by then is killed
@@ -39,19 +38,24 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 class Child:
-    """A running child process and its end of the ready pipe."""
+    """A running child process and our end of the pipe on which it says that it is ready."""
 
     def __init__(self, slot: int, process: subprocess.Popen[bytes], ready_fd: int) -> None:
         self.slot = slot
         self.process = process
-        self.ready_fd = ready_fd
+        self._ready = os.fdopen(ready_fd, "rb", 0)  # stays open: a child that cannot say its word fails
 
     def await_ready(self, deadline_s: float) -> bool:
         """Wait until the child reports ready; False if it died or took too long."""
-        readable, _, _ = select.select([self.ready_fd], [], [], max(0.0, deadline_s - time.monotonic()))
-        is_ready = bool(readable) and os.read(self.ready_fd, 1) == b"1"
-        os.close(self.ready_fd)
-        return is_ready
+        readable, _, _ = select.select([self._ready], [], [], max(0.0, deadline_s - time.monotonic()))
+        return bool(readable) and self._ready.read(1) == b"1"
+
+    def is_dead(self) -> bool:
+        """Tell whether the process has ended; if so it leaves nothing behind here."""
+        if self.process.poll() is None:
+            return False
+        self._ready.close()
+        return True
 
 
 class Supervisor:
@@ -137,9 +141,9 @@ class Supervisor:
         return Child(slot, process, ready_read)
 
     def _reap(self) -> None:
-        self._leaving = [child for child in self._leaving if child.process.poll() is None]
+        self._leaving = [child for child in self._leaving if not child.is_dead()]
         for slot, child in list(self._children.items()):
-            if child.process.poll() is None:
+            if not child.is_dead():
                 continue
             del self._children[slot]
             now_s = time.monotonic()
@@ -153,9 +157,7 @@ class Supervisor:
         now_s = time.monotonic()
         for slot in [slot for slot, at_s in self._restart_at.items() if at_s <= now_s]:
             del self._restart_at[slot]
-            child = self._spawn(slot)
-            os.close(child.ready_fd)  # if it fails it dies, and is seen as dead
-            self._children[slot] = child
+            self._children[slot] = self._spawn(slot)  # if it fails it dies, and is seen as dead
 
     def _until_restart_s(self) -> float:
         if not self._restart_at:
@@ -186,6 +188,7 @@ class Supervisor:
             _log.error("new child did not start, the old one stays", child=_name(slot))
             new.process.kill()
             new.process.wait()
+            new.is_dead()
             return
         self._children[slot] = new
         self._leaving.append(old)

@@ -8,6 +8,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+ALL_SCOPES = ("inference", "account")  # call models; read and manage the own account
+
 Outcome = Literal["ok", "refused", "upstream_failed", "client_gone"]
 UsageSource = Literal["none", "provider", "estimated"]
 
@@ -21,7 +23,7 @@ class Grant(Struct, array_like=True):
 
     key_id: str
     user_id: str
-    scopes: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = ALL_SCOPES
     models: tuple[str, ...] | None = None
     expires_ns: int = 0
     revoked: bool = False

@@ -18,11 +18,10 @@ from gpuproxy.codec.key import SHOWN_CHARACTERS, digest_of, generate
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import api_keys, changes, users
-from gpuproxy.types import Grant
+from gpuproxy.types import ALL_SCOPES, Grant
 
 KEY_REVOKED = "key_revoked"  # changes.kind; the subject is a key
 USER_BLOCKED = "user_blocked"  # changes.kind; the subject is a user
-SCOPES = ("inference", "account")  # what a key may do if nothing else was said
 EMAIL_CHARACTERS_MAX = 254  # RFC 5321 §4.5.3.1.3
 NAME_CHARACTERS_MAX = 100
 
@@ -105,7 +104,7 @@ async def create_key(
         allowed = None if models is None else tuple(models)
         key = Key(str(uuid4()), user.id, name, secret[:SHOWN_CHARACTERS], allowed, expires_at, None, now)
         await connection.execute(
-            insert(api_keys).values(**_fields(key), digest=digest_of(secret.encode()), scopes=SCOPES)
+            insert(api_keys).values(**_fields(key), digest=digest_of(secret.encode()), scopes=ALL_SCOPES)
         )
     return secret, key
 

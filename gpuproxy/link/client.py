@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
-import structlog
-
 from gpuproxy.link.messages import (
     Authorize,
     Authorized,
@@ -16,9 +14,10 @@ from gpuproxy.link.messages import (
     decode_from_control,
     frame,
 )
+from gpuproxy.observe.logs import get_logger
 from gpuproxy.types import Grant
 
-_log = structlog.get_logger("gpuproxy.link")
+_log = get_logger("gpuproxy.link")
 
 RECONNECT_S = 0.2
 QUESTIONS_MAX = 10_000  # open at once; control answers a question in under a millisecond

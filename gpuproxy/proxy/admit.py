@@ -24,7 +24,7 @@ REVOKED_KEPT_S = 10.0  # longer than any answer about a key can be on its way
 Waiter = Callable[[Grant | GatewayError], None]
 
 
-class _Held:
+class Held:
     """A grant with the times (loop seconds) until which it is fresh and usable at all."""
 
     __slots__ = ("fresh_until_s", "grant", "usable_until_s")
@@ -42,15 +42,15 @@ class Admission:
         self._config = config
         self._link = link
         self._now = now
-        self._held: dict[bytes, _Held] = {}
+        self._held: dict[bytes, Held] = {}
         self._by_key_id: dict[str, bytes] = {}
         self._unknown: dict[bytes, float] = {}
         self._waiting: dict[bytes, list[Waiter]] = {}
         self._asked: dict[bytes, tuple[int, float]] = {}
         self._revoked: dict[str, float] = {}
 
-    def grant(self, credential: bytes, waiter: Waiter) -> Grant | None:
-        """Return the grant of a credential, or None and call `waiter` later. Raises GatewayError UNAUTHORIZED.
+    def find(self, credential: bytes, waiter: Waiter) -> Held | None:
+        """Return what is held for a credential, or None and call `waiter` later. Raises GatewayError UNAUTHORIZED.
 
         Cost when held: one SHA-256 and one dict look-up (0.6 µs).
         """
@@ -61,7 +61,7 @@ class Admission:
             if now_s >= held.fresh_until_s:
                 held.fresh_until_s = now_s + 1  # at most one question a second
                 self._ask(digest)
-            return held.grant
+            return held
         if not is_well_formed(credential):
             raise GatewayError("UNAUTHORIZED", "this is not an API key; keys start with gp_ and are 52 characters long")
         if self._unknown.get(digest, 0) > now_s:
@@ -127,7 +127,7 @@ class Admission:
             self._drop(next(iter(self._held)))
         self._unknown.pop(digest, None)
         self._by_key_id[grant.key_id] = digest
-        self._held[digest] = _Held(grant, now_s + self._config.grant_ttl_s, now_s + self._config.stale_grant_s)
+        self._held[digest] = Held(grant, now_s + self._config.grant_ttl_s, now_s + self._config.stale_grant_s)
 
     def _drop(self, digest: bytes) -> None:
         held = self._held.pop(digest, None)

@@ -10,9 +10,10 @@ from collections import deque
 from typing import TYPE_CHECKING, cast
 
 import httptools
-import structlog
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.proxy.admit import Held
 from gpuproxy.proxy.exchange import READ_BUFFER, READ_QUEUE, Exchange
 from gpuproxy.proxy.headers import (
     ACCEPT_ENCODING,
@@ -40,9 +41,10 @@ from gpuproxy.proxy.headers import (
 if TYPE_CHECKING:
     from gpuproxy.proxy.worker import Plane
 
-_log = structlog.get_logger("gpuproxy.downstream")
+_log = get_logger("gpuproxy.downstream")
 
 URL_BYTES_MAX = 8_192
+MANY_FIELDS, LONG_HEAD_BYTES = 30, 4_096  # heads over either are measured; nothing lower can be configured
 PIPELINED_MAX = 64  # calls of one connection that wait for their turn; a refusal of each nests a few frames
 
 
@@ -58,18 +60,20 @@ class Downstream(asyncio.Protocol):
         "_is_deaf",
         "_parser",
         "_parsing",
-        "_read_blocks",
         "_waiting",
         "_was_malformed",
         "after_upgrade",
+        "credential",
         "current",
         "deadline_s",
+        "held",
         "is_closing",
         "is_lingering",
         "is_trusted",
         "is_write_blocked",
         "peer",
         "plane",
+        "read_blocks",
         "receiving",
         "transport",
     )
@@ -89,10 +93,12 @@ class Downstream(asyncio.Protocol):
         self._is_deaf = False
         self._fault: GatewayError | None = None
         self._was_malformed = False
-        self._read_blocks = 0
+        self.read_blocks = 0
         self.is_closing = False
         self.is_lingering = False
         self.is_write_blocked = False
+        self.held: Held | None = None  # what the last credential on this connection was worth
+        self.credential = b""
         self.after_upgrade: bytes | None = None
         self._connection_fields = (b"", b"")
 
@@ -145,23 +151,23 @@ class Downstream(asyncio.Protocol):
 
     def block_reading(self, reason: int) -> None:
         """Stop reading from the client for one more reason."""
-        if not self._read_blocks and not self.is_closing:
+        if not self.read_blocks and not self.is_closing:
             self.transport.pause_reading()
             self.plane.watch_unread(self)
-        self._read_blocks |= reason
+        self.read_blocks |= reason
 
     def unblock_reading(self, reason: int) -> None:
         """Drop one reason; read on when it was the last."""
-        if not self._read_blocks & reason:
+        if not self.read_blocks & reason:
             return
-        self._read_blocks &= ~reason
-        if not self._read_blocks and not self.is_closing:
+        self.read_blocks &= ~reason
+        if not self.read_blocks and not self.is_closing:
             self.plane.unread.discard(self)
             self.transport.resume_reading()
 
     def is_reading_blocked(self, reason: int) -> bool:
         """Tell whether reading is stopped for this reason."""
-        return bool(self._read_blocks & reason)
+        return bool(self.read_blocks & reason)
 
     def has_hung_up(self) -> bool:
         """Tell whether the client closed while we do not read from it (asked for paused connections only)."""
@@ -231,14 +237,12 @@ class Downstream(asyncio.Protocol):
         elif rule == LENGTH:
             exchange.content_length = int(value)
         elif rule == API_KEY:
-            exchange.own_fields.append((name, value))
-            self._take_credential(exchange, value)
+            self._take_credential(exchange, name, value, value)
         elif rule == ACCEPT_ENCODING:
             earlier = exchange.accept_encoding
             exchange.accept_encoding = b"%b, %b" % (earlier, value) if earlier else value
         elif rule == BEARER:
-            exchange.own_fields.append((name, value))
-            self._take_credential(exchange, value[7:].strip() if value[:7].lower() == b"bearer " else b"")
+            self._take_credential(exchange, name, value, value[7:].strip() if value[:7].lower() == b"bearer " else b"")
         elif rule == CONNECTION:
             exchange.connection = b"%b, %b" % (exchange.connection, value) if exchange.connection else value
         elif rule != DROP:
@@ -246,10 +250,10 @@ class Downstream(asyncio.Protocol):
 
     def _take_rare(self, exchange: Exchange, rule: int, name: bytes, value: bytes) -> None:
         if rule == OWN:
-            exchange.own_fields.append((name, value))
+            exchange.own_fields = [*(exchange.own_fields or ()), (name, value)]
         elif rule == PROXIED:
             if self.is_trusted:
-                exchange.proxied_fields.append((name, value))
+                exchange.proxied_fields = [*(exchange.proxied_fields or ()), (name, value)]
         elif rule == VIA:
             exchange.via = exchange.via + b", " + value if exchange.via else value
         elif rule == REQUEST_ID:
@@ -270,10 +274,14 @@ class Downstream(asyncio.Protocol):
             shown = name[:60].decode("latin-1")
             self._refuse_head("BAD_REQUEST", f"field name {shown!r} has an underscore; use '-'")
 
-    def _take_credential(self, exchange: Exchange, value: bytes) -> None:
-        if exchange.credential and value and value != exchange.credential:
+    def _take_credential(self, exchange: Exchange, name: bytes, value: bytes, credential: bytes) -> None:
+        if exchange.own_fields is None:
+            exchange.own_fields = [(name, value)]
+        else:
+            exchange.own_fields.append((name, value))
+        if exchange.credential and credential and credential != exchange.credential:
             self._refuse_head("BAD_REQUEST", "X-API-Key and Authorization carry different credentials; send one")
-        exchange.credential = value or exchange.credential
+        exchange.credential = credential or exchange.credential
 
     def _refuse_head(self, code: str, message: str) -> None:
         self._fault = GatewayError(code, message)
@@ -289,7 +297,8 @@ class Downstream(asyncio.Protocol):
             if version != "1.0":
                 self._refuse_head("HTTP_VERSION", f"HTTP/{version} is not served; use HTTP/1.1")
             self._check_http_1_0(exchange)
-        self._check_size(exchange)
+        if self._field_count + len(exchange.fields) > MANY_FIELDS or self._head_bytes > LONG_HEAD_BYTES:
+            self._check_size(exchange)
         self._head_bytes = 0
         exchange.method = method = parser.get_method()
         exchange.keeps_alive = parser.should_keep_alive()
@@ -410,8 +419,11 @@ class Downstream(asyncio.Protocol):
             return
         if not exchange.is_received:  # the rest of a refused or early answered upload is read and dropped
             self.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
-            return
-        self.next()
+        elif self._waiting or self._was_malformed or self.plane.is_draining:
+            self.next()
+        else:
+            self.current = None
+            self.deadline_s = self.plane.now_s + self.plane.timeouts.keepalive_s
 
     def next(self) -> None:
         """Start the next queued exchange, if any."""
@@ -434,12 +446,12 @@ class Downstream(asyncio.Protocol):
         """Close so that the client can read the answer even if it is still sending (RFC 9112 §9.6)."""
         if self.is_closing:
             return
-        if self.receiving is None and not self._was_malformed and not self._read_blocks:
+        if self.receiving is None and not self._was_malformed and not self.read_blocks:
             self._close()
             return
         self.is_lingering = True
         self._is_deaf = True
-        self._read_blocks = 0
+        self.read_blocks = 0
         self.plane.unread.discard(self)
         self.transport.resume_reading()
         self.deadline_s = self.plane.now_s + self.plane.timeouts.linger_s
@@ -481,10 +493,7 @@ class Downstream(asyncio.Protocol):
 
     def forwarded_fields(self, exchange: Exchange) -> bytes:
         """Return the X-Forwarded-* lines, on top of what a trusted proxy in front has said."""
-        proxied = exchange.proxied_fields
-        if not proxied:
-            return self.connection_fields(exchange.host)
-        kept = {name.lower(): value for name, value in proxied}
+        kept = {name.lower(): value for name, value in exchange.proxied_fields or ()}
         before = kept.pop(b"x-forwarded-for", b"")
         peer = self.peer.encode()
         kept.setdefault(b"x-forwarded-proto", b"http")

@@ -30,7 +30,7 @@ from gpuproxy.proxy.headers import (
     without_nominated,
 )
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, MOUNT, UNKNOWN, Destination, Endpoint, Route, joined_path
-from gpuproxy.types import Grant, Outcome, Receipt, Usage
+from gpuproxy.types import ALL_SCOPES, Grant, Outcome, Receipt, Usage
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.downstream import Downstream
@@ -68,6 +68,7 @@ class Exchange:
         "_envelope",
         "_error",
         "_first_byte_ns",
+        "_give_up_ns",
         "_grant",
         "_handler",
         "_head",
@@ -127,8 +128,8 @@ class Exchange:
         # said by the head
         self.target = target
         self.fields: list[Field] = []
-        self.own_fields: list[Field] = []
-        self.proxied_fields: list[Field] = []
+        self.own_fields: list[Field] | None = None
+        self.proxied_fields: list[Field] | None = None
         self.host = self.credential = self.connection = self.via = self.accept_encoding = self.upgrade = b""
         self.request_id = ""
         self.content_length = -1
@@ -149,6 +150,7 @@ class Exchange:
         self._head = b""
         self._attempts = 0
         self._timeout_s = 0.0
+        self._give_up_ns = 0
         # the answer
         self.has_sent_head = self._is_answer_chunked = self._is_answer_until_close = self._is_paused = False
         self._reader: UsageReader | None = None
@@ -175,22 +177,32 @@ class Exchange:
         if not self.request_id:
             self.request_id = plane.new_id()
         self.state = ADMITTING
-        route = self.route = plane.router.route(self.target)
+        router = plane.router
+        route = self.route = router.routes.get(self.target) or router.route(self.target)
         self._handler = route.handler
+        downstream = self.downstream
+        held = downstream.held
         if route.kind == CONTROL:
             self._forward_to_control()
-            return
+        elif held is not None and self.credential == downstream.credential and held.fresh_until_s > plane.now_s:
+            self.admitted(held.grant)  # the same caller as before on this connection: the common case
+        else:
+            self._authenticate()
+
+    def _authenticate(self) -> None:
+        downstream = self.downstream
         try:
             if not self.credential:
                 raise GatewayError("UNAUTHORIZED", "no API key; send it as X-API-Key or Authorization: Bearer")
-            grant = plane.admission.grant(self.credential, self.answered)
+            held = downstream.held = self.plane.admission.find(self.credential, self.answered)
         except GatewayError as error:
             self.refuse(error)
             return
-        if grant is not None:
-            self.admitted(grant)
+        if held is not None:
+            downstream.credential = self.credential
+            self.admitted(held.grant)
         else:
-            self.downstream.deadline_s = plane.now_s + plane.config.auth.authorize_timeout_s + 1
+            downstream.deadline_s = self.plane.now_s + self.plane.config.auth.authorize_timeout_s + 1
 
     def answered(self, result: Grant | GatewayError) -> None:
         """Control has told about an unknown key, or could not."""
@@ -206,46 +218,50 @@ class Exchange:
         self._grant = grant
         plane = self.plane
         downstream = self.downstream
+        handler = self._handler
         try:
-            self._check(grant)
+            if grant.revoked or grant.expires_ns or grant.scopes != ALL_SCOPES:
+                self._check_grant(grant)
+            if plane.journal.is_full:
+                raise GatewayError("JOURNAL_FULL", "usage cannot be recorded at the moment; try again", 5)
+            if self.via and self.via.count(PSEUDONYM) >= VIA_HOPS_MAX:
+                raise GatewayError("LOOP_DETECTED", "the request has passed this gateway before; check the target")
+            if handler is None:
+                self._check_route()
+            if self.has_body:
+                self._needs_body = (
+                    handler is None or grant.models is not None or handler.needs_body(self.method, self.route.path)
+                )
+                limits = plane.limits
+                limit_bytes = limits.buffered_body_bytes_max if self._needs_body else limits.body_bytes_max
+                if self.content_length > limit_bytes:
+                    raise _body_too_large(limit_bytes)
         except GatewayError as error:
             self.refuse(error)
             return
         if not self.is_received:
-            downstream.unblock_reading(READ_BUFFER)
+            if downstream.read_blocks:
+                downstream.unblock_reading(READ_BUFFER)
             if self.expects_continue and not self._body:
                 self._write(_CONTINUE)
-        if self.has_body:
-            handler = self._handler
-            self._needs_body = (
-                handler is None or grant.models is not None or handler.needs_body(self.method, self.route.path)
-            )
-            if self._needs_body and not self.is_received:
+            if self._needs_body:
                 self.state = COLLECTING
                 downstream.deadline_s = plane.now_s + plane.timeouts.body_idle_s
                 return
         self._resolve()
 
-    def _check(self, grant: Grant) -> None:
-        plane = self.plane
-        route = self.route
+    def _check_grant(self, grant: Grant) -> None:
         if grant.revoked or (grant.expires_ns and is_expired(grant)):
             raise GatewayError("UNAUTHORIZED", "this API key is expired or revoked")
-        if grant.scopes and "inference" not in grant.scopes:
+        if "inference" not in grant.scopes:
             raise GatewayError("FORBIDDEN", "this API key lacks the scope 'inference'")
-        if plane.journal.is_full:
-            raise GatewayError("JOURNAL_FULL", "usage cannot be recorded at the moment; try again", 5)
-        if self.content_length > plane.limits.body_bytes_max:
-            raise self._body_too_large(plane.limits.body_bytes_max)
-        if self.via and self.via.count(PSEUDONYM) >= VIA_HOPS_MAX:
-            raise GatewayError("LOOP_DETECTED", "the request has passed this gateway before; check the upstream's URL")
+
+    def _check_route(self) -> None:
+        route = self.route
         if route.kind == UNKNOWN:
             raise GatewayError(route.code, route.fault)
         if route.kind == ENVELOPE and self.method != b"POST":
             raise GatewayError("METHOD_NOT_ALLOWED", f"{route.shown} takes POST with a JSON envelope")
-
-    def _body_too_large(self, limit_bytes: int) -> GatewayError:
-        return GatewayError("BODY_TOO_LARGE", f"the body is over {limit_bytes} bytes")
 
     # -- the body ---------------------------------------------------------------------------------------
 
@@ -254,7 +270,7 @@ class Exchange:
         self.request_bytes = size = self.request_bytes + len(data)
         if self.state == SENT and not self._is_body_whole:
             if size > self.plane.limits.body_bytes_max:
-                self.refuse(self._body_too_large(self.plane.limits.body_bytes_max))
+                self.refuse(_body_too_large(self.plane.limits.body_bytes_max))
             else:
                 self._send_body(data)
         elif self.state == DONE:
@@ -269,7 +285,7 @@ class Exchange:
         limits = self.plane.limits
         limit_bytes = limits.buffered_body_bytes_max if self._needs_body else limits.body_bytes_max
         if size > limit_bytes:
-            self.refuse(self._body_too_large(limit_bytes))
+            self.refuse(_body_too_large(limit_bytes))
         elif self._needs_body:
             self.downstream.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
         elif size > limits.write_buffer_bytes:
@@ -310,25 +326,18 @@ class Exchange:
     # -- route ------------------------------------------------------------------------------------------
 
     def _resolve(self) -> None:
+        parts = self._body
+        body = (parts[0] if len(parts) == 1 else b"".join(parts)) if self.is_received else None
         try:
-            if self.route.kind == ENVELOPE:
-                self._resolve_envelope()
+            handler = self.route.handler
+            if handler is None:
+                self._resolve_envelope(body or b"")
             else:
-                self._resolve_transparent()
+                self._resolve_transparent(self.route, handler, body)
         except GatewayError as error:
             self.refuse(error)
 
-    def _whole_body(self) -> bytes | None:
-        if not self.is_received:
-            return None
-        parts = self._body
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _resolve_transparent(self) -> None:
-        route = self.route
-        handler = route.handler
-        assert handler is not None
-        body = self._whole_body()
+    def _resolve_transparent(self, route: Route, handler: ProtocolHandler, body: bytes | None) -> None:
         call = self._call = Call(self.method, route.path, self.fields, body)
         if route.kind == MOUNT:
             intent = handler.inspect(call)
@@ -365,8 +374,8 @@ class Exchange:
                 param="model",
             )
 
-    def _resolve_envelope(self) -> None:
-        envelope = envelopes.decode(self._whole_body() or b"")
+    def _resolve_envelope(self, body: bytes) -> None:
+        envelope = envelopes.decode(body)
         router = self.plane.router
         handler = router.handler(envelope.protocol)
         target = parse_target(envelope.target_url)
@@ -392,14 +401,19 @@ class Exchange:
             self._envelope = envelope
             self._answer_parts = []
         self._handler = handler
-        self._timeout_s = envelope.timeout_s or 0.0
         self.accept_encoding = (call.header(b"accept-encoding") or b"identity") if self._envelope else b""
         if self.accept_encoding:
             fields = [field for field in fields if field[0].lower() != b"accept-encoding"]
         self.is_chunked = False
         self.content_length = -1 if content is None else len(content)
+        self._body = []
+        self.has_body = content is not None
+        if envelope.timeout_s is not None:
+            self._timeout_s = envelope.timeout_s
+            self._give_up_ns = self._started_ns + int(envelope.timeout_s * 1e9)
         path = request.path if request.path is not None else call.path or b"/"
-        self._forward(endpoint._replace(base_path=b""), call.method, path, fields, content, request)
+        endpoint = msgspec.structs.replace(endpoint, base_path=b"")  # a target's path is whole
+        self._forward(endpoint, call.method, path, fields, content, request)
 
     # -- forward ----------------------------------------------------------------------------------------
 
@@ -441,17 +455,23 @@ class Exchange:
         base_path = endpoint.base_path
         if base_path or path[:1] != b"/":
             path = joined_path(base_path, path)
-        preserves_host = self._destination is not None and self._destination.config.preserve_host
+        preserves_host = endpoint.preserves_host and self.host
+        if self.proxied_fields:
+            forwarded = self.downstream.forwarded_fields(self)
+        elif self._handler is not None and self._call is not None and self._call.is_envelope:
+            forwarded = b""
+        else:
+            forwarded = self.downstream.connection_fields(self.host)
         self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%bVia: %b1.1 gpuproxy\r\nX-Request-Id: %b\r\n%b%b\r\n" % (
             method,
             path,
-            self.host if preserves_host and self.host else endpoint.host,
+            self.host if preserves_host else endpoint.host,
             endpoint.fixed_fields,
-            join_fields(fields),
+            join_fields(fields) if fields else b"",
             encoding,
             self.via + b", " if self.via else b"",
             self.request_id.encode(),
-            self.downstream.forwarded_fields(self) if self.route.kind != ENVELOPE else b"",
+            forwarded,
             framing,
         )
         self._dispatch(endpoint.origin)
@@ -462,7 +482,7 @@ class Exchange:
             fields = without_nominated(fields, self.connection)
         if self.own_fields:
             fields = fields + self.own_fields
-        endpoint = self.plane.control_endpoint._replace(host=self.host or b"localhost")
+        endpoint = self.plane.control_endpoint
         if self.expects_continue and not self.is_received:
             self._write(_CONTINUE)
         self._forward(endpoint, self.method, self.target, fields, None, _UNCHANGED)
@@ -669,7 +689,13 @@ class Exchange:
         if connection.is_complete:
             self._wrap(connection, b"".join(parts))
         else:
-            self.downstream.deadline_s = self.plane.now_s + self._stream_idle_s()
+            self.downstream.deadline_s = self.plane.now_s + self._patience_s()
+
+    def _patience_s(self) -> float:
+        # a collected answer must be whole within the envelope's own time
+        if not self._give_up_ns:
+            return self._stream_idle_s()
+        return max(0.0, (self._give_up_ns - time.monotonic_ns()) / 1e9)
 
     def _wrap(self, connection: "UpstreamConnection", body: bytes) -> None:
         handler = self._handler
@@ -889,6 +915,10 @@ class Exchange:
                 intent.is_stream,
             )
         )
+
+
+def _body_too_large(limit_bytes: int) -> GatewayError:
+    return GatewayError("BODY_TOO_LARGE", f"the body is over {limit_bytes} bytes")
 
 
 NO_GRANT = Grant("", "")

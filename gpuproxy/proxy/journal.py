@@ -14,12 +14,12 @@ import zlib
 from pathlib import Path
 
 import msgspec
-import structlog
 
 from gpuproxy.config import Journal as JournalConfig
+from gpuproxy.observe.logs import get_logger
 from gpuproxy.types import Receipt
 
-_log = structlog.get_logger("gpuproxy.journal")
+_log = get_logger("gpuproxy.journal")
 
 FRAME_HEAD_BYTES = 8
 _encode = msgspec.msgpack.Encoder().encode

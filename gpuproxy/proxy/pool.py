@@ -10,15 +10,14 @@ import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-import structlog
-
 from gpuproxy.errors import GatewayError
+from gpuproxy.observe.logs import get_logger
 from gpuproxy.proxy.guard import Guard
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection
 
-_log = structlog.get_logger("gpuproxy.pool")
+_log = get_logger("gpuproxy.pool")
 
 ADDRESSES_MAX = 8  # of one DNS answer that are tried, in order
 ORIGINS_MAX = 4096  # user-given origins remembered; beyond it idle ones are forgotten

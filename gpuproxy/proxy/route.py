@@ -6,8 +6,9 @@ the clock, the network or the caller.
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from gpuproxy.config import Config, Upstream
 from gpuproxy.errors import GatewayError
@@ -21,7 +22,7 @@ ROUTES_MAX = 4096  # targets remembered
 CONTROL, ENVELOPE, MOUNT, UPSTREAM, UNKNOWN = range(5)
 
 
-class Route(NamedTuple):
+class Route(Struct, frozen=True, gc=False):
     """What a request target means. `path` is what the handler sees; `shown` is the target without its query."""
 
     kind: int
@@ -33,19 +34,20 @@ class Route(NamedTuple):
     fault: str = ""
 
 
-class Endpoint(NamedTuple):
-    """One base URL of an upstream. `fixed_fields` are the header lines every request to it carries."""
+class Endpoint(Struct, frozen=True, gc=False):
+    """One base URL of an upstream. `fixed_fields` are the header lines every request to it carries but Host."""
 
     origin: Origin
     base_path: bytes
     fixed_fields: bytes
     host: bytes
+    preserves_host: bool = False
 
 
 class Destination:
     """A configured upstream with its endpoints, taken in turn."""
 
-    __slots__ = ("_turns", "config", "endpoints", "fixed_names", "handler", "name")
+    __slots__ = ("_turns", "config", "endpoint", "endpoints", "fixed_names", "handler", "name")
 
     def __init__(self, config: Upstream, handler: ProtocolHandler, endpoints: tuple[Endpoint, ...]) -> None:
         self.config = config
@@ -54,10 +56,7 @@ class Destination:
         self.endpoints = endpoints
         self.fixed_names = frozenset(name.lower().encode() for name in config.headers)
         self._turns: Iterator[Endpoint] = itertools.cycle(endpoints)
-
-    def endpoint(self) -> Endpoint:
-        """Return the endpoint whose turn it is."""
-        return next(self._turns)
+        self.endpoint = self._turns.__next__  # returns the endpoint whose turn it is
 
 
 class Router:
@@ -65,7 +64,7 @@ class Router:
 
     def __init__(self, config: Config, registry: Registry, pools: Pools, environment: Mapping[str, str]) -> None:
         self.registry = registry
-        self._routes: dict[bytes, Route] = {}
+        self.routes: dict[bytes, Route] = {}
         self._by_name: dict[str, Destination] = {}
         self._by_model: dict[str, list[Destination]] = {}
         self._by_protocol: dict[str, list[Destination]] = {}
@@ -95,14 +94,12 @@ class Router:
         return handler
 
     def route(self, target: bytes) -> Route:
-        """Classify a request target (origin form, with query)."""
-        route = self._routes.get(target)
-        if route is None:
-            route = self._classify(target)
-            if len(self._routes) >= ROUTES_MAX:
-                self._routes.clear()
-            if len(target) <= 256:
-                self._routes[target] = route
+        """Classify a request target (origin form, with query) and remember it in `routes`."""
+        route = self._classify(target)
+        if len(self.routes) >= ROUTES_MAX:
+            self.routes.clear()
+        if len(target) <= 256:
+            self.routes[target] = route
         return route
 
     def _classify(self, target: bytes) -> Route:
@@ -204,7 +201,8 @@ def _endpoint(url: str, upstream: Upstream, pools: Pools, environment: Mapping[s
     if key:
         fields["Authorization"] = f"Bearer {key}"
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    return Endpoint(origin, parts.path.rstrip("/").encode(), lines.encode(), parts.netloc.encode())
+    base_path = parts.path.rstrip("/").encode()
+    return Endpoint(origin, base_path, lines.encode(), parts.netloc.encode(), upstream.preserve_host)
 
 
 def joined_path(base_path: bytes, path: bytes) -> bytes:

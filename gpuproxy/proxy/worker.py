@@ -17,13 +17,12 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-import structlog
 import uvloop
 
 from gpuproxy.config import Config
 from gpuproxy.link.client import LinkClient
 from gpuproxy.link.messages import Hello
-from gpuproxy.observe.logs import configure_logs
+from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import Registry, load_plugins
 from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
 from gpuproxy.proxy.admit import Admission
@@ -37,7 +36,7 @@ from gpuproxy.proxy.route import Endpoint, Router
 from gpuproxy.proxy.tunnel import TunnelEnd
 from gpuproxy.proxy.upstream import UpstreamConnection
 
-_log = structlog.get_logger("gpuproxy.worker")
+_log = get_logger("gpuproxy.worker")
 
 SWEEP_S = 0.5  # how late a deadline may be noticed
 UNREAD_S = 0.05  # how often connections we do not read from are asked whether the client left
@@ -83,7 +82,7 @@ class Plane:
         link.on_reconnect = self.admission.refresh_all
         control = OriginKey("http", "control", 0, unix_path=control_path)
         origin = self.pools.configured(control, "the management plane", None, CONTROL_KEEPALIVE_S)
-        self.control_endpoint = Endpoint(origin, b"", b"", b"localhost")
+        self.control_endpoint = Endpoint(origin, b"", b"", b"localhost", preserves_host=True)
 
     def new_id(self) -> str:
         """Return an id for a request and its receipt, unique over all workers and restarts, growing with time."""
