@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -47,10 +48,11 @@ class Caller:
     """One client connection, kept alive; opened again when the gateway closed it between two calls."""
 
     def __init__(self, port: int, key: str) -> None:
-        self.worker = ""
+        self.key = key
+        self.worker = ""  # of the newest answer
         self.reopened_count = 0
+        self.is_sent = asyncio.Event()
         self._port = port
-        self._key = key
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def post(self, body: dict[str, Any] = CHAT) -> Answer:
@@ -95,8 +97,9 @@ class Caller:
         """Send a request."""
         await self.connect()
         assert self._streams is not None
-        fields = b"Host: gateway\r\nX-API-Key: %b\r\nContent-Length: %d\r\n" % (self._key.encode(), len(body))
+        fields = b"Host: gateway\r\nX-API-Key: %b\r\nContent-Length: %d\r\n" % (self.key.encode(), len(body))
         self._streams[1].write(b"%b HTTP/1.1\r\n%b\r\n%b" % (what, fields, body))
+        self.is_sent.set()
 
     async def receive(self) -> Answer:
         """Read an answer. Raises ClosedError or CutError."""
@@ -165,7 +168,7 @@ class Load:
     def add(
         self,
         count: int,
-        work: "Callable[[Caller], Any] | None" = None,
+        work: Callable[[Caller], Any] = Caller.post,
         is_kept_alive: bool = True,
         pause_s: float = 0.0,
     ) -> None:
@@ -192,3 +195,12 @@ class Load:
         """Let every client finish its call."""
         self._is_over = True
         await asyncio.gather(*self._tasks)
+
+
+async def all_refused(callers: list[Caller], timeout_s: float) -> float:
+    """Wait until every caller is told 401, and return how many seconds that took."""
+    begun_s = time.monotonic()
+    while {(await caller.post()).status for caller in callers} != {401}:
+        assert time.monotonic() - begun_s < timeout_s, f"the key is still good after {timeout_s:g} s"
+        await asyncio.sleep(0.01)
+    return time.monotonic() - begun_s

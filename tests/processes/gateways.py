@@ -1,6 +1,7 @@
 """A whole gateway whose processes a test can see, stop and kill; what it leaves behind can be read afterwards."""
 
 import asyncio
+import json
 import os
 import re
 import select
@@ -75,8 +76,9 @@ class Place:
         shutil.copy(origin.database, self.database)
         self.configure()
 
-    def configure(self, *models: str, tail: str = "") -> None:
-        """Write the configuration: an upstream with MODEL and `models`, then `tail`."""
+    def configure(self, *models: str, tail: str = "", **settings: Mapping[str, Any]) -> None:
+        """Write the configuration: `settings` upon those of the place, an upstream with `models`, then `tail`."""
+        self.settings = {**self.settings, **settings}
         server = {"port": 0, "workers": 2, "data_dir": str(self.directory / "data"), "drain_s": 10.0}
         tables = {"server": server, "store": {"url": f"sqlite:///{self.database}"}}
         for name, values in self.settings.items():
@@ -89,9 +91,10 @@ class Place:
         """Run a subcommand against this configuration and return what it printed."""
         return command(self.config, dict(os.environ), *words).strip()
 
-    def new_key(self) -> str:
-        """Let the command line make another key for the caller."""
-        return self.command("key", "create", "--user", "caller@example.com")
+    def new_key(self) -> tuple[str, str]:
+        """Let the command line make another key for the caller; return it and its id."""
+        made = json.loads(self.command("key", "create", "--user", "caller@example.com", "--json"))
+        return made["api_key"], made["id"]
 
     def query(self, statement: str) -> list[tuple[Any, ...]]:
         """Read the store."""
@@ -125,6 +128,11 @@ class Gateway:
         self.place = place
         self.process = process
         self.port = port
+
+    @classmethod
+    def announced(cls, place: Place, process: "subprocess.Popen[bytes]") -> "Gateway":
+        """Return the gateway as soon as it says where it listens."""
+        return cls(place, process, announced_port(place, process))
 
     def pids(self, module: str) -> list[int]:
         """Return the living children that run this module, oldest first."""
@@ -211,7 +219,7 @@ def process(
 def running(place: Place, **options: Any) -> Iterator[Gateway]:
     """Run a gateway; nothing it logged may be a traceback."""
     with process(place, **options) as started:
-        yield Gateway(place, started, announced_port(place, started))
+        yield Gateway.announced(place, started)
     assert "Traceback" not in place.log.read_text(), place.log.read_text()
 
 

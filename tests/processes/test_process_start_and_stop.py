@@ -11,7 +11,7 @@ import pytest
 from callers import HELD, Caller, ClosedError, CutError
 from clients.gateway import GPUPROXY
 from conftest import MakeCaller, MakePlace
-from gateways import STOP_S, Gateway, Place, announced_port, children, is_alive, process, running, until
+from gateways import STOP_S, Gateway, Place, children, is_alive, process, running, until
 from inference import STREAM_BODY, Inference
 
 COLD_START_S = 5.0
@@ -30,7 +30,7 @@ async def test_a_cold_start_is_short_and_a_worker_small(
     here = place()
     begun_s = time.monotonic()
     with process(here) as started:
-        gateway = Gateway(here, started, announced_port(here, started))
+        gateway = Gateway.announced(here, started)
         caller = new_caller(gateway)
         answer = await caller.post()
         took_s = time.monotonic() - begun_s
@@ -110,8 +110,7 @@ async def test_a_stream_longer_than_the_drain_is_cut_visibly(
 async def test_a_second_gateway_on_the_port_is_refused(place: MakePlace, new_caller: MakeCaller) -> None:
     here = place()
     with running(here) as gateway:
-        here.settings = {"server": {"port": gateway.port}}
-        here.configure()
+        here.configure(server={"port": gateway.port})
         second = await asyncio.to_thread(run, here, "serve")
         assert second.returncode == 1
         assert second.stdout == ""
@@ -145,8 +144,7 @@ def test_an_unknown_plugin_starts_nothing(place: MakePlace) -> None:
 
 def test_a_store_that_cannot_be_opened_ends_the_start(place: MakePlace) -> None:
     here = place()
-    here.settings = {"store": {"url": "sqlite:////proc/nowhere/g.db"}}
-    here.configure()
+    here.configure(store={"url": "sqlite:////proc/nowhere/g.db"})
     done = run(here, "serve")
     assert (done.returncode, done.stdout) == (1, "")
     assert "child did not start" in done.stderr
