@@ -176,6 +176,7 @@ async def test_a_stream_of_a_killed_worker_breaks_off_visibly(
 
 async def test_the_supervisor_keeps_no_files_of_dead_children(gateway: Gateway) -> None:
     files = f"/proc/{gateway.process.pid}/fd"
+    await until(lambda: len(children(gateway.process.pid)) == 3, 8, "every process is back")
     before = len(os.listdir(files))
     victim = gateway.control()
     kill(victim)

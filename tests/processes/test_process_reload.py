@@ -1,0 +1,70 @@
+"""SIGHUP under load: nobody's call fails, whether the new configuration is good or not."""
+
+import asyncio
+import os
+import signal
+
+from callers import HELD, Caller, Load
+from conftest import MakeCaller, MakePlace
+from gateways import MODEL, children, is_alive, kill, running, until
+from inference import STREAM_BODY, Inference
+
+
+async def health(caller: Caller) -> object:
+    return await caller.get("/health")
+
+
+async def test_no_call_fails_while_the_configuration_is_read_anew(
+    place: MakePlace, inference: Inference, new_caller: MakeCaller
+) -> None:
+    here = place()
+    inference.hold()
+    with running(here) as gateway:
+        streaming, asking = new_caller(gateway), new_caller(gateway)
+        stream = asyncio.create_task(streaming.post(HELD))
+        await until(lambda: inference.held_count == 1, 5, "the stream reaches the upstream")
+        first = children(gateway.process.pid)
+        files = len(os.listdir(f"/proc/{gateway.process.pid}/fd"))
+        assert (await asking.post({"model": "new-model"})).status == 404
+        async with Load(gateway.port, here.key) as load:
+            load.add(6, pause_s=0.001)
+            load.add(4, is_kept_alive=False, pause_s=0.001)
+            load.add(1, health, pause_s=0.001)
+            load.add(1, health, is_kept_alive=False, pause_s=0.001)
+            await until(lambda: len(load.answers) > 100, 5, "the load runs")
+            here.configure("new-model")
+            kill(gateway.process.pid, signal.SIGHUP)
+            await until(lambda: sum(map(is_alive, first)) == 1, 15, "all but the streaming child are replaced")
+            second = [pid for pid in children(gateway.process.pid) if pid not in first]
+            assert (await asking.post({"model": "new-model"})).status == 200
+            here.configure(tail="[sever]\nworkers = 3\n")
+            kill(gateway.process.pid, signal.SIGHUP)
+            await until(lambda: "configuration refused" in gateway.logged(), 5, "the fault is told")
+            served = len(load.answers)
+            await until(lambda: len(load.answers) > served + 100, 5, "the load goes on")
+        inference.release()
+        assert (await stream).body == STREAM_BODY
+        await until(lambda: children(gateway.process.pid) == second, 5, "only the second generation is left")
+        assert len(os.listdir(f"/proc/{gateway.process.pid}/fd")) == files
+        assert gateway.stop() == 0
+    assert (load.failures, load.wrong) == ([], [])
+    assert len(second) == 3
+    assert "sever" in here.log.read_text()
+    calls = [answer.request_id for answer in load.answers if b"chat.completion" in answer.body]
+    told = [receipt.request_id for receipt in here.receipts()]
+    assert len(told) == len(set(told))
+    assert set(calls) <= set(told)
+    assert "ingest failed" not in here.log.read_text()
+
+
+async def test_changes_of_the_server_section_wait_for_a_restart(place: MakePlace, new_caller: MakeCaller) -> None:
+    here = place()
+    with running(here) as gateway:
+        first = children(gateway.process.pid)
+        here.configure("new-model", server={"workers": 3, "port": 1})
+        kill(gateway.process.pid, signal.SIGHUP)
+        await until(lambda: not any(map(is_alive, first)), 15, "the children are replaced")
+        assert "changes of [server] need a restart" in gateway.logged()
+        assert len(gateway.workers()) == 2
+        assert {(await new_caller(gateway).post({"model": name})).status for name in (MODEL, "new-model")} == {200}
+        assert gateway.stop() == 0
