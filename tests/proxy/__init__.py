@@ -1,0 +1,1 @@
+"""Transcripts of the forwarder: bytes in, bytes out, then the receipt."""
