@@ -5,6 +5,7 @@ sockets stay open here: when a child dies, new connections wait in the backlog u
 accepts, and none is refused. Children stop with the supervisor because their lifeline pipe reads end of file.
 """
 
+import fcntl
 import os
 import select
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -179,6 +181,7 @@ class Supervisor:
         self._config = config
         for slot in sorted(self._children):
             self._replace(slot)
+        _log.info("configuration taken", children=len(self._children))
         notify("READY=1")
 
     def _replace(self, slot: int) -> None:
@@ -288,4 +291,22 @@ def serve(config_path: Path | None) -> int:
             file=sys.stderr,
         )
         return 1
-    return supervisor.run()
+    lock = _locked(Path(config.server.data_dir))
+    if lock is None:
+        print(
+            f"gpuproxy: another gateway uses {config.server.data_dir}; set another [server] data_dir", file=sys.stderr
+        )
+        return 1
+    with lock:
+        return supervisor.run()
+
+
+def _locked(directory: Path) -> IO[bytes] | None:
+    """Return a lock on the data directory, None if another gateway has it: two would read one journal."""
+    lock = (directory / "lock").open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock

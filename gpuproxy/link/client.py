@@ -36,7 +36,7 @@ class LinkClient(asyncio.Protocol):
         self._hello = hello
         self._transport: asyncio.Transport | None = None
         self._reader = FrameReader()
-        self._questions: dict[int, Answer] = {}
+        self._questions: dict[int, tuple[bytes, Answer]] = {}
         self._next_id = 0
         self._lost = asyncio.Event()
 
@@ -53,27 +53,28 @@ class LinkClient(asyncio.Protocol):
             await asyncio.sleep(RECONNECT_S)
 
     def ask(self, digest: bytes, answer: Answer) -> int:
-        """Ask about the key with this digest; `answer` may be called at once when control is away."""
-        if self._transport is None or len(self._questions) >= QUESTIONS_MAX:
+        """Ask about the key with this digest; while control is away the question is kept until `give_up`."""
+        if len(self._questions) >= QUESTIONS_MAX:
             answer(None, False)
             return -1
         self._next_id += 1
-        self._questions[self._next_id] = answer
-        self._transport.write(frame(Authorize(self._next_id, digest)))
+        self._questions[self._next_id] = digest, answer
+        if self._transport is not None:
+            self._transport.write(frame(Authorize(self._next_id, digest)))
         return self._next_id
 
     def give_up(self, question: int) -> None:
         """Stop waiting for an answer and report that control could not tell."""
-        answer = self._questions.pop(question, None)
-        if answer is not None:
-            answer(None, False)
+        self._answer(question, None, False)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Introduce this worker."""
+        """Introduce this worker and ask what is still open."""
         self._transport = cast(asyncio.Transport, transport)
         self._reader = FrameReader()
         self.connected.set()
         self._transport.write(frame(self._hello))
+        for question, (digest, _) in self._questions.items():
+            self._transport.write(frame(Authorize(question, digest)))
         self.on_reconnect()
 
     def data_received(self, data: bytes) -> None:
@@ -89,14 +90,12 @@ class LinkClient(asyncio.Protocol):
                     self.on_revoke(message.key_ids)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Answer every open question with «cannot tell»."""
+        """Keep what is open for the next connection."""
         self._transport = None
         self.connected.clear()
         self._lost.set()
-        for question in list(self._questions):
-            self.give_up(question)
 
     def _answer(self, question: int, grant: Grant | None, is_known: bool) -> None:
-        answer = self._questions.pop(question, None)
+        _, answer = self._questions.pop(question, (b"", None))
         if answer is not None:
             answer(grant, is_known)

@@ -34,9 +34,12 @@ from gpuproxy.proxy.headers import (
     classify_request,
     hosts_seen,
     is_valid_host,
+    is_valid_request_id,
     join_fields,
     request_rules,
 )
+from gpuproxy.proxy.heads import Memory, RequestHead
+from gpuproxy.proxy.tunnel import reset
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.worker import Plane
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
 _log = get_logger("gpuproxy.downstream")
 
 URL_BYTES_MAX = 8_192
-MANY_FIELDS, LONG_HEAD_BYTES = 30, 4_096  # heads over either are measured; nothing lower can be configured
+LEARNED_BYTES_MAX = 8_192  # messages up to this are worth remembering the head of
 PIPELINED_MAX = 64  # calls of one connection that wait for their turn; a refusal of each nests a few frames
 
 
@@ -57,9 +60,14 @@ class Downstream(asyncio.Protocol):
         "_feed",
         "_field_count",
         "_head_bytes",
+        "_head_count",
         "_is_deaf",
+        "_last_head",
+        "_length",
+        "_memory",
         "_parser",
         "_parsing",
+        "_special_bytes",
         "_waiting",
         "_was_malformed",
         "after_upgrade",
@@ -87,8 +95,13 @@ class Downstream(asyncio.Protocol):
         self._waiting: deque[Exchange] = deque()
         self._parser = httptools.HttpRequestParser(self)
         self._feed = self._parser.feed_data
-        self._parsing: Exchange | None = None
+        self._parsing: RequestHead | None = None
+        self._last_head: RequestHead | None = None
+        self._memory = Memory()
+        self._length = -1
+        self._head_count = 0
         self._field_count = 0
+        self._special_bytes = 0
         self._head_bytes = 0
         self._is_deaf = False
         self._fault: GatewayError | None = None
@@ -183,8 +196,14 @@ class Downstream(asyncio.Protocol):
             if self.after_upgrade is not None:
                 self._hold_tunnel_bytes(data)
             return
+        is_start = False
         if self.receiving is None:
+            is_start = self._head_bytes == 0
+            if is_start and (body := self._memory.recall(data)) is not None:
+                self._take_whole(body)
+                return
             self._head_bytes += len(data)
+        count = self._head_count
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -196,6 +215,28 @@ class Downstream(asyncio.Protocol):
         else:
             if self._head_bytes:
                 self._await_head(len(data))
+            elif is_start and self._head_count == count + 1 and self.receiving is None:
+                head = self._last_head
+                if head is not None and head.is_plain and len(data) <= LEARNED_BYTES_MAX:
+                    self._memory.learn(data, head, self._length)
+
+    def _take_whole(self, body: bytes) -> None:
+        # one whole request with a head that was parsed before
+        memory = self._memory
+        exchange = Exchange(self.plane, self, memory.head, memory.length)  # type: ignore[arg-type]  # learned here
+        exchange.is_received = True
+        if body:
+            exchange.take_body(body)
+        self._admit(exchange)
+
+    def _admit(self, exchange: Exchange) -> None:
+        if self.current is None:
+            self.current = exchange
+            self._start(exchange)
+        else:
+            self._waiting.append(exchange)
+            if len(self._waiting) >= PIPELINED_MAX:
+                self.block_reading(READ_QUEUE)
 
     def _await_head(self, byte_count: int) -> None:
         if self._head_bytes == byte_count and self.current is None:
@@ -211,77 +252,80 @@ class Downstream(asyncio.Protocol):
 
     def on_url(self, url: bytes) -> None:
         """Take (a piece of) the request target: a head has begun."""
-        exchange = self._parsing
-        if exchange is None:
-            self._parsing = Exchange(self.plane, self, url)
-            self._field_count = 0
+        head = self._parsing
+        if head is None:
+            self._parsing = RequestHead(url)
+            self._length = -1
+            self._field_count = self._special_bytes = 0
         else:
-            exchange.target += url
+            head.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Sort one field by its rule."""
-        exchange = self._parsing
-        if exchange is None:  # a trailer: dropped, RFC 9110 §6.5.1
+        head = self._parsing
+        if head is None:  # a trailer: dropped, RFC 9110 §6.5.1
             return
         rule = request_rules.get(name)
         if rule is None:
             rule = classify_request(name)
         if not rule:
-            exchange.fields.append((name, value))
+            head.fields.append((name, value))
             return
         self._field_count += 1
+        self._special_bytes += len(name) + len(value)
         if rule == HOST:
-            if exchange.host:
+            if head.host:
                 self._refuse_head("BAD_REQUEST", "the head has two Host fields")
-            exchange.host = value or b" "
+            head.host = value or b" "
         elif rule == LENGTH:
-            exchange.content_length = int(value)
+            self._length = int(value)
         elif rule == API_KEY:
-            self._take_credential(exchange, name, value, value)
+            self._take_credential(head, name, value, value)
         elif rule == ACCEPT_ENCODING:
-            earlier = exchange.accept_encoding
-            exchange.accept_encoding = b"%b, %b" % (earlier, value) if earlier else value
+            earlier = head.accept_encoding
+            head.accept_encoding = b"%b, %b" % (earlier, value) if earlier else value
         elif rule == BEARER:
-            self._take_credential(exchange, name, value, value[7:].strip() if value[:7].lower() == b"bearer " else b"")
+            self._take_credential(head, name, value, value[7:].strip() if value[:7].lower() == b"bearer " else b"")
         elif rule == CONNECTION:
-            exchange.connection = b"%b, %b" % (exchange.connection, value) if exchange.connection else value
+            head.connection = b"%b, %b" % (head.connection, value) if head.connection else value
         elif rule != DROP:
-            self._take_rare(exchange, rule, name, value)
+            self._take_rare(head, rule, name, value)
 
-    def _take_rare(self, exchange: Exchange, rule: int, name: bytes, value: bytes) -> None:
+    def _take_rare(self, head: RequestHead, rule: int, name: bytes, value: bytes) -> None:
         if rule == OWN:
-            exchange.own_fields = [*(exchange.own_fields or ()), (name, value)]
+            head.own_fields = [*(head.own_fields or ()), (name, value)]
         elif rule == PROXIED:
             if self.is_trusted:
-                exchange.proxied_fields = [*(exchange.proxied_fields or ()), (name, value)]
+                head.proxied_fields = [*(head.proxied_fields or ()), (name, value)]
         elif rule == VIA:
-            exchange.via = exchange.via + b", " + value if exchange.via else value
+            head.via = head.via + b", " + value if head.via else value
         elif rule == REQUEST_ID:
-            exchange.take_request_id(value)
+            if is_valid_request_id(value):
+                head.request_id = value.decode("ascii")
         elif rule == CODING:
-            if exchange.is_chunked or value.lower() != b"chunked":
+            if head.is_chunked or value.lower() != b"chunked":
                 shown = value[:40].decode("latin-1")
                 self._refuse_head("NOT_IMPLEMENTED", f"Transfer-Encoding {shown!r}; only one chunked is served")
-            exchange.is_chunked = True
+            head.is_chunked = True
         elif rule == EXPECT:
             if value.lower() != b"100-continue":
                 shown = value[:40].decode("latin-1")
                 self._refuse_head("EXPECTATION_FAILED", f"Expect {shown!r}; only 100-continue is served")
-            exchange.expects_continue = True
+            head.expects_continue = True
         elif rule == UPGRADE:
-            exchange.upgrade = value
+            head.upgrade = value
         elif rule == INVALID:
             shown = name[:60].decode("latin-1")
             self._refuse_head("BAD_REQUEST", f"field name {shown!r} has an underscore; use '-'")
 
-    def _take_credential(self, exchange: Exchange, name: bytes, value: bytes, credential: bytes) -> None:
-        if exchange.own_fields is None:
-            exchange.own_fields = [(name, value)]
+    def _take_credential(self, head: RequestHead, name: bytes, value: bytes, credential: bytes) -> None:
+        if head.own_fields is None:
+            head.own_fields = [(name, value)]
         else:
-            exchange.own_fields.append((name, value))
-        if exchange.credential and credential and credential != exchange.credential:
+            head.own_fields.append((name, value))
+        if head.credential and credential and credential != head.credential:
             self._refuse_head("BAD_REQUEST", "X-API-Key and Authorization carry different credentials; send one")
-        exchange.credential = credential or exchange.credential
+        head.credential = credential or head.credential
 
     def _refuse_head(self, code: str, message: str) -> None:
         self._fault = GatewayError(code, message)
@@ -290,50 +334,41 @@ class Downstream(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """Check what the parser does not, then start the exchange or queue it."""
         parser = self._parser
-        exchange, self._parsing = self._parsing, None
-        assert exchange is not None
+        limits = self.plane.limits
+        head, self._parsing = self._parsing, None
+        assert head is not None
         version = parser.get_http_version()
         if version != "1.1":
             if version != "1.0":
                 self._refuse_head("HTTP_VERSION", f"HTTP/{version} is not served; use HTTP/1.1")
-            self._check_http_1_0(exchange)
-        if self._field_count + len(exchange.fields) > MANY_FIELDS or self._head_bytes > LONG_HEAD_BYTES:
-            self._check_size(exchange)
+            self._check_http_1_0(head)
+        if self._field_count + len(head.fields) > limits.header_count_max:
+            self._refuse_head("HEAD_TOO_LARGE", f"the head has over {limits.header_count_max} fields")
+        if len(head.target) > URL_BYTES_MAX:
+            self._refuse_head("URI_TOO_LONG", f"the request target is over {URL_BYTES_MAX} bytes")
+        if self._head_bytes > limits.head_bytes_max and head.byte_count + self._special_bytes > limits.head_bytes_max:
+            raise self._fault_of(_head_too_large(limits.head_bytes_max))
         self._head_bytes = 0
-        exchange.method = method = parser.get_method()
-        exchange.keeps_alive = parser.should_keep_alive()
-        if exchange.target[:1] != b"/":
-            self._take_other_form(exchange)
-        if exchange.host not in hosts_seen and not (exchange.is_http_1_0 and not exchange.host):
-            self._check_host(exchange.host)
+        self._head_count += 1
+        self._last_head = head
+        head.method = method = parser.get_method()
+        head.keeps_alive = parser.should_keep_alive()
+        if head.target[:1] != b"/":
+            self._take_other_form(head)
+        if head.host not in hosts_seen and not (head.is_http_1_0 and not head.host):
+            self._check_host(head.host)
         if method == b"CONNECT" or method == b"TRACE":
             self._refuse_head("METHOD_NOT_ALLOWED", f"{method.decode()} is not served")
-        exchange.has_body = exchange.is_chunked or exchange.content_length > 0
-        if exchange.upgrade:
-            self._check_upgrade(exchange)
-        self.receiving = exchange
-        if self.current is None:
-            self.current = exchange
-            self._start(exchange)
-        else:
-            self._waiting.append(exchange)
-            if len(self._waiting) >= PIPELINED_MAX:
-                self.block_reading(READ_QUEUE)
+        if head.upgrade:
+            self._check_upgrade(head)
+        self.receiving = exchange = Exchange(self.plane, self, head, self._length)
+        self._admit(exchange)
 
-    def _check_http_1_0(self, exchange: Exchange) -> None:
-        exchange.is_http_1_0 = True
-        exchange.expects_continue = False
-        if exchange.is_chunked:
+    def _check_http_1_0(self, head: RequestHead) -> None:
+        head.is_http_1_0 = True
+        head.expects_continue = False
+        if head.is_chunked:
             self._refuse_head("BAD_REQUEST", "HTTP/1.0 has no Transfer-Encoding")
-
-    def _check_size(self, exchange: Exchange) -> None:
-        limits = self.plane.limits
-        if self._field_count + len(exchange.fields) > limits.header_count_max:
-            self._refuse_head("HEAD_TOO_LARGE", f"the head has over {limits.header_count_max} fields")
-        if len(exchange.target) > URL_BYTES_MAX:
-            self._refuse_head("URI_TOO_LONG", f"the request target is over {URL_BYTES_MAX} bytes")
-        if self._head_bytes > limits.head_bytes_max and exchange.head_size() > limits.head_bytes_max:
-            raise self._fault_of(_head_too_large(limits.head_bytes_max))
 
     def _fault_of(self, error: GatewayError) -> GatewayError:
         self._fault = error
@@ -343,23 +378,23 @@ class Downstream(asyncio.Protocol):
         if not is_valid_host(host):
             self._refuse_head("BAD_REQUEST", "Host is not valid" if host else "the head needs one valid Host field")
 
-    def _check_upgrade(self, exchange: Exchange) -> None:
+    def _check_upgrade(self, head: RequestHead) -> None:
         if not self._parser.should_upgrade():
             return
-        is_websocket = exchange.upgrade.strip().lower() == b"websocket" and exchange.method == b"GET"
-        exchange.is_upgrade = is_websocket and not exchange.has_body
-        exchange.keeps_alive = False  # another token (h2c) is ignored, but the parser has stopped for it
+        is_websocket = head.upgrade.strip().lower() == b"websocket" and head.method == b"GET"
+        head.is_upgrade = is_websocket and not head.is_chunked and self._length <= 0
+        head.keeps_alive = False  # another token (h2c) is ignored, but the parser has stopped for it
 
-    def _take_other_form(self, exchange: Exchange) -> None:
+    def _take_other_form(self, head: RequestHead) -> None:
         # absolute-form must be accepted; its authority replaces Host (RFC 9112 §3.2.2)
-        scheme, mark, rest = exchange.target.partition(b"://")
+        scheme, mark, rest = head.target.partition(b"://")
         if not mark or scheme.lower() not in (b"http", b"https"):
             self._refuse_head("BAD_REQUEST", "the request target must be a path or an http(s) URL")
         end = min(at for at in (rest.find(b"/"), rest.find(b"?"), len(rest)) if at >= 0)
-        if exchange.host:
-            exchange.host = rest[:end]
+        if head.host:
+            head.host = rest[:end]
         path = rest[end:]
-        exchange.target = path if path.startswith(b"/") else b"/" + path
+        head.target = path if path.startswith(b"/") else b"/" + path
 
     def _start(self, exchange: Exchange) -> None:
         try:
@@ -467,8 +502,8 @@ class Downstream(asyncio.Protocol):
         self.transport.close()
 
     def abort(self) -> None:
-        """Drop the connection at once."""
-        self.transport.abort()
+        """Drop the connection at once; the client sees a reset."""
+        reset(self.transport)
 
     def expire(self) -> None:
         """A deadline has passed: refuse, cut or close, whatever fits what this connection waits for."""
@@ -493,11 +528,14 @@ class Downstream(asyncio.Protocol):
 
     def forwarded_fields(self, exchange: Exchange) -> bytes:
         """Return the X-Forwarded-* lines, on top of what a trusted proxy in front has said."""
-        kept = {name.lower(): value for name, value in exchange.proxied_fields or ()}
+        kept: dict[bytes, bytes] = {}
+        for name, value in exchange.head.proxied_fields or ():
+            lower = name.lower()
+            kept[lower] = b"%b, %b" % (kept[lower], value) if lower in kept else value
         before = kept.pop(b"x-forwarded-for", b"")
         peer = self.peer.encode()
         kept.setdefault(b"x-forwarded-proto", b"http")
-        kept.setdefault(b"x-forwarded-host", exchange.host)
+        kept.setdefault(b"x-forwarded-host", exchange.head.host)
         kept[b"x-forwarded-for"] = before + b", " + peer if before else peer
         return join_fields([(name.title(), value) for name, value in kept.items()])
 

@@ -24,11 +24,11 @@ from gpuproxy.proxy.guard import parse_target
 from gpuproxy.proxy.headers import (
     Field,
     checked_fields,
-    is_valid_request_id,
     join_fields,
     replace_fields,
     without_nominated,
 )
+from gpuproxy.proxy.heads import AnswerHead, RequestHead
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, MOUNT, UNKNOWN, Destination, Endpoint, Route, joined_path
 from gpuproxy.types import ALL_SCOPES, Grant, Outcome, Receipt, Usage
 
@@ -65,7 +65,6 @@ class Exchange:
         "_body",
         "_call",
         "_destination",
-        "_envelope",
         "_error",
         "_first_byte_ns",
         "_give_up_ns",
@@ -86,54 +85,35 @@ class Exchange:
         "_started_ns",
         "_status",
         "_timeout_s",
-        "accept_encoding",
-        "connection",
         "content_length",
-        "credential",
         "downstream",
-        "expects_continue",
-        "fields",
         "has_body",
         "has_sent_head",
-        "host",
-        "is_chunked",
-        "is_http_1_0",
+        "head",
         "is_received",
-        "is_upgrade",
         "keeps_alive",
         "method",
-        "own_fields",
         "plane",
-        "proxied_fields",
         "request_bytes",
         "request_id",
         "route",
         "state",
-        "target",
-        "upgrade",
         "upstream",
-        "via",
     )
 
     route: Route
-    method: bytes
-    keeps_alive: bool
-    has_body: bool
     _sending: tuple[bytes, bytes, list[Field], bytes | None, UpstreamRequest]
 
-    def __init__(self, plane: "Plane", downstream: "Downstream", target: bytes) -> None:
+    def __init__(self, plane: "Plane", downstream: "Downstream", head: RequestHead, content_length: int) -> None:
         self.plane = plane
         self.downstream = downstream
+        self.head = head
+        self.method = head.method
+        self.keeps_alive = head.keeps_alive
+        self.request_id = head.request_id
+        self.content_length = content_length  # of the request's body, -1 if not told
+        self.has_body = content_length > 0 or head.is_chunked
         self.state = NEW
-        # said by the head
-        self.target = target
-        self.fields: list[Field] = []
-        self.own_fields: list[Field] | None = None
-        self.proxied_fields: list[Field] | None = None
-        self.host = self.credential = self.connection = self.via = self.accept_encoding = self.upgrade = b""
-        self.request_id = ""
-        self.content_length = -1
-        self.is_chunked = self.is_http_1_0 = self.is_upgrade = self.expects_continue = False
         # the upload
         self.is_received = self._needs_body = self._is_body_whole = False
         self.request_bytes = 0
@@ -145,7 +125,6 @@ class Exchange:
         self._call: Call | None = None
         self._intent: Intent | None = None
         self._destination: Destination | None = None
-        self._envelope: envelopes.Envelope | None = None
         self._origin: Origin | None = None
         self._head = b""
         self._attempts = 0
@@ -159,15 +138,6 @@ class Exchange:
         self._idle_s = 0.0
         self._error = ""
 
-    def take_request_id(self, value: bytes) -> None:
-        """Use the client's own request id if it is fit to be passed on."""
-        if is_valid_request_id(value):
-            self.request_id = value.decode("ascii")
-
-    def head_size(self) -> int:
-        """Return about how many bytes the head has."""
-        return len(self.target) + sum(len(name) + len(value) + 4 for name, value in self.fields)
-
     # -- admit ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -178,13 +148,13 @@ class Exchange:
             self.request_id = plane.new_id()
         self.state = ADMITTING
         router = plane.router
-        route = self.route = router.routes.get(self.target) or router.route(self.target)
+        route = self.route = router.routes.get(self.head.target) or router.route(self.head.target)
         self._handler = route.handler
         downstream = self.downstream
         held = downstream.held
         if route.kind == CONTROL:
             self._forward_to_control()
-        elif held is not None and self.credential == downstream.credential and held.fresh_until_s > plane.now_s:
+        elif held is not None and self.head.credential == downstream.credential and held.fresh_until_s > plane.now_s:
             self.admitted(held.grant)  # the same caller as before on this connection: the common case
         else:
             self._authenticate()
@@ -192,14 +162,14 @@ class Exchange:
     def _authenticate(self) -> None:
         downstream = self.downstream
         try:
-            if not self.credential:
+            if not self.head.credential:
                 raise GatewayError("UNAUTHORIZED", "no API key; send it as X-API-Key or Authorization: Bearer")
-            held = downstream.held = self.plane.admission.find(self.credential, self.answered)
+            held = downstream.held = self.plane.admission.find(self.head.credential, self.answered)
         except GatewayError as error:
             self.refuse(error)
             return
         if held is not None:
-            downstream.credential = self.credential
+            downstream.credential = self.head.credential
             self.admitted(held.grant)
         else:
             downstream.deadline_s = self.plane.now_s + self.plane.config.auth.authorize_timeout_s + 1
@@ -224,7 +194,7 @@ class Exchange:
                 self._check_grant(grant)
             if plane.journal.is_full:
                 raise GatewayError("JOURNAL_FULL", "usage cannot be recorded at the moment; try again", 5)
-            if self.via and self.via.count(PSEUDONYM) >= VIA_HOPS_MAX:
+            if self.head.via and self.head.via.count(PSEUDONYM) >= VIA_HOPS_MAX:
                 raise GatewayError("LOOP_DETECTED", "the request has passed this gateway before; check the target")
             if handler is None:
                 self._check_route()
@@ -234,7 +204,7 @@ class Exchange:
                 )
                 limits = plane.limits
                 limit_bytes = limits.buffered_body_bytes_max if self._needs_body else limits.body_bytes_max
-                if self.content_length > limit_bytes:
+                if self.content_length > limit_bytes or self.request_bytes > limit_bytes:
                     raise _body_too_large(limit_bytes)
         except GatewayError as error:
             self.refuse(error)
@@ -242,7 +212,7 @@ class Exchange:
         if not self.is_received:
             if downstream.read_blocks:
                 downstream.unblock_reading(READ_BUFFER)
-            if self.expects_continue and not self._body:
+            if self.head.expects_continue and not self._body:
                 self._write(_CONTINUE)
             if self._needs_body:
                 self.state = COLLECTING
@@ -313,12 +283,12 @@ class Exchange:
     def _send_body(self, data: bytes) -> None:
         upstream = self.upstream
         assert upstream is not None
-        piece = b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data
+        piece = b"%x\r\n%b\r\n" % (len(data), data) if self.head.is_chunked else data
         self.plane.outbox.write(upstream.transport, piece)
         self.downstream.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
 
     def _end_upload(self) -> None:
-        if self.is_chunked and self.upstream is not None:
+        if self.head.is_chunked and self.upstream is not None:
             self.plane.outbox.write(self.upstream.transport, b"0\r\n\r\n")
         if not self.has_sent_head:
             self.downstream.deadline_s = self.plane.now_s + self._first_byte_s()
@@ -338,7 +308,7 @@ class Exchange:
             self.refuse(error)
 
     def _resolve_transparent(self, route: Route, handler: ProtocolHandler, body: bytes | None) -> None:
-        call = self._call = Call(self.method, route.path, self.fields, body)
+        call = self._call = Call(self.method, route.path, self.head.fields, body)
         if route.kind == MOUNT:
             intent = handler.inspect(call)
             destination = self.plane.router.destination(intent, handler)
@@ -355,9 +325,7 @@ class Exchange:
         path = request.path
         if path is None:
             path = route.path if intent.path is None else intent.path
-        fields = self.fields
-        if self.connection:
-            fields = without_nominated(fields, self.connection)
+        fields = self.head.fields
         if destination.fixed_names:
             fields = [field for field in fields if field[0].lower() not in destination.fixed_names]
         self._forward(destination.endpoint(), self.method, path, fields, body, request)
@@ -398,15 +366,12 @@ class Exchange:
             origin = self.plane.pools.user_given(target.scheme, target.host, target.port)
             endpoint = Endpoint(origin, b"", b"", target.authority.encode())
         if not envelopes.wants_stream(envelope):
-            self._envelope = envelope
             self._answer_parts = []
+            if call.header(b"accept-encoding") is None:
+                fields = [*fields, (b"Accept-Encoding", b"identity")]
         self._handler = handler
-        self.accept_encoding = (call.header(b"accept-encoding") or b"identity") if self._envelope else b""
-        if self.accept_encoding:
-            fields = [field for field in fields if field[0].lower() != b"accept-encoding"]
-        self.is_chunked = False
-        self.content_length = -1 if content is None else len(content)
         self._body = []
+        self.content_length = -1 if content is None else len(content)
         self.has_body = content is not None
         if envelope.timeout_s is not None:
             self._timeout_s = envelope.timeout_s
@@ -427,49 +392,48 @@ class Exchange:
         request: UpstreamRequest,
     ) -> None:
         self._sending = method, path, fields, body, request
+        head = self.head
+        is_envelope = self._call is not None and self._call.is_envelope
         if request.headers:
             fields = replace_fields(fields, request.headers)
-        if request.identity:
-            encoding = b"Accept-Encoding: identity\r\n"
-        elif self.accept_encoding:
-            encoding = b"Accept-Encoding: %b\r\n" % self.accept_encoding
+        if fields is head.fields:
+            lines = head.lines
         else:
-            encoding = b""
+            lines = join_fields(without_nominated(fields, head.connection) if not is_envelope else fields)
+        if request.identity and not is_envelope:
+            lines += b"Accept-Encoding: identity\r\n"
+        elif head.accept_encoding and not is_envelope:
+            lines += b"Accept-Encoding: %b\r\n" % head.accept_encoding
         if request.body is not None:
             body = request.body
         if body is not None:
             self._is_body_whole = True
             self._body = [body]
             length = len(body)
-            framing = (
-                b"Content-Length: %d\r\n" % length if length or self.content_length >= 0 or self.is_chunked else b""
-            )
-        elif self.is_chunked:
+            has_length = length or self.content_length >= 0 or self.has_body
+            framing = b"Content-Length: %d\r\n" % length if has_length else b""
+        elif self.has_body and head.is_chunked:
             framing = b"Transfer-Encoding: chunked\r\n"
         elif self.content_length >= 0:
             framing = b"Content-Length: %d\r\n" % self.content_length
         else:
-            framing = b""
-        if self.is_upgrade:
-            framing = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+            framing = b"Connection: Upgrade\r\nUpgrade: websocket\r\n" if head.is_upgrade else b""
         base_path = endpoint.base_path
         if base_path or path[:1] != b"/":
             path = joined_path(base_path, path)
-        preserves_host = endpoint.preserves_host and self.host
-        if self.proxied_fields:
-            forwarded = self.downstream.forwarded_fields(self)
-        elif self._handler is not None and self._call is not None and self._call.is_envelope:
+        if is_envelope:
             forwarded = b""
+        elif head.proxied_fields:
+            forwarded = self.downstream.forwarded_fields(self)
         else:
-            forwarded = self.downstream.connection_fields(self.host)
-        self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%bVia: %b1.1 gpuproxy\r\nX-Request-Id: %b\r\n%b%b\r\n" % (
+            forwarded = self.downstream.connection_fields(head.host)
+        self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%bVia: %b1.1 gpuproxy\r\nX-Request-Id: %b\r\n%b%b\r\n" % (
             method,
             path,
-            self.host if preserves_host else endpoint.host,
+            head.host if endpoint.preserves_host and head.host else endpoint.host,
             endpoint.fixed_fields,
-            join_fields(fields) if fields else b"",
-            encoding,
-            self.via + b", " if self.via else b"",
+            lines,
+            head.via + b", " if head.via else b"",
             self.request_id.encode(),
             forwarded,
             framing,
@@ -477,15 +441,11 @@ class Exchange:
         self._dispatch(endpoint.origin)
 
     def _forward_to_control(self) -> None:
-        fields = self.fields
-        if self.connection:
-            fields = without_nominated(fields, self.connection)
-        if self.own_fields:
-            fields = fields + self.own_fields
-        endpoint = self.plane.control_endpoint
-        if self.expects_continue and not self.is_received:
+        head = self.head
+        fields = [*head.fields, *head.own_fields] if head.own_fields else head.fields
+        if head.expects_continue and not self.is_received:
             self._write(_CONTINUE)
-        self._forward(endpoint, self.method, self.target, fields, None, _UNCHANGED)
+        self._forward(self.plane.control_endpoint, self.method, head.target, fields, None, _UNCHANGED)
 
     def _dispatch(self, origin: "Origin", fresh: bool = False) -> None:
         self._origin = origin
@@ -601,40 +561,38 @@ class Exchange:
     def _answer_head(self, connection: "UpstreamConnection") -> bytes:
         self.has_sent_head = True
         self._first_byte_ns = time.monotonic_ns()
-        status = self._status = connection.status
+        head = connection.head
+        status = self._status = head.status
         self._head = b""
         self._body = []
-        fields = connection.fields
-        if connection.connection:
-            fields = without_nominated(fields, connection.connection)
         if connection.content_length >= 0 and status != 204:
             framing = b"Content-Length: %d\r\n" % connection.content_length
         elif status == 204 or status == 304 or self.method == b"HEAD":
             framing = b""
-        elif self.is_http_1_0:
+        elif self.head.is_http_1_0:
             framing = b""
             self.keeps_alive = False
             self._is_answer_until_close = True
         else:
             framing = b"Transfer-Encoding: chunked\r\n"
             self._is_answer_chunked = True
-        content_type = connection.content_type
+        content_type = head.content_type
         if content_type:
             content_type = content_type.lower()
-            if not connection.has_buffering_field and content_type.startswith(b"text/event-stream"):
+            if not head.has_buffering_field and content_type.startswith(b"text/event-stream"):
                 framing += b"X-Accel-Buffering: no\r\n"
-            if self._handler is not None and self._call is not None and not connection.is_encoded:
+            if self._handler is not None and self._call is not None and not head.is_encoded:
                 self._reader = self._handler.reader(self._call, status, content_type)
         if not connection.is_complete:
             self._idle_s = self._stream_idle_s()
         if not self.keeps_alive or not self.is_received or self.plane.is_draining:
             self.keeps_alive = False  # `not is_received`: the rest of an upload that is answered early is not wanted
             framing += b"Connection: close\r\n"
-        elif self.is_http_1_0:
+        elif self.head.is_http_1_0:
             framing += b"Connection: keep-alive\r\n"
         return b"%b%bX-Request-Id: %b\r\n%b\r\n" % (
             _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status,
-            join_fields(fields),
+            head.lines,
             self.request_id.encode(),
             framing,
         )
@@ -652,11 +610,11 @@ class Exchange:
     def _write(self, data: bytes) -> None:
         self.plane.outbox.write(self.downstream.transport, data)
 
-    def relay_interim(self, status: int, fields: list[Field]) -> None:
+    def relay_interim(self, head: AnswerHead) -> None:
         """Pass on a 1xx answer (RFC 9110 §15.2) to a client that can understand it."""
-        if not self.is_http_1_0 and self._answer_parts is None and not self.has_sent_head:
-            line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-            self._write(line + join_fields(fields) + b"\r\n")
+        if not self.head.is_http_1_0 and self._answer_parts is None and not self.has_sent_head:
+            line = _STATUS_LINES.get(head.status) or b"HTTP/1.1 %d \r\n" % head.status
+            self._write(b"%b%b\r\n" % (line, head.lines))
 
     def pause_answer(self) -> None:
         """The client takes no more: stop reading the upstream."""
@@ -702,17 +660,17 @@ class Exchange:
         assert handler is not None
         call = self._call
         assert call is not None
-        content_type = connection.content_type
-        reader = None if connection.is_encoded else handler.reader(call, connection.status, content_type.lower())
+        head = connection.head
+        content_type = head.content_type
+        reader = None if head.is_encoded else handler.reader(call, head.status, content_type.lower())
         usage = None
         if reader is not None:
             reader.feed(body)
             usage = reader.finish()
         content_type, body = handler.collapse(call, content_type, body)
-        fields = without_nominated(connection.fields, connection.connection)
         answer = envelopes.wrap(
-            connection.status,
-            {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in fields},
+            head.status,
+            {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in head.fields},
             content_type,
             body,
             (time.monotonic_ns() - self._started_ns) // 1000,
@@ -729,7 +687,7 @@ class Exchange:
         self._response_bytes += len(body)
         if not self.keeps_alive or self.plane.is_draining:
             extra_fields += b"Connection: close\r\n"
-        elif self.is_http_1_0:
+        elif self.head.is_http_1_0:
             extra_fields += b"Connection: keep-alive\r\n"
         self._write(
             b"%bContent-Type: application/json\r\nContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b"
@@ -764,7 +722,7 @@ class Exchange:
         self._finish("upstream_failed" if CODES[error.code].source == "upstream" else "refused")
 
     def _rest_is_long(self) -> bool:
-        if self.expects_continue or self.is_chunked:
+        if self.head.expects_continue or self.head.is_chunked:
             return True
         return self.content_length - self.request_bytes > DISCARDED_BODY_BYTES_MAX
 
@@ -838,10 +796,10 @@ class Exchange:
         self._status = 101
         self._first_byte_ns = time.monotonic_ns()
         downstream = self.downstream
-        fields = without_nominated(connection.fields, connection.connection)
+        head = connection.head
         self._write(
             b"%b%bConnection: Upgrade\r\nUpgrade: %b\r\nX-Request-Id: %b\r\n\r\n"
-            % (_STATUS_LINES[101], join_fields(fields), connection.upgrade, self.request_id.encode())
+            % (_STATUS_LINES[101], head.lines, head.upgrade, self.request_id.encode())
         )
         held, downstream.after_upgrade = downstream.after_upgrade or b"", b""
         connection.exchange = None

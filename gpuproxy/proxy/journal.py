@@ -86,6 +86,9 @@ class Journal:
             except FileNotFoundError:  # control deleted it meanwhile
                 continue
         is_full = backlog_bytes > self._config.bytes_max or bool(self._unwritten)
+        if is_full and self._size and not self._unwritten:
+            os.close(self._file)  # a closed segment can be deleted once it is stored: room, even in a live one
+            self._open_segment()
         if is_full != self.is_full:
             event = "journal full" if is_full else "journal takes receipts again"
             _log.warning(event, backlog_bytes=backlog_bytes, refusals_dropped=self.refusals_dropped)

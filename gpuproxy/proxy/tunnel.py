@@ -5,7 +5,11 @@ the other side's reading. When either side closes, both are closed; `done` is ca
 """
 
 import asyncio
+import socket
+import struct
 from collections.abc import Callable
+
+_NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class TunnelEnd(asyncio.Protocol):
@@ -53,6 +57,14 @@ class TunnelEnd(asyncio.Protocol):
         if not self._is_over:
             self._is_over = self.peer._is_over = True
             self._done()
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Drop a connection so that the peer sees a reset; without SO_LINGER uvloop's abort ends it like a clean close."""
+    raw = transport.get_extra_info("socket")
+    if raw is not None and not transport.is_closing():
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    transport.abort()
 
 
 def join(

@@ -18,15 +18,14 @@ from gpuproxy.proxy.headers import (
     CODING,
     CONNECTION,
     CONTENT_TYPE,
-    DROP,
     ENCODING,
     LENGTH,
-    REQUEST_ID,
     UPGRADE,
-    Field,
     classify_response,
     response_rules,
 )
+from gpuproxy.proxy.heads import AnswerHead, Memory
+from gpuproxy.proxy.tunnel import reset
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.exchange import Exchange
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 FIELDS_MAX = 256  # of an answer's head
 HEAD_BYTES_MAX = 262_144  # of an answer's head
+LEARNED_BYTES_MAX = 16_384  # answers up to this are worth remembering the head of
 INTERIM_MAX = 16  # 1xx answers before the final one
 
 
@@ -46,30 +46,23 @@ class UpstreamConnection(asyncio.Protocol):
 
     __slots__ = (
         "_interim_count",
+        "_memory",
         "_parser",
         "chosen_turn",
-        "connection",
         "content_length",
-        "content_type",
         "exchange",
-        "fields",
-        "has_buffering_field",
         "has_head",
+        "head",
         "head_bytes",
         "idle_until_s",
         "is_babbling",
-        "is_chunked",
         "is_complete",
-        "is_encoded",
         "is_reused",
         "is_until_close",
-        "keeps_alive",
         "origin",
         "parts",
-        "status",
         "transport",
         "tunnel_bytes",
-        "upgrade",
     )
 
     transport: asyncio.Transport
@@ -81,26 +74,15 @@ class UpstreamConnection(asyncio.Protocol):
         self.is_reused = False
         self.chosen_turn = -1
         self._parser = httptools.HttpResponseParser(self)
+        self._memory = Memory()
         self._reset()
 
     def _reset(self) -> None:
-        self.status = 0
-        self.fields: list[Field] = []
+        self.head = NO_HEAD
         self.parts: list[bytes] = []
         self.content_length = -1
-        self.content_type = b""
-        self.connection = b""
-        self.upgrade = b""
-        self.is_chunked = False
-        self.is_complete = False
-        self.is_until_close = False
-        self.is_babbling = False
-        self.is_encoded = False
-        self.has_head = False
-        self.has_buffering_field = False
-        self.keeps_alive = False
-        self.head_bytes = 0
-        self._interim_count = 0
+        self.is_complete = self.is_until_close = self.is_babbling = self.has_head = False
+        self.head_bytes = self._interim_count = 0
 
     # -- the connection ---------------------------------------------------------------------------------
 
@@ -111,7 +93,7 @@ class UpstreamConnection(asyncio.Protocol):
     def release(self, now_s: float) -> None:
         """The exchange is over: keep the connection if the answer ended cleanly, else close it."""
         self.exchange = None
-        if self.keeps_alive and self.is_complete and not self.is_babbling and not self.transport.is_closing():
+        if self.head.keeps_alive and self.is_complete and not self.is_babbling and not self.transport.is_closing():
             self.is_reused = True
             self._reset()
             self.origin.give(self, now_s)
@@ -119,7 +101,9 @@ class UpstreamConnection(asyncio.Protocol):
             self.abort()
 
     def abort(self) -> None:
-        """Drop the connection at once; the upstream sees a reset and stops working."""
+        """Drop the connection at once; an upstream that is still at work sees a reset and stops."""
+        if self.exchange is not None and not self.is_complete:
+            reset(self.transport)
         self.exchange = None
         self.transport.abort()
 
@@ -157,11 +141,15 @@ class UpstreamConnection(asyncio.Protocol):
         if exchange is None or self.chosen_turn == exchange.plane.outbox.turn:  # nobody has asked
             self._drop_unasked()
             return
+        is_start = self.head_bytes == 0 and not self.has_head
+        if is_start and (body := self._memory.recall(data)) is not None and exchange.head.method != b"HEAD":
+            self._take_whole(exchange, body)
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self.tunnel_bytes = data[upgrade.args[0] :]
-            if exchange.is_upgrade:
+            if exchange.head.is_upgrade:
                 exchange.switch_protocols(self)
             else:
                 exchange.upstream_faulted(self, "it switched protocols unasked")
@@ -176,8 +164,26 @@ class UpstreamConnection(asyncio.Protocol):
             if self.head_bytes > HEAD_BYTES_MAX:
                 exchange.upstream_faulted(self, f"its head is over {HEAD_BYTES_MAX} bytes")
             return
+        if is_start and self.is_complete:
+            self._learn(exchange, data)
         if self.parts or self.is_complete or not exchange.has_sent_head:
             exchange.relay(self)
+
+    def _take_whole(self, exchange: "Exchange", body: bytes) -> None:
+        # one whole answer with a head that was parsed before
+        memory = self._memory
+        self.head = memory.head  # type: ignore[assignment]  # learned here
+        self.content_length = memory.length
+        self.has_head = self.is_complete = True
+        if body:
+            self.parts = [body]
+        exchange.relay(self)
+
+    def _learn(self, exchange: "Exchange", data: bytes) -> None:
+        head = self.head
+        is_plain = head.keeps_alive and 200 <= head.status < 300 and not self._interim_count and not self.is_babbling
+        if is_plain and self.content_length > 0 and len(data) <= LEARNED_BYTES_MAX and exchange.head.method != b"HEAD":
+            self._memory.learn(data, head, self.content_length)
 
     def _drop_unasked(self) -> None:
         exchange, self.exchange = self.exchange, None
@@ -194,55 +200,60 @@ class UpstreamConnection(asyncio.Protocol):
         """Sort one field. Trailers (fields after the head) are dropped, RFC 9110 §6.5.1."""
         if self.has_head:
             return
+        head = self.head
+        if head is NO_HEAD:
+            head = self.head = AnswerHead()
         rule = response_rules.get(name)
         if rule is None:
             rule = classify_response(name)
         if not rule:
-            self.fields.append((name, value))
+            head.fields.append((name, value))
         elif rule == LENGTH:
             self.content_length = int(value)
         elif rule == CONTENT_TYPE:
-            self.content_type = value
-            self.fields.append((name, value))
+            head.content_type = value
+            head.fields.append((name, value))
         elif rule == CODING:
-            if value.lower() != b"chunked":
+            if head.is_chunked or value.lower() != b"chunked":
                 raise UpstreamFaultError(f"transfer coding {value[:40]!r} is not supported")
-            self.is_chunked = True
+            head.is_chunked = True
         elif rule == CONNECTION:
-            self.connection = self.connection + b"," + value if self.connection else value
+            head.connection = head.connection + b"," + value if head.connection else value
         elif rule == ENCODING:
-            self.is_encoded = value.lower() != b"identity"
-            self.fields.append((name, value))
+            head.is_encoded = value.lower() != b"identity"
+            head.fields.append((name, value))
         elif rule == BUFFERING:
-            self.has_buffering_field = True
-            self.fields.append((name, value))
+            head.has_buffering_field = True
+            head.fields.append((name, value))
         elif rule == UPGRADE:
-            self.upgrade = value
-        else:
-            assert rule in (DROP, REQUEST_ID)
+            head.upgrade = value
 
     def on_headers_complete(self) -> None:
         """Settle how the body is framed."""
         parser = self._parser
-        self.status = status = parser.get_status_code()
-        if len(self.fields) > FIELDS_MAX:
+        status = parser.get_status_code()
+        head = self.head
+        if head is NO_HEAD:
+            head = self.head = AnswerHead()
+        head.status = status
+        if len(head.fields) > FIELDS_MAX:
             raise UpstreamFaultError(f"its head has over {FIELDS_MAX} fields")
         if status < 200:
+            head.finish()
             self._interim_count += 1
             if self._interim_count > INTERIM_MAX:
                 raise UpstreamFaultError(f"it sent over {INTERIM_MAX} interim answers")
-            return
-        if not self.is_complete:
+        elif not self.is_complete:
             self.has_head = True
-            self.keeps_alive = parser.should_keep_alive()
+            head.keeps_alive = parser.should_keep_alive()
+            head.finish()
             exchange = self.exchange
             assert exchange is not None
             if exchange.method == b"HEAD":
                 # The parser cannot be told that no body follows: answer now and use this connection no more.
                 self.is_complete = True
-                self.keeps_alive = False
-                self.parts.clear()
-            elif self.content_length < 0 and not self.is_chunked and status not in (204, 304):
+                head.keeps_alive = False
+            elif self.content_length < 0 and not head.is_chunked and status not in (204, 304):
                 self.is_until_close = True
 
     def on_body(self, body: bytes) -> None:
@@ -254,17 +265,17 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """The answer is whole, or an interim one is."""
-        if self.status >= 200:
+        head = self.head
+        if head.status >= 200:
             self.is_complete = True
-            return
-        if self.status == 101:
-            return
-        fields, self.fields = self.fields, []
-        self.content_length = -1
-        self.connection = b""
-        if self.exchange is not None and self.status != 100:  # 100 answers an Expect of ours: we send none
-            self.exchange.relay_interim(self.status, fields)
-        self.status = 0
+        elif head.status != 101:
+            self.head = NO_HEAD
+            self.content_length = -1
+            if self.exchange is not None and head.status != 100:  # 100 answers an Expect of ours: we send none
+                self.exchange.relay_interim(head)
+
+
+NO_HEAD = AnswerHead()
 
 
 def _reason(error: httptools.HttpParserError) -> str:
