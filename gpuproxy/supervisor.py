@@ -63,9 +63,10 @@ class Child:
 class Supervisor:
     """Starts, watches and stops the children of one gateway."""
 
-    def __init__(self, config_path: Path | None, config: Config) -> None:
+    def __init__(self, config_path: Path | None, config: Config, sockets: list[socket.socket]) -> None:
         self._config_path = config_path
         self._config = config
+        self._sockets = sockets  # one for each worker
         self._children: dict[int, Child] = {}  # by slot
         self._leaving: list[Child] = []  # recycled, still draining
         self._deaths: dict[int, list[float]] = {}
@@ -74,7 +75,6 @@ class Supervisor:
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._control_socket = self._unix_socket("control.sock")
         self._link_socket = self._unix_socket("link.sock")
-        self._sockets = _listening_sockets(config.server.host, config.server.port, config.server.workers)
 
     @property
     def address(self) -> str:
@@ -283,7 +283,7 @@ def serve(config_path: Path | None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     Path(config.server.data_dir).mkdir(parents=True, exist_ok=True)
     try:
-        supervisor = Supervisor(config_path, config)
+        sockets = _listening_sockets(config.server.host, config.server.port, config.server.workers)
     except OSError as error:
         place = f"{config.server.host}:{config.server.port}"
         print(
@@ -298,7 +298,7 @@ def serve(config_path: Path | None) -> int:
         )
         return 1
     with lock:
-        return supervisor.run()
+        return Supervisor(config_path, config, sockets).run()
 
 
 def _locked(directory: Path) -> IO[bytes] | None:

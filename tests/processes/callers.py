@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -161,9 +162,10 @@ class Load:
         self._is_over = False
 
     @property
-    def wrong(self) -> list[Answer]:
-        """Return the answers that are not a success."""
-        return [answer for answer in self.answers if answer.status != 200]
+    def faults(self) -> Counter[str]:
+        """Count what went wrong, by kind."""
+        wrong = (f"{answer.status} {answer.body.decode()}" for answer in self.answers if answer.status != 200)
+        return Counter([*wrong, *(failure.reason for failure in self.failures)])
 
     def add(
         self,

@@ -121,6 +121,18 @@ async def test_a_second_gateway_on_the_port_is_refused(place: MakePlace, new_cal
         assert (await caller.post()).status == 200
 
 
+async def test_a_second_gateway_on_the_data_directory_is_refused(place: MakePlace) -> None:
+    here = place()
+    with running(here) as gateway:
+        second = await asyncio.to_thread(run, here, "serve")
+        assert second.returncode == 1
+        assert second.stdout == ""
+        assert second.stderr.splitlines() == [
+            f"gpuproxy: another gateway uses {here.directory}/data; set another [server] data_dir"
+        ]
+        assert gateway.stop() == 0
+
+
 @pytest.mark.parametrize("command", ["serve", "check-config"])
 def test_a_faulty_configuration_starts_nothing(tmp_path: Path, command: str) -> None:
     config = tmp_path / "config.toml"
