@@ -55,7 +55,6 @@ class Downstream(asyncio.Protocol):
     """A client connection. `current` is the exchange being answered, `receiving` the one whose body arrives."""
 
     __slots__ = (
-        "_connection_fields",
         "_fault",
         "_feed",
         "_field_count",
@@ -113,7 +112,6 @@ class Downstream(asyncio.Protocol):
         self.held: Held | None = None  # what the last credential on this connection was worth
         self.credential = b""
         self.after_upgrade: bytes | None = None
-        self._connection_fields = (b"", b"")
 
     # -- the connection ---------------------------------------------------------------------------------
 
@@ -516,26 +514,16 @@ class Downstream(asyncio.Protocol):
         else:
             self._close()
 
-    def connection_fields(self, host: bytes) -> bytes:
-        """Return the X-Forwarded-* lines for requests of this connection; remembered for the last Host."""
-        if self._connection_fields[0] != host:
-            lines = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: %b\r\n" % (
-                self.peer.encode(),
-                host,
-            )
-            self._connection_fields = host, lines
-        return self._connection_fields[1]
-
-    def forwarded_fields(self, exchange: Exchange) -> bytes:
+    def forwarded_fields(self, head: RequestHead) -> bytes:
         """Return the X-Forwarded-* lines, on top of what a trusted proxy in front has said."""
         kept: dict[bytes, bytes] = {}
-        for name, value in exchange.head.proxied_fields or ():
+        for name, value in head.proxied_fields or ():
             lower = name.lower()
             kept[lower] = b"%b, %b" % (kept[lower], value) if lower in kept else value
         before = kept.pop(b"x-forwarded-for", b"")
         peer = self.peer.encode()
         kept.setdefault(b"x-forwarded-proto", b"http")
-        kept.setdefault(b"x-forwarded-host", exchange.head.host)
+        kept.setdefault(b"x-forwarded-host", head.host)
         kept[b"x-forwarded-for"] = before + b", " + peer if before else peer
         return join_fields([(name.title(), value) for name, value in kept.items()])
 

@@ -9,7 +9,6 @@ happens, `_finish` runs exactly once for each exchange that was started and writ
 The methods are longer and flatter than elsewhere because each call and attribute here is paid per request.
 """
 
-import http
 import time
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ from gpuproxy.proxy.headers import (
     replace_fields,
     without_nominated,
 )
-from gpuproxy.proxy.heads import AnswerHead, RequestHead
+from gpuproxy.proxy.heads import AnswerHead, RequestHead, status_line
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, MOUNT, UNKNOWN, Destination, Endpoint, Route, joined_path
 from gpuproxy.types import ALL_SCOPES, Grant, Outcome, Receipt, Usage
 
@@ -49,9 +48,6 @@ PSEUDONYM = b"gpuproxy"
 VIA_HOPS_MAX = 2  # how often a request may pass this gateway before it is a loop
 JOINED_BYTES_MAX = 16_384  # a body up to this is copied behind its head for one write; above, two writes are cheaper
 
-_STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in http.HTTPStatus
-}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -147,14 +143,15 @@ class Exchange:
         if not self.request_id:
             self.request_id = plane.new_id()
         self.state = ADMITTING
+        head = self.head
         router = plane.router
-        route = self.route = router.routes.get(self.head.target) or router.route(self.head.target)
+        route = self.route = router.routes.get(head.target) or router.route(head.target)
         self._handler = route.handler
         downstream = self.downstream
         held = downstream.held
         if route.kind == CONTROL:
             self._forward_to_control()
-        elif held is not None and self.head.credential == downstream.credential and held.fresh_until_s > plane.now_s:
+        elif held is not None and head.credential == downstream.credential and held.fresh_until_s > plane.now_s:
             self.admitted(held.grant)  # the same caller as before on this connection: the common case
         else:
             self._authenticate()
@@ -199,9 +196,11 @@ class Exchange:
             if handler is None:
                 self._check_route()
             if self.has_body:
-                self._needs_body = (
-                    handler is None or grant.models is not None or handler.needs_body(self.method, self.route.path)
-                )
+                needs_body = self.head.needs_body
+                if needs_body is None:
+                    needs_body = handler is None or handler.needs_body(self.method, self.route.path)
+                    self.head.needs_body = needs_body
+                self._needs_body = needs_body or grant.models is not None
                 limits = plane.limits
                 limit_bytes = limits.buffered_body_bytes_max if self._needs_body else limits.body_bytes_max
                 if self.content_length > limit_bytes or self.request_bytes > limit_bytes:
@@ -393,25 +392,19 @@ class Exchange:
     ) -> None:
         self._sending = method, path, fields, body, request
         head = self.head
-        is_envelope = self._call is not None and self._call.is_envelope
-        if request.headers:
-            fields = replace_fields(fields, request.headers)
-        if fields is head.fields:
-            lines = head.lines
-        else:
-            lines = join_fields(without_nominated(fields, head.connection) if not is_envelope else fields)
-        if request.identity and not is_envelope:
-            lines += b"Accept-Encoding: identity\r\n"
-        elif head.accept_encoding and not is_envelope:
-            lines += b"Accept-Encoding: %b\r\n" % head.accept_encoding
+        is_plain = fields is head.fields and not request.headers
+        block = head.blocks.get(request.identity) if is_plain else None
+        if block is None:
+            block = self._block(fields, request)
+            if is_plain:
+                head.blocks[request.identity] = block
         if request.body is not None:
             body = request.body
         if body is not None:
             self._is_body_whole = True
             self._body = [body]
-            length = len(body)
-            has_length = length or self.content_length >= 0 or self.has_body
-            framing = b"Content-Length: %d\r\n" % length if has_length else b""
+            has_length = self.has_body or self.content_length >= 0 or body
+            framing = b"Content-Length: %d\r\n" % len(body) if has_length else b""
         elif self.has_body and head.is_chunked:
             framing = b"Transfer-Encoding: chunked\r\n"
         elif self.content_length >= 0:
@@ -421,24 +414,33 @@ class Exchange:
         base_path = endpoint.base_path
         if base_path or path[:1] != b"/":
             path = joined_path(base_path, path)
-        if is_envelope:
-            forwarded = b""
-        elif head.proxied_fields:
-            forwarded = self.downstream.forwarded_fields(self)
-        else:
-            forwarded = self.downstream.connection_fields(head.host)
-        self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%bVia: %b1.1 gpuproxy\r\nX-Request-Id: %b\r\n%b%b\r\n" % (
+        self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%bX-Request-Id: %b\r\n%b\r\n" % (
             method,
             path,
             head.host if endpoint.preserves_host and head.host else endpoint.host,
             endpoint.fixed_fields,
-            lines,
-            head.via + b", " if head.via else b"",
+            block,
             self.request_id.encode(),
-            forwarded,
             framing,
         )
         self._dispatch(endpoint.origin)
+
+    def _block(self, fields: list[Field], request: UpstreamRequest) -> bytes:
+        # the lines of the upstream's head that do not change from one call with this head to the next
+        head = self.head
+        if self._call is not None and self._call.is_envelope:
+            return b"%bVia: 1.1 gpuproxy\r\n" % join_fields(replace_fields(fields, request.headers))
+        if head.connection:
+            fields = without_nominated(fields, head.connection)
+        if request.headers:
+            fields = replace_fields(fields, request.headers)
+        encoding = b"identity" if request.identity else head.accept_encoding
+        return b"%b%bVia: %b1.1 gpuproxy\r\n%b" % (
+            join_fields(fields),
+            b"Accept-Encoding: %b\r\n" % encoding if encoding else b"",
+            head.via + b", " if head.via else b"",
+            self.downstream.forwarded_fields(head),
+        )
 
     def _forward_to_control(self) -> None:
         head = self.head
@@ -507,15 +509,11 @@ class Exchange:
         if self._timeout_s:
             return self._timeout_s
         destination = self._destination
-        if destination is not None and destination.config.first_byte_s is not None:
-            return destination.config.first_byte_s
-        return self.plane.timeouts.first_byte_s
+        return self.plane.timeouts.first_byte_s if destination is None else destination.first_byte_s
 
     def _stream_idle_s(self) -> float:
         destination = self._destination
-        if destination is not None and destination.config.idle_s is not None:
-            return destination.config.idle_s
-        return self.plane.timeouts.idle_s
+        return self.plane.timeouts.idle_s if destination is None else destination.idle_s
 
     # -- relay ------------------------------------------------------------------------------------------
 
@@ -576,13 +574,8 @@ class Exchange:
         else:
             framing = b"Transfer-Encoding: chunked\r\n"
             self._is_answer_chunked = True
-        content_type = head.content_type
-        if content_type:
-            content_type = content_type.lower()
-            if not head.has_buffering_field and content_type.startswith(b"text/event-stream"):
-                framing += b"X-Accel-Buffering: no\r\n"
-            if self._handler is not None and self._call is not None and not head.is_encoded:
-                self._reader = self._handler.reader(self._call, status, content_type)
+        if head.kind and self._call is not None and not head.is_encoded:
+            self._reader = self._handler.reader(self._call, status, head.kind)  # type: ignore[union-attr]
         if not connection.is_complete:
             self._idle_s = self._stream_idle_s()
         if not self.keeps_alive or not self.is_received or self.plane.is_draining:
@@ -590,12 +583,7 @@ class Exchange:
             framing += b"Connection: close\r\n"
         elif self.head.is_http_1_0:
             framing += b"Connection: keep-alive\r\n"
-        return b"%b%bX-Request-Id: %b\r\n%b\r\n" % (
-            _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status,
-            head.lines,
-            self.request_id.encode(),
-            framing,
-        )
+        return b"%bX-Request-Id: %b\r\n%b\r\n" % (head.start, self.request_id.encode(), framing)
 
     def _complete(self, connection: "UpstreamConnection") -> None:
         self.upstream = None
@@ -613,8 +601,7 @@ class Exchange:
     def relay_interim(self, head: AnswerHead) -> None:
         """Pass on a 1xx answer (RFC 9110 §15.2) to a client that can understand it."""
         if not self.head.is_http_1_0 and self._answer_parts is None and not self.has_sent_head:
-            line = _STATUS_LINES.get(head.status) or b"HTTP/1.1 %d \r\n" % head.status
-            self._write(b"%b%b\r\n" % (line, head.lines))
+            self._write(head.start + b"\r\n")
 
     def pause_answer(self) -> None:
         """The client takes no more: stop reading the upstream."""
@@ -662,7 +649,7 @@ class Exchange:
         assert call is not None
         head = connection.head
         content_type = head.content_type
-        reader = None if head.is_encoded else handler.reader(call, head.status, content_type.lower())
+        reader = None if head.is_encoded else handler.reader(call, head.status, head.kind)
         usage = None
         if reader is not None:
             reader.feed(body)
@@ -692,7 +679,7 @@ class Exchange:
         self._write(
             b"%bContent-Type: application/json\r\nContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b"
             % (
-                _STATUS_LINES[status],
+                status_line(status),
                 len(body),
                 self.request_id.encode(),
                 extra_fields,
@@ -798,8 +785,8 @@ class Exchange:
         downstream = self.downstream
         head = connection.head
         self._write(
-            b"%b%bConnection: Upgrade\r\nUpgrade: %b\r\nX-Request-Id: %b\r\n\r\n"
-            % (_STATUS_LINES[101], head.lines, head.upgrade, self.request_id.encode())
+            b"%bConnection: Upgrade\r\nUpgrade: %b\r\nX-Request-Id: %b\r\n\r\n"
+            % (head.start, head.upgrade, self.request_id.encode())
         )
         held, downstream.after_upgrade = downstream.after_upgrade or b"", b""
         connection.exchange = None

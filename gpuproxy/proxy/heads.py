@@ -6,20 +6,35 @@ byte and that has come whole, in one piece, needs no parser: the parser has acce
 between whole messages it has no state. Everything else goes to the parser. This saves a quarter of a small call.
 """
 
+import http
 import re
 
 from gpuproxy.proxy.headers import Field, join_fields, without_nominated
+
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in http.HTTPStatus
+}
+
+
+def status_line(status: int) -> bytes:
+    """Return the first line of an answer with its line end."""
+    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+
 
 _LENGTH = re.compile(rb"\r\ncontent-length: ?([0-9]{1,12})\r\n", re.IGNORECASE)
 _CHANCES = 8  # misses in a row before a connection stops remembering: its heads differ, and each try costs a little
 
 
 class RequestHead:
-    """What the head of a request says. Not changed after it is parsed: exchanges may share one."""
+    """What the head of a request says. Not changed after it is parsed: exchanges may share one.
+
+    ``blocks`` keeps what has been rendered from it for upstreams, by whether an uncompressed answer is asked for;
+    ``needs_body`` what the handler said of its method and path.
+    """
 
     __slots__ = (
-        "_lines",
         "accept_encoding",
+        "blocks",
         "connection",
         "credential",
         "expects_continue",
@@ -30,6 +45,7 @@ class RequestHead:
         "is_upgrade",
         "keeps_alive",
         "method",
+        "needs_body",
         "own_fields",
         "proxied_fields",
         "request_id",
@@ -56,15 +72,8 @@ class RequestHead:
         self.is_upgrade = False
         self.expects_continue = False
         self.keeps_alive = True
-        self._lines: bytes | None = None
-
-    @property
-    def lines(self) -> bytes:
-        """The end-to-end fields as they go upstream, without those that Connection names; made once."""
-        if self._lines is None:
-            fields = without_nominated(self.fields, self.connection) if self.connection else self.fields
-            self._lines = join_fields(fields)
-        return self._lines
+        self.needs_body: bool | None = None
+        self.blocks: dict[bool, bytes] = {}
 
     @property
     def byte_count(self) -> int:
@@ -89,7 +98,9 @@ class AnswerHead:
         "is_chunked",
         "is_encoded",
         "keeps_alive",
+        "kind",
         "lines",
+        "start",
         "status",
         "upgrade",
     )
@@ -104,13 +115,20 @@ class AnswerHead:
         self.is_encoded = False
         self.has_buffering_field = False
         self.keeps_alive = False
+        # made by `finish`
+        self.kind = b""  # the content type in lower case
         self.lines = b""  # the end-to-end fields as they go to the client
+        self.start = b""  # the status line and these
 
     def finish(self) -> None:
-        """Drop what Connection names and render the fields."""
+        """Drop what Connection names, tell buffering proxies in front to pass events on, render."""
         if self.connection:
             self.fields = without_nominated(self.fields, self.connection)
+        self.kind = self.content_type.lower()
+        if not self.has_buffering_field and self.kind.startswith(b"text/event-stream"):
+            self.fields.append((b"X-Accel-Buffering", b"no"))
         self.lines = join_fields(self.fields)
+        self.start = status_line(self.status) + self.lines
 
 
 class Memory:

@@ -50,5 +50,7 @@ class Outbox:
         if writes:
             self._writes = []
             for transport, data in writes:
-                if not transport.is_closing():
+                try:
                     transport.write(data)
+                except RuntimeError:  # closed meanwhile; whoever owned it has been told
+                    continue

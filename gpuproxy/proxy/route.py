@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from gpuproxy.config import Config, Upstream
+from gpuproxy.config import Config, Timeouts, Upstream
 from gpuproxy.errors import GatewayError
 from gpuproxy.plugin import Intent, ProtocolHandler, Registry
 from gpuproxy.proxy.pool import Origin, OriginKey, Pools, tls_context
@@ -47,10 +47,24 @@ class Endpoint(Struct, frozen=True, gc=False):
 class Destination:
     """A configured upstream with its endpoints, taken in turn."""
 
-    __slots__ = ("_turns", "config", "endpoint", "endpoints", "fixed_names", "handler", "name")
+    __slots__ = (
+        "_turns",
+        "config",
+        "endpoint",
+        "endpoints",
+        "first_byte_s",
+        "fixed_names",
+        "handler",
+        "idle_s",
+        "name",
+    )
 
-    def __init__(self, config: Upstream, handler: ProtocolHandler, endpoints: tuple[Endpoint, ...]) -> None:
+    def __init__(
+        self, config: Upstream, handler: ProtocolHandler, endpoints: tuple[Endpoint, ...], timeouts: Timeouts
+    ) -> None:
         self.config = config
+        self.first_byte_s = config.first_byte_s or timeouts.first_byte_s
+        self.idle_s = config.idle_s or timeouts.idle_s
         self.name = config.name
         self.handler = handler
         self.endpoints = endpoints
@@ -64,6 +78,7 @@ class Router:
 
     def __init__(self, config: Config, registry: Registry, pools: Pools, environment: Mapping[str, str]) -> None:
         self.registry = registry
+        self._timeouts = config.timeouts
         self.routes: dict[bytes, Route] = {}
         self._by_name: dict[str, Destination] = {}
         self._by_model: dict[str, list[Destination]] = {}
@@ -76,7 +91,7 @@ class Router:
     def _add(self, upstream: Upstream, pools: Pools, environment: Mapping[str, str]) -> None:
         handler = self.handler(upstream.protocol)
         endpoints = tuple(_endpoint(url, upstream, pools, environment) for url in upstream.urls)
-        destination = Destination(upstream, handler, endpoints)
+        destination = Destination(upstream, handler, endpoints, self._timeouts)
         self._by_name[upstream.name] = destination
         self._by_protocol.setdefault(upstream.protocol, []).append(destination)
         for endpoint in endpoints:
@@ -157,6 +172,9 @@ class Router:
 
     def destination(self, intent: Intent, handler: ProtocolHandler) -> Destination:
         """Return the upstream an intent means. Raises GatewayError UNKNOWN_MODEL or UNKNOWN_UPSTREAM."""
+        choices = self._by_model.get(intent.model)
+        if choices is not None and len(choices) == 1 and not intent.upstream:
+            return choices[0]
         if intent.upstream:
             destination = self.upstream(intent.upstream)
             if destination.handler is not handler:
@@ -168,7 +186,6 @@ class Router:
                 )
             return destination
         if intent.model:
-            choices = self._by_model.get(intent.model)
             if choices is None:
                 raise GatewayError(
                     "UNKNOWN_MODEL",
