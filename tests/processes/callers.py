@@ -50,7 +50,7 @@ class Caller:
 
     def __init__(self, port: int, key: str) -> None:
         self.key = key
-        self.worker = ""  # of the newest answer
+        self.worker = ""  # that answered on this connection, "" before the first answer
         self.reopened_count = 0
         self.is_sent = asyncio.Event()
         self._port = port
@@ -88,6 +88,7 @@ class Caller:
     async def connect(self) -> asyncio.StreamReader:
         """Open the connection without a word."""
         if self._streams is None:
+            self.worker = ""
             try:
                 self._streams = await asyncio.open_connection("127.0.0.1", self._port)
             except OSError as error:

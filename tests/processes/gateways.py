@@ -146,6 +146,10 @@ class Gateway:
         """Return the process id of control, 0 while there is none."""
         return (self.pids(CONTROL) or [0])[-1]
 
+    def open_files(self) -> int:
+        """Return how many files the supervisor holds open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
     def logged(self) -> str:
         """Return what the gateway has logged."""
         return self.place.log.read_text()

@@ -1,7 +1,6 @@
 """What callers notice when a process of the gateway is killed: as little as can be."""
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -171,13 +170,3 @@ async def test_a_stream_of_a_killed_worker_breaks_off_visibly(
     assert caller.reopened_count == 0
     inference.release()
     assert (await caller.post()).status == 200
-
-
-async def test_the_supervisor_keeps_no_files_of_dead_children(gateway: Gateway) -> None:
-    files = f"/proc/{gateway.process.pid}/fd"
-    await until(lambda: len(children(gateway.process.pid)) == 3, 8, "every process is back")
-    before = len(os.listdir(files))
-    victim = gateway.control()
-    kill(victim)
-    await until(lambda: gateway.control() not in (0, victim), 8, "control runs again")
-    assert len(os.listdir(files)) == before

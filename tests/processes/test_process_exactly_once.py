@@ -30,12 +30,14 @@ async def test_every_complete_call_has_exactly_one_receipt_whatever_is_killed(pl
     here = place(server={"workers": WORKERS}, journal={"segment_bytes": 16384, "ingest_s": 0.02})
     chance = random.Random(SEED)
     with running(here) as gateway:
+        files = gateway.open_files()
         async with Load(gateway.port, here.key) as load:
             load.add(6, chat)
             load.add(4, stream)
             load.add(2, chat, is_kept_alive=False)
             victims = await killed(gateway, chance, load)
         await until(lambda: len(children(gateway.process.pid)) == WORKERS + 1, 15, "every process is back")
+        await until(lambda: gateway.open_files() == files, 5, "the supervisor keeps no files of the dead")
         complete = {answer.request_id: answer for answer in load.answers if answer.status == 200}
         await until(lambda: not unstored(here.segments(), gateway), 15, "the journal of the dead is stored")
         assert gateway.stop() == 0

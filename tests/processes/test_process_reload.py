@@ -1,7 +1,6 @@
 """SIGHUP under load: nobody's call fails, whether the new configuration is good or not."""
 
 import asyncio
-import os
 import signal
 
 from callers import HELD, Caller, Load
@@ -24,7 +23,7 @@ async def test_no_call_fails_while_the_configuration_is_read_anew(
         stream = asyncio.create_task(streaming.post(HELD))
         await until(lambda: inference.held_count == 1, 5, "the stream reaches the upstream")
         first = children(gateway.process.pid)
-        files = len(os.listdir(f"/proc/{gateway.process.pid}/fd"))
+        files = gateway.open_files()
         assert (await asking.post({"model": "new-model"})).status == 404
         async with Load(gateway.port, here.key) as load:
             load.add(6, pause_s=0.001)
@@ -45,7 +44,7 @@ async def test_no_call_fails_while_the_configuration_is_read_anew(
         inference.release()
         assert (await stream).body == STREAM_BODY
         await until(lambda: children(gateway.process.pid) == second, 5, "only the second generation is left")
-        assert len(os.listdir(f"/proc/{gateway.process.pid}/fd")) == files
+        assert gateway.open_files() == files
         assert gateway.stop() == 0
     assert load.faults == {}
     assert len(second) == 3
