@@ -10,7 +10,7 @@ from collections import Counter
 
 from callers import CHAT, STREAM, Answer, Caller, Load
 from conftest import MakePlace
-from gateways import Gateway, Receipt, children, kill, running, until
+from gateways import Gateway, Place, Receipt, children, kill, running, until
 from inference import INPUT_TOKENS, JSON_BODY, OUTPUT_TOKENS, STREAM_BODY
 
 KILLS = int(os.environ.get("GPUPROXY_TEST_KILLS", "24"))
@@ -39,7 +39,7 @@ async def test_every_complete_call_has_exactly_one_receipt_whatever_is_killed(pl
         await until(lambda: len(children(gateway.process.pid)) == WORKERS + 1, 15, "every process is back")
         await until(lambda: gateway.open_files() == files, 5, "the supervisor keeps no files of the dead")
         complete = {answer.request_id: answer for answer in load.answers if answer.status == 200}
-        await until(lambda: not unstored(here.segments(), gateway), 15, "the journal of the dead is stored")
+        await until(lambda: not of_the_dead(here, gateway), 15, "only segments of living workers are left")
         assert gateway.stop() == 0
     receipts = here.receipts()
     assert victims >= KILLS
@@ -61,10 +61,11 @@ async def killed(gateway: Gateway, chance: random.Random, load: Load) -> int:
     return count
 
 
-def unstored(segments: dict[str, int], gateway: Gateway) -> list[str]:
-    """Name the segments of dead workers that still hold something, or were damaged."""
+def of_the_dead(here: Place, gateway: Gateway) -> list[str]:
+    """Name the files of the journal that belong to no living worker."""
+    here.age_empty_segments()
     living = {str(pid) for pid in gateway.workers()}
-    return [name for name, size in segments.items() if size and name.split("-")[2] not in living]
+    return [name for name in here.segments() if name.split("-")[2] not in living]
 
 
 def assert_each_counts_once(complete: dict[str, Answer], receipts: list[Receipt]) -> None:
