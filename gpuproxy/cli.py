@@ -66,17 +66,21 @@ def demo(once: bool, port: int) -> None:
 @with_config
 @with_json
 def check_config(config_path: Path | None, as_json: bool) -> None:
-    """Check the configuration and name every fault; exit 2 if there is one."""
+    """Check the configuration, name every fault and what is probably not meant; exit 2 for a fault."""
+    from gpuproxy.config import warnings
+
     path = _config_path(config_path)
     try:
-        _load(path)
+        config = _load(path)
     except ConfigError as error:
         if not as_json:
             raise
-        _print_json({"is_valid": False, "faults": error.faults})
+        _print_json({"is_valid": False, "faults": error.faults, "warnings": []})
         sys.exit(2)
     where = str(path) if path else "built-in defaults"
-    _show({"is_valid": True, "faults": [], "config": where}, f"{where}: no fault", as_json)
+    found = warnings(config, os.environ)
+    fields = {"is_valid": True, "faults": [], "warnings": found, "config": where}
+    _show(fields, "\n".join([*(f"warning: {each}" for each in found), f"{where}: no fault"]), as_json)
 
 
 @cli.command()
@@ -109,19 +113,18 @@ def user() -> None:
 @click.option("--credits", "credits_usd", metavar="USD", help="Credit to start with, such as 12.50.")
 @with_config
 @with_json
-def user_create(
-    email: str, admin: bool, credits_usd: str | None, config_path: Path | None, as_json: bool
-) -> None:
+def user_create(email: str, admin: bool, credits_usd: str | None, config_path: Path | None, as_json: bool) -> None:
     """Create a user and print its id."""
-    from gpuproxy.access.accounts import create_user
-    from gpuproxy.ledger.book import credit, format_usd, parse_usd
+    from gpuproxy.access.accounts import add_user
+    from gpuproxy.ledger.book import add_credit, format_usd, parse_usd
 
     nanousd = 0 if credits_usd is None else _usage_fault(parse_usd, credits_usd)
 
     async def work(store: "Store") -> "User":
-        made = await create_user(store, email, admin)
-        if nanousd:
-            await credit(store, made.id, nanousd, f"user-create:{made.id}")
+        async with store.writing() as connection:  # one: there must be no user whose credit got lost
+            made = await add_user(connection, email, admin)
+            if nanousd:
+                await add_credit(store, connection, made.id, nanousd, f"user-create:{made.id}")
         return made
 
     made = _with_store(config_path, work)
@@ -265,7 +268,7 @@ def _on_store(config_path: Path | None, work: "Callable[[Store], Awaitable[T]]")
     url = _config(config_path).store.url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from gpuproxy.store.engine import open_store
+    from gpuproxy.store.engine import fault_of, open_store
 
     async def run() -> T:
         store = open_store(url)
@@ -277,8 +280,7 @@ def _on_store(config_path: Path | None, work: "Callable[[Store], Awaitable[T]]")
     try:
         return asyncio.run(run())
     except SQLAlchemyError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise click.ClickException(f"the store cannot be used: {cause}; see [store] url") from None
+        raise click.ClickException(f"the store cannot be used: {fault_of(error)}; see [store] url") from None
 
 
 def _usage_fault(parse: Callable[[str], T], text: str) -> T:

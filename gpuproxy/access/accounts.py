@@ -1,7 +1,7 @@
 """Users and their API keys: create, list, block, revoke, and what a key may do.
 
-Whatever takes a right away writes a row to the change feed in the same transaction; control reads the feed
-and tells the workers, so it does not matter which process took the right away.
+Whatever takes a right away, or gives it back, writes a row to the change feed in the same transaction; control
+reads the feed and tells the workers, so it does not matter which process did it.
 """
 
 import re
@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from uuid import uuid4
 
 from msgspec import Struct
-from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, insert, select, update
+from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -22,6 +22,7 @@ from gpuproxy.types import ALL_SCOPES, Grant
 
 KEY_REVOKED = "key_revoked"  # changes.kind; the subject is a key
 USER_BLOCKED = "user_blocked"  # changes.kind; the subject is a user
+USER_UNBLOCKED = "user_unblocked"
 EMAIL_CHARACTERS_MAX = 254  # RFC 5321 §4.5.3.1.3
 NAME_CHARACTERS_MAX = 100
 
@@ -51,12 +52,25 @@ class Key(Struct, frozen=True):
     created_at: datetime
 
 
+class ChangedKeys(Struct, frozen=True):
+    """Keys whose right changed up to row `seq` of the change feed, by what they may do now."""
+
+    seq: int
+    lost: tuple[str, ...] = ()
+    restored: tuple[str, ...] = ()
+
+
 async def create_user(store: Store, email: str, is_admin: bool = False) -> User:
     """Add a user. Raises GatewayError UNPROCESSABLE for a malformed address, CONFLICT for a known one."""
+    async with store.writing() as connection:
+        return await add_user(connection, email, is_admin)
+
+
+async def add_user(connection: AsyncConnection, email: str, is_admin: bool) -> User:
+    """Do what `create_user` does, inside the caller's writing transaction; it must end if this raises."""
     user = User(str(uuid4()), _checked_email(email), is_admin, True, datetime.now(UTC))
     try:
-        async with store.writing() as connection:
-            await connection.execute(insert(users).values(**_fields(user)))
+        await connection.execute(insert(users).values(**_fields(user)))
     except IntegrityError:
         raise GatewayError("CONFLICT", f"user {user.email} exists already") from None
     return user
@@ -80,8 +94,7 @@ async def set_active(store: Store, email: str, is_active: bool) -> User:
     async with store.writing() as connection:
         user = await _user(connection, email)
         await connection.execute(update(users).where(users.c.id == user.id).values(is_active=is_active))
-        if not is_active:
-            await _announce(connection, USER_BLOCKED, user.id)
+        await _announce(connection, USER_UNBLOCKED if is_active else USER_BLOCKED, user.id)
         return await _user(connection, email)
 
 
@@ -148,28 +161,36 @@ async def newest_change(store: Store) -> int:
         return (await connection.scalar(query)) or 0
 
 
-async def revoked_keys_after(store: Store, seq: int) -> tuple[int, tuple[str, ...]]:
-    """Read the change feed past `seq`: return its newest number and the ids of keys that lost their right."""
+async def changed_keys_after(store: Store, seq: int) -> ChangedKeys:
+    """Read the change feed past `seq`."""
     async with store.reading() as connection:
-        query = select(changes.c.seq, changes.c.kind, changes.c.subject_id).where(changes.c.seq > seq)
-        return await _lost(connection, seq, (await connection.execute(query.order_by(changes.c.seq))).all())
+        newest = await connection.scalar(select(func.max(changes.c.seq)).where(changes.c.seq > seq))
+        if newest is None:
+            return ChangedKeys(seq)
+        return await _changed(connection, newest, and_(changes.c.seq > seq, changes.c.seq <= newest))
 
 
 async def revoked_keys_since(store: Store, since: datetime) -> tuple[str, ...]:
-    """Return the ids of all keys that lost their right since the time `since`."""
+    """Return the ids of all keys that lost their right since the time `since` and have not got it back."""
     async with store.reading() as connection:
-        query = select(changes.c.seq, changes.c.kind, changes.c.subject_id).where(changes.c.at >= since)
-        return (await _lost(connection, 0, (await connection.execute(query)).all()))[1]
+        return (await _changed(connection, 0, changes.c.at >= since)).lost
 
 
-async def _lost(
-    connection: AsyncConnection, seq: int, rows: Sequence[Row[int, str, str]]
-) -> tuple[int, tuple[str, ...]]:
-    keys = [row.subject_id for row in rows if row.kind == KEY_REVOKED]
-    for row in rows:
-        if row.kind == USER_BLOCKED:
-            keys += await connection.scalars(select(api_keys.c.id).where(api_keys.c.user_id == row.subject_id))
-    return (rows[-1].seq if rows else seq), tuple(dict.fromkeys(keys))
+async def _changed(connection: AsyncConnection, newest: int, chosen: ColumnElement[bool]) -> ChangedKeys:
+    """Say what the keys these changes are about may do now, which is not what each change said."""
+    subjects = select(changes.c.subject_id).where(chosen)
+    of_keys = subjects.where(changes.c.kind == KEY_REVOKED)
+    of_users = subjects.where(changes.c.kind.in_((USER_BLOCKED, USER_UNBLOCKED)))
+    is_live = and_(api_keys.c.revoked_at.is_(None), users.c.is_active).label("is_live")
+    query = (
+        select(api_keys.c.id, is_live)
+        .select_from(api_keys.join(users, users.c.id == api_keys.c.user_id))
+        .where(or_(api_keys.c.id.in_(of_keys), api_keys.c.user_id.in_(of_users)))
+        .order_by(api_keys.c.created_at, api_keys.c.id)
+    )
+    rows = (await connection.execute(query)).all()
+    lost, restored = (tuple(row.id for row in rows if row.is_live == wanted) for wanted in (False, True))
+    return ChangedKeys(newest, lost, restored)
 
 
 async def _user(connection: AsyncConnection, email: str) -> User:

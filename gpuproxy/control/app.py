@@ -5,11 +5,13 @@ This is its composition root. Its sockets come from the supervisor, so nothing i
 
 import asyncio
 import socket
+import sys
 from pathlib import Path
 from weakref import WeakSet
 
 import uvloop
 from aiohttp import web
+from sqlalchemy.exc import SQLAlchemyError
 
 from gpuproxy.access.accounts import grant_for
 from gpuproxy.config import Config
@@ -17,11 +19,12 @@ from gpuproxy.control import events, health, user
 from gpuproxy.control.changes import ChangeFeed
 from gpuproxy.control.parts import SOCKETS, STOPPING, STORE
 from gpuproxy.control.respond import errors_in_one_shape, name_server
+from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
-from gpuproxy.store.engine import Store, open_store
+from gpuproxy.store.engine import Store, fault_of, open_store
 from gpuproxy.store.migrate import upgrade
 from gpuproxy.types import Grant
 
@@ -33,20 +36,34 @@ def run() -> None:
     boot = receive_boot()
     configure_logs(boot.config.log)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(boot))
+        sys.exit(runner.run(serve(boot)))
 
 
-async def serve(boot: Boot) -> None:
-    """Serve until told to stop. Raises what keeps the store from being opened."""
+async def serve(boot: Boot) -> int:
+    """Serve until told to stop; return the exit code, 1 for a store that cannot be used."""
     stopping = asyncio.Event()
     on_stop(boot, stopping.set)
-    store = open_store(boot.config.store.url)
     try:
-        if await upgrade(store):
-            logger.info("store brought to the newest schema")
+        store = await _opened(boot.config.store.url)
+    except (SQLAlchemyError, GatewayError, ValueError, OSError) as error:
+        logger.error("the store cannot be used; see [store] url", cause=fault_of(error))
+        return 1
+    try:
         await _serve(boot, store, stopping)
     finally:
         await store.close()
+    return 0
+
+
+async def _opened(url: str) -> Store:
+    store = open_store(url)
+    try:
+        if await upgrade(store):
+            logger.info("store brought to the newest schema")
+    except BaseException:
+        await store.close()
+        raise
+    return store
 
 
 async def _serve(boot: Boot, store: Store, stopping: asyncio.Event) -> None:
@@ -56,6 +73,7 @@ async def _serve(boot: Boot, store: Store, stopping: asyncio.Event) -> None:
     link = link_server(store, boot.config)
     feed = ChangeFeed(store, link)
     await feed.start(auth.stale_grant_s)
+    link.refresh = feed.poll_once
     await link.start(socket.socket(fileno=boot.link_fd))
     runner = web.AppRunner(application(store, stopping), access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()

@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
-from gpuproxy.access.accounts import newest_change, revoked_keys_after, revoked_keys_since
+from gpuproxy.access.accounts import changed_keys_after, newest_change, revoked_keys_since
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store
@@ -21,6 +21,7 @@ class ChangeFeed:
         self._store = store
         self._link = link
         self._seq = 0
+        self._reading = asyncio.Lock()
 
     async def start(self, remember_s: float) -> None:
         """Begin at the feed's end, but with what workers that outlived the last control may have missed."""
@@ -30,11 +31,14 @@ class ChangeFeed:
 
     async def poll_once(self) -> int:
         """Push what is new; return how many keys lost their right."""
-        self._seq, key_ids = await revoked_keys_after(self._store, self._seq)
-        if key_ids:
-            logger.info("keys revoked", key_ids=key_ids)
-            self._link.revoke(key_ids)
-        return len(key_ids)
+        async with self._reading:
+            changed = await changed_keys_after(self._store, self._seq)
+            self._seq = changed.seq
+            self._link.readmit(changed.restored)
+            if changed.lost:
+                logger.info("keys revoked", key_ids=changed.lost)
+                self._link.revoke(changed.lost)
+        return len(changed.lost)
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Poll until `stopping` is set, through outages of the store."""

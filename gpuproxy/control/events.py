@@ -1,15 +1,17 @@
 """``/ws``: subscriptions to event channels. None is published yet, so every subscription is told so."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from gpuproxy.control.parts import SOCKETS
 
 HEARTBEAT_S = 30.0  # half of what common load balancers leave an idle connection
 MESSAGE_BYTES_MAX = 65_536
+CHANNELS_MAX = 32  # in one message: each is answered, and nobody needs a key here
+SHOWN_CHARACTERS = 60
 
 routes = web.RouteTableDef()
 
@@ -18,7 +20,7 @@ class Message(Struct):
     """What a client sends: ``subscribe`` with channels, or ``ping``."""
 
     type: str
-    channels: tuple[str, ...] = ()
+    channels: Annotated[tuple[str, ...], Meta(max_length=CHANNELS_MAX)] = ()
 
 
 _decode = msgspec.json.Decoder(Message).decode
@@ -49,8 +51,12 @@ def replies(text: str) -> list[dict[str, Any]]:
     if message.type == "ping":
         return [{"type": "pong", "payload": {}}]
     if message.type == "subscribe":
-        return [_error("UNKNOWN_CHANNEL", f"no channel {name!r}; none is published") for name in message.channels]
-    return [_error("UNPROCESSABLE", f"no message type {message.type!r}; known: ping, subscribe")]
+        return [_error("UNKNOWN_CHANNEL", f"no channel {_shown(name)}; none is published") for name in message.channels]
+    return [_error("UNPROCESSABLE", f"no message type {_shown(message.type)}; known: ping, subscribe")]
+
+
+def _shown(text: str) -> str:
+    return repr(text[:SHOWN_CHARACTERS])
 
 
 def _error(code: str, message: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 
 from gpuproxy.errors import CODES, GatewayError
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import fault_of
 
 CODE_BY_STATUS = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED", 413: "BODY_TOO_LARGE"}
 KEPT_HEADERS = ("Allow", "Retry-After", "WWW-Authenticate")
@@ -71,7 +72,7 @@ async def errors_in_one_shape(request: web.Request, handler: Any) -> web.StreamR
     except web.HTTPException as error:
         return failure(_translated(request, error), request_id_of(request), _kept(error))
     except (OperationalError, InterfaceError, OSError) as error:
-        logger.error("store is away", request_id=request_id_of(request), path=request.path, error=str(error))
+        logger.error("store is away", request_id=request_id_of(request), path=request.path, error=fault_of(error))
         return failure(GatewayError("UNAVAILABLE", "the store is away", retry_after_s=2), request_id_of(request))
     except Exception:
         logger.exception("request failed", request_id=request_id_of(request), path=request.path)

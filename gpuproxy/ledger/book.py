@@ -53,13 +53,20 @@ async def credit(store: Store, user_id: str, amount_nanousd: int, idempotency_ke
 
     Raises GatewayError UNPROCESSABLE for an amount out of range, CONFLICT for a key used for something else.
     """
+    async with store.writing() as connection:
+        return await add_credit(store, connection, user_id, amount_nanousd, idempotency_key)
+
+
+async def add_credit(
+    store: Store, connection: AsyncConnection, user_id: str, amount_nanousd: int, idempotency_key: str
+) -> bool:
+    """Do what `credit` does, inside the caller's writing transaction."""
     if not 0 < amount_nanousd <= AMOUNT_NANOUSD_MAX:
         raise GatewayError("UNPROCESSABLE", f"{amount_nanousd} nanodollars is out of range", param="amount")
     to = credit_account(user_id)
-    async with store.writing() as connection:
-        await _open(store, connection, ADJUSTMENTS, "adjustments", None)
-        await _open(store, connection, to, "credit", user_id)
-        return await _transfer(store, connection, ADJUSTMENTS, to, amount_nanousd, idempotency_key)
+    await _open(store, connection, ADJUSTMENTS, "adjustments", None)
+    await _open(store, connection, to, "credit", user_id)
+    return await _transfer(store, connection, ADJUSTMENTS, to, amount_nanousd, idempotency_key)
 
 
 async def balance(store: Store, user_id: str) -> int:

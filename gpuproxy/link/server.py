@@ -7,8 +7,8 @@ revocation but sent after it is corrected on the way out. So no worker is left w
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from typing import cast
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, cast
 
 import msgspec
 
@@ -39,11 +39,13 @@ logger = get_logger(__name__)
 class LinkServer:
     """All workers' links. `authorize` returns the grant for a digest and may raise: then nobody knows.
 
-    Revocations are remembered for `remember_s`, which must cover the longest life of a grant in a worker.
+    Revocations are remembered for `remember_s`, which must cover the longest life of a grant in a worker. Before
+    a worker on its return is told of them, `refresh` is awaited, so that none is out of date.
     """
 
     def __init__(self, authorize: Authorizer, timeout_s: float, remember_s: float) -> None:
         self.links: set[WorkerLink] = set()
+        self.refresh: Callable[[], Awaitable[object]] | None = None
         self._authorize = authorize
         self._timeout_s = timeout_s
         self._remember_s = remember_s
@@ -66,6 +68,11 @@ class LinkServer:
         self._forget_before(now - self._remember_s)
         for link in list(self.links):
             link.send_revoked(fresh)
+
+    def readmit(self, key_ids: Iterable[str]) -> None:
+        """Forget that these keys were revoked: they are good again."""
+        for key_id in key_ids:
+            self._revoked.pop(key_id, None)
 
     async def close(self) -> None:
         """Stop accepting and end every link."""
@@ -92,6 +99,16 @@ class LinkServer:
     def remembered(self) -> tuple[str, ...]:
         """Return the keys revoked lately."""
         return tuple(self._revoked)
+
+    async def remembered_now(self) -> tuple[str, ...]:
+        """Return the keys revoked lately, by what the store says now; if it is away, by what it said last."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if self.refresh is not None:
+                    await self.refresh()
+        except Exception as error:
+            self._complain(error)
+        return self.remembered()
 
     def _forget_before(self, limit_s: float) -> None:
         while self._revoked and next(iter(self._revoked.values())) < limit_s:
@@ -148,7 +165,7 @@ class WorkerLink(asyncio.Protocol):
         match message:
             case Hello():
                 logger.debug("worker linked", slot=message.slot, worker_pid=message.pid)
-                self.send_revoked(self._server.remembered())
+                self._start(self._welcome())
             case Authorize():
                 self._ask(message)
 
@@ -156,9 +173,15 @@ class WorkerLink(asyncio.Protocol):
         if len(self._answers) >= QUESTIONS_MAX:
             self._send(Unavailable(question.id))
             return
-        task = asyncio.get_running_loop().create_task(self._answer(question))
+        self._start(self._answer(question))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
+
+    async def _welcome(self) -> None:
+        self.send_revoked(await self._server.remembered_now())
 
     async def _answer(self, question: Authorize) -> None:
         self._send(await self._server.answer(question))

@@ -73,6 +73,13 @@ class Store:
         await self.engine.dispose()
 
 
+def fault_of(error: Exception) -> str:
+    """Return the one line of a database's error that says what is wrong, without statement and values."""
+    cause = error.__cause__ if isinstance(error, SQLAlchemyError) and error.__cause__ is not None else error
+    lines = str(cause).splitlines()
+    return lines[0] if lines else type(cause).__name__
+
+
 def open_store(url: str) -> Store:
     """Return the Store at `url`: ``sqlite:///PATH`` or ``postgresql://…?sslmode=…``; connects on first use.
 
@@ -110,6 +117,7 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
         url.set(drivername="sqlite+aiosqlite"),
         pool_size=POOL_CONNECTIONS,
         max_overflow=0,
+        hide_parameters=True,  # errors are logged, what is stored is not
         async_creator=partial(_connect_sqlite, path),
     )
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
@@ -153,6 +161,7 @@ def _postgresql_engine(url: URL) -> AsyncEngine:
             url.set(drivername="postgresql+asyncpg", query={}),
             pool_size=POOL_CONNECTIONS,
             max_overflow=0,
+            hide_parameters=True,
             connect_args={"ssl": mode, "timeout": BUSY_TIMEOUT_MS / 1_000},
         )
     except ModuleNotFoundError as error:

@@ -7,6 +7,8 @@ import pytest
 from sqlalchemy import select, text, update
 
 from gpuproxy.access.accounts import (
+    ChangedKeys,
+    changed_keys_after,
     create_key,
     create_user,
     find_user,
@@ -15,7 +17,6 @@ from gpuproxy.access.accounts import (
     list_users,
     newest_change,
     revoke_key,
-    revoked_keys_after,
     revoked_keys_since,
     set_active,
 )
@@ -95,7 +96,7 @@ async def test_a_revoked_key_has_no_grant_and_is_announced(store: Store, user_id
     secret, key = await create_key(store, EMAIL)
     assert await revoke_key(store, key.id) is True
     assert await grant_for(store, digest_of(secret.encode())) is None
-    assert await revoked_keys_after(store, 0) == (1, (key.id,))
+    assert await changed_keys_after(store, 0) == ChangedKeys(1, (key.id,))
 
 
 async def test_a_key_is_revoked_once(store: Store, user_id: str) -> None:
@@ -121,19 +122,21 @@ async def test_a_blocked_user_loses_all_keys_until_let_in_again(store: Store, us
     digests = [digest_of(secret.encode()) for secret, _ in made]
     await set_active(store, EMAIL, False)
     assert [await grant_for(store, digest) for digest in digests] == [None, None]
-    assert set((await revoked_keys_after(store, 0))[1]) == {key.id for _, key in made}
+    key_ids = tuple(key.id for _, key in made)
+    assert await changed_keys_after(store, 0) == ChangedKeys(1, key_ids)
     await set_active(store, EMAIL, True)
+    assert await changed_keys_after(store, 1) == ChangedKeys(2, (), key_ids)
     assert None not in [await grant_for(store, digest) for digest in digests]
 
 
 async def test_the_feed_is_read_from_where_it_was_left(store: Store, user_id: str) -> None:
     keys = [(await create_key(store, EMAIL))[1].id for _ in range(3)]
     await revoke_key(store, keys[0])
-    seq, lost = await revoked_keys_after(store, 0)
+    first = await changed_keys_after(store, 0)
     await revoke_key(store, keys[1])
-    assert await revoked_keys_after(store, seq) == (seq + 1, (keys[1],))
-    assert await revoked_keys_after(store, seq + 1) == (seq + 1, ())
-    assert lost == (keys[0],)
+    assert first == ChangedKeys(1, (keys[0],))
+    assert await changed_keys_after(store, 1) == ChangedKeys(2, (keys[1],))
+    assert await changed_keys_after(store, 2) == ChangedKeys(2)
 
 
 async def test_recent_revocations_can_be_asked_for_by_time(store: Store, user_id: str) -> None:
@@ -142,6 +145,15 @@ async def test_recent_revocations_can_be_asked_for_by_time(store: Store, user_id
     now = datetime.now(UTC)
     assert await revoked_keys_since(store, now - timedelta(seconds=60)) == (key.id,)
     assert await revoked_keys_since(store, now + timedelta(seconds=60)) == ()
+
+
+async def test_a_user_let_in_again_has_lost_nothing_but_what_was_revoked(store: Store, user_id: str) -> None:
+    kept, revoked = [(await create_key(store, EMAIL))[1].id for _ in range(2)]
+    await set_active(store, EMAIL, False)
+    await revoke_key(store, revoked)
+    await set_active(store, EMAIL, True)
+    assert await changed_keys_after(store, 0) == ChangedKeys(3, (revoked,), (kept,))
+    assert await revoked_keys_since(store, datetime.now(UTC) - timedelta(seconds=60)) == (revoked,)
 
 
 async def test_a_failed_change_is_not_announced(store: Store) -> None:

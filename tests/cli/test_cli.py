@@ -1,9 +1,11 @@
 """The command line: what it prints, where, and how it ends."""
 
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,30 @@ def test_faults_of_the_configuration_as_json(run: Run) -> None:
     Path("bad.toml").write_text('[server]\nport = "x"\nnix = 1\n')
     code, out, _ = run("check-config", "-c", "bad.toml", "--json")
     assert (code, len(json.loads(out)["faults"])) == (2, 2)
+
+
+def test_what_is_probably_not_meant_is_a_warning_and_no_fault(run: Run) -> None:
+    Path("config.toml").write_text(
+        '[[upstreams]]\nname = "a"\nprotocol = "https"\nurls = ["https://x"]\nverify_tls = false\n'
+    )
+    code, out, _ = run("check-config")
+    first, last = out.splitlines()
+    assert (code, last) == (0, "config.toml: no fault")
+    assert first.startswith("warning: upstreams[0].verify_tls: ")
+    told = json.loads(run("check-config", "--json")[1])
+    assert (told["is_valid"], told["faults"], told["warnings"]) == (True, [], [first.removeprefix("warning: ")])
+
+
+def test_a_user_whose_credit_cannot_be_posted_is_not_created(run: Run) -> None:
+    run("migrate")
+    with closing(sqlite3.connect("gpuproxy.db")) as database:
+        database.execute("ALTER TABLE transfers RENAME TO away")
+    code, out, err = run("user", "create", EMAIL, "--credits", "5")
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert run("user", "list")[1] == ""
+    with closing(sqlite3.connect("gpuproxy.db")) as database:
+        database.execute("ALTER TABLE away RENAME TO transfers")
+    assert run("user", "create", EMAIL, "--credits", "5")[0] == 0
 
 
 def test_a_missing_configuration_file_is_told(run: Run) -> None:

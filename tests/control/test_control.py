@@ -17,6 +17,7 @@ from gpuproxy import __version__
 from gpuproxy.access.accounts import create_key, create_user, revoke_key, set_active
 from gpuproxy.control.app import application
 from gpuproxy.control.changes import ChangeFeed
+from gpuproxy.control.events import CHANNELS_MAX
 from gpuproxy.control.parts import STOPPING
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.link.server import LinkServer
@@ -221,6 +222,21 @@ async def test_a_subscription_to_an_unknown_channel_is_told_so(client: Client) -
     assert "'nix'" in replies[1]["payload"]["error"]
 
 
+async def test_a_socket_cannot_be_made_to_say_much(client: Client) -> None:
+    async with client.ws_connect("/ws") as socket:
+        for channels in (["x"] * (CHANNELS_MAX + 1), ["x" * 60_000]):
+            await socket.send_json({"type": "subscribe", "channels": channels})
+            assert len(await socket.receive_str()) < 300
+        await socket.send_json({"type": "ping"})
+        assert (await socket.receive_json())["type"] == "pong"
+
+
+async def test_health_needs_no_key_and_minds_no_wrong_one(client: Client) -> None:
+    for path in ("/health", "/health/live", "/health/ready"):
+        for headers in ({}, {"X-API-Key": "gp_wrong"}, {"Authorization": "Basic x"}):
+            assert (await client.get(path, headers=headers)).status == 200
+
+
 async def test_a_socket_answers_pings_and_complains_about_noise(client: Client) -> None:
     async with client.ws_connect("/ws") as socket:
         await socket.send_json({"type": "ping"})
@@ -246,6 +262,20 @@ async def test_what_any_process_revokes_reaches_the_link(store: Store, key: str)
     assert await feed.poll_once() == 1
     assert await feed.poll_once() == 0
     assert len(link.remembered()) == 1
+
+
+async def test_a_user_let_in_again_is_remembered_as_blocked_by_no_control(store: Store, key: str) -> None:
+    link = LinkServer(_nobody, 1, 60)
+    feed = ChangeFeed(store, link)
+    await feed.start(60)
+    await set_active(store, EMAIL, False)
+    await feed.poll_once()
+    await set_active(store, EMAIL, True)
+    await feed.poll_once()
+    assert link.remembered() == ()
+    successor = LinkServer(_nobody, 1, 60)
+    await ChangeFeed(store, successor).start(60)
+    assert successor.remembered() == ()
 
 
 async def test_a_new_control_knows_what_was_revoked_while_there_was_none(store: Store, key: str) -> None:

@@ -27,11 +27,12 @@ WAIT_S = 20
 class Control:
     """A running control process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, database: str = "") -> None:
         self.directory = directory
+        self.log = directory / "log"
         self.settings = config.Config(
             server=config.Server(data_dir=str(directory / "data"), drain_s=5),
-            store=config.Store(url=f"sqlite:///{directory}/gpuproxy.db"),
+            store=config.Store(url=f"sqlite:///{database or directory / 'gpuproxy.db'}"),
         )
         self._listener = self._listen("control.sock")
         self._link_listener = self._listen("link.sock")
@@ -91,9 +92,9 @@ class Control:
         os.write(writing, msgspec.msgpack.encode(boot))
         os.close(writing)
         handed = (reading, boot.listen_fd, boot.link_fd, boot.ready_fd, boot.lifeline_fd)
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "gpuproxy.control.app", str(reading)], pass_fds=handed
-        )
+        line = [sys.executable, "-W", "error", "-m", "gpuproxy.control.app", str(reading)]
+        with self.log.open("wb") as errors:
+            process = subprocess.Popen(line, pass_fds=handed, stderr=errors)
         os.close(reading)
         return process
 
@@ -143,6 +144,19 @@ def test_control_stops_when_its_supervisor_is_gone(control: Control) -> None:
     os.close(control.lifeline)
     control.lifeline = os.dup(0)
     assert control.process.wait(WAIT_S) == 0
+
+
+def test_a_store_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    control = Control(tmp_path, f"{tmp_path}/file/g.db")
+    try:
+        assert not control.was_ready
+        assert control.process.wait(WAIT_S) == 1
+        (line,) = control.log.read_text().splitlines()
+    finally:
+        control.close()
+    assert "the store cannot be used; see [store] url" in line
+    assert "cause=" in line
 
 
 def _receipt(user_id: str) -> Receipt:

@@ -166,6 +166,32 @@ async def test_a_worker_that_was_away_hears_what_it_missed(site: Site) -> None:
     assert await worker.hear() == Revoke(("k1",))
 
 
+async def test_a_worker_on_its_return_hears_nothing_that_is_out_of_date(site: Site) -> None:
+    async def read_the_store() -> None:
+        site.server.readmit(["k1"])
+        site.server.revoke(["k3"])
+
+    site.server.revoke(["k1", "k2"])
+    site.server.refresh = read_the_store
+    worker = Worker(*await asyncio.open_unix_connection(site.path))
+    site.workers.append(worker)
+    worker.say(Hello(0, 1))
+    heard = [await worker.hear(), await worker.hear()]
+    assert heard == [Revoke(("k3",)), Revoke(("k2", "k3"))]
+
+
+async def test_a_worker_hears_what_is_remembered_though_the_store_is_away(site: Site) -> None:
+    async def fail() -> None:
+        raise ConnectionError("database is away")
+
+    site.server.revoke(["k1"])
+    site.server.refresh = fail
+    worker = Worker(*await asyncio.open_unix_connection(site.path))
+    site.workers.append(worker)
+    worker.say(Hello(0, 1))
+    assert await worker.hear() == Revoke(("k1",))
+
+
 async def test_an_answer_older_than_the_revocation_is_corrected(site: Site) -> None:
     may_answer, asked = asyncio.Event(), asyncio.Event()
 
