@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from gpuproxy.config import Config, build, load, warnings
+from gpuproxy.config.toml_lines import key_lines
 from gpuproxy.errors import ConfigError
-from gpuproxy.toml_lines import key_lines
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = """

@@ -9,10 +9,10 @@ from typing import Annotated, Any, get_origin
 import msgspec
 from msgspec import Meta, Struct
 
-from gpuproxy import config_checks as checks
-from gpuproxy.config_reader import Faults, bare, read_struct, unknown
+from gpuproxy.config import checks
+from gpuproxy.config.reader import Faults, bare, read_struct, unknown
+from gpuproxy.config.toml_lines import key_lines
 from gpuproxy.errors import ConfigError
-from gpuproxy.toml_lines import key_lines
 
 Positive = Annotated[int, Meta(ge=1, le=1 << 48)]
 PositiveSeconds = Annotated[float, Meta(gt=0, le=31_536_000)]  # a year; timers overflow far above

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_args, get_origin
 import msgspec
 from msgspec import Meta, Struct
 
-from gpuproxy.config_checks import show
+from gpuproxy.config.checks import show
+from gpuproxy.config.toml_lines import KeyPath
 from gpuproxy.errors import ConfigError
-from gpuproxy.toml_lines import KeyPath
 
 AnyStruct = TypeVar("AnyStruct", bound=Struct)
 
