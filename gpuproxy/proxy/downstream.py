@@ -223,14 +223,14 @@ class Downstream(asyncio.Protocol):
         memory = self._memory
         exchange = Exchange(self.plane, self, memory.head, memory.length)  # type: ignore[arg-type]  # learned here
         exchange.is_received = True
-        if body:
-            exchange.take_body(body)
+        exchange.request_bytes = len(body)
+        exchange.held_body = [body]
         self._admit(exchange)
 
     def _admit(self, exchange: Exchange) -> None:
         if self.current is None:
             self.current = exchange
-            self._start(exchange)
+            exchange.start()
         else:
             self._waiting.append(exchange)
             if len(self._waiting) >= PIPELINED_MAX:
@@ -394,13 +394,6 @@ class Downstream(asyncio.Protocol):
         path = rest[end:]
         head.target = path if path.startswith(b"/") else b"/" + path
 
-    def _start(self, exchange: Exchange) -> None:
-        try:
-            exchange.start()
-        except Exception:
-            _log.exception("exchange failed", request_id=exchange.request_id)
-            exchange.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
-
     def on_body(self, body: bytes) -> None:
         """Hand a piece of the body to its exchange."""
         self.receiving.take_body(body)  # type: ignore[union-attr]  # llhttp: after the head, before the end
@@ -410,11 +403,7 @@ class Downstream(asyncio.Protocol):
         exchange, self.receiving = self.receiving, None
         assert exchange is not None
         exchange.is_received = True
-        try:
-            exchange.end_body()
-        except Exception:
-            _log.exception("exchange failed", request_id=exchange.request_id)
-            exchange.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
+        exchange.end_body()
 
     def _malformed(self, error: GatewayError) -> None:
         """Refuse what cannot be parsed; calls before it are still answered, nothing behind it is read."""
@@ -463,7 +452,7 @@ class Downstream(asyncio.Protocol):
         if self._waiting:
             self.current = following = self._waiting.popleft()
             self.unblock_reading(READ_QUEUE)
-            self._start(following)
+            following.start()
             if following.is_received and self.current is following:
                 following.end_body()
             return

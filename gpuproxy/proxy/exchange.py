@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from gpuproxy.errors import CODES, GatewayError
+from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Call, Intent, ProtocolHandler, UpstreamRequest, UsageReader
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy import tunnel
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection
     from gpuproxy.proxy.worker import Plane
 
+_log = get_logger("gpuproxy.exchange")
+
 # States, in the order they are passed through.
 NEW, ADMITTING, COLLECTING, CONNECTING, SENT, DONE = range(6)
 
@@ -58,7 +61,6 @@ class Exchange:
         "_answer_parts",
         "_answer_size",
         "_attempts",
-        "_body",
         "_call",
         "_destination",
         "_error",
@@ -75,17 +77,18 @@ class Exchange:
         "_is_paused",
         "_needs_body",
         "_origin",
+        "_patience_s",
         "_reader",
         "_response_bytes",
         "_sending",
         "_started_ns",
         "_status",
-        "_timeout_s",
         "content_length",
         "downstream",
         "has_body",
         "has_sent_head",
         "head",
+        "held_body",
         "is_received",
         "keeps_alive",
         "method",
@@ -113,7 +116,7 @@ class Exchange:
         # the upload
         self.is_received = self._needs_body = self._is_body_whole = False
         self.request_bytes = 0
-        self._body: list[bytes] = []
+        self.held_body: list[bytes] = []
         # the way
         self.upstream: UpstreamConnection | None = None
         self._grant: Grant | None = None
@@ -124,7 +127,7 @@ class Exchange:
         self._origin: Origin | None = None
         self._head = b""
         self._attempts = 0
-        self._timeout_s = 0.0
+        self._patience_s = plane.timeouts.first_byte_s  # for the answer's first byte
         self._give_up_ns = 0
         # the answer
         self.has_sent_head = self._is_answer_chunked = self._is_answer_until_close = self._is_paused = False
@@ -211,7 +214,7 @@ class Exchange:
         if not self.is_received:
             if downstream.read_blocks:
                 downstream.unblock_reading(READ_BUFFER)
-            if self.head.expects_continue and not self._body:
+            if self.head.expects_continue and not self.held_body:
                 self._write(_CONTINUE)
             if self._needs_body:
                 self.state = COLLECTING
@@ -246,7 +249,7 @@ class Exchange:
             if size > DISCARDED_BODY_BYTES_MAX:
                 self.downstream.close_gently()
         else:
-            self._body.append(data)
+            self.held_body.append(data)
             if size != self.content_length:
                 self._bound_held_body(size)
 
@@ -290,44 +293,45 @@ class Exchange:
         if self.head.is_chunked and self.upstream is not None:
             self.plane.outbox.write(self.upstream.transport, b"0\r\n\r\n")
         if not self.has_sent_head:
-            self.downstream.deadline_s = self.plane.now_s + self._first_byte_s()
+            self.downstream.deadline_s = self.plane.now_s + self._patience_s
 
     # -- route ------------------------------------------------------------------------------------------
 
     def _resolve(self) -> None:
-        parts = self._body
+        route = self.route
+        handler = route.handler
+        parts = self.held_body
         body = (parts[0] if len(parts) == 1 else b"".join(parts)) if self.is_received else None
         try:
-            handler = self.route.handler
             if handler is None:
                 self._resolve_envelope(body or b"")
+                return
+            head = self.head
+            call = self._call = Call(self.method, route.path, head.fields, body)
+            if route.kind == MOUNT:
+                intent = self._intent = handler.inspect(call)
+                destination = self._destination = self.plane.router.destination(intent, handler)
             else:
-                self._resolve_transparent(self.route, handler, body)
+                intent = self._intent = handler.describe(call)
+                assert route.upstream is not None
+                destination = self._destination = route.upstream
+            if self._grant.models is not None:  # type: ignore[union-attr]  # admitted
+                self._check_model(intent.model)
+            request = handler.prepare(call, intent)
+            call.body = None
+            path = request.path
+            if path is None:
+                path = route.path if intent.path is None else intent.path
+            fields = head.fields
+            if destination.fixed_names:
+                fields = [field for field in fields if field[0].lower() not in destination.fixed_names]
+            self._patience_s = destination.first_byte_s
+            self._forward(destination.endpoint(), self.method, path, fields, body, request)
         except GatewayError as error:
             self.refuse(error)
-
-    def _resolve_transparent(self, route: Route, handler: ProtocolHandler, body: bytes | None) -> None:
-        call = self._call = Call(self.method, route.path, self.head.fields, body)
-        if route.kind == MOUNT:
-            intent = handler.inspect(call)
-            destination = self.plane.router.destination(intent, handler)
-        else:
-            intent = handler.describe(call)
-            assert route.upstream is not None
-            destination = route.upstream
-        self._intent = intent
-        self._destination = destination
-        if self._grant.models is not None:  # type: ignore[union-attr]  # admitted
-            self._check_model(intent.model)
-        request = handler.prepare(call, intent)
-        call.body = None
-        path = request.path
-        if path is None:
-            path = route.path if intent.path is None else intent.path
-        fields = self.head.fields
-        if destination.fixed_names:
-            fields = [field for field in fields if field[0].lower() not in destination.fixed_names]
-        self._forward(destination.endpoint(), self.method, path, fields, body, request)
+        except Exception:
+            _log.exception("exchange failed", request_id=self.request_id)
+            self.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
 
     def _check_model(self, model: str) -> None:
         grant = self._grant
@@ -369,11 +373,11 @@ class Exchange:
             if call.header(b"accept-encoding") is None:
                 fields = [*fields, (b"Accept-Encoding", b"identity")]
         self._handler = handler
-        self._body = []
+        self.held_body = []
         self.content_length = -1 if content is None else len(content)
         self.has_body = content is not None
         if envelope.timeout_s is not None:
-            self._timeout_s = envelope.timeout_s
+            self._patience_s = envelope.timeout_s
             self._give_up_ns = self._started_ns + int(envelope.timeout_s * 1e9)
         path = request.path if request.path is not None else call.path or b"/"
         endpoint = msgspec.structs.replace(endpoint, base_path=b"")  # a target's path is whole
@@ -402,7 +406,7 @@ class Exchange:
             body = request.body
         if body is not None:
             self._is_body_whole = True
-            self._body = [body]
+            self.held_body = [body]
             has_length = self.has_body or self.content_length >= 0 or body
             framing = b"Content-Length: %d\r\n" % len(body) if has_length else b""
         elif self.has_body and head.is_chunked:
@@ -423,7 +427,13 @@ class Exchange:
             self.request_id.encode(),
             framing,
         )
-        self._dispatch(endpoint.origin)
+        self._attempts += 1
+        origin = self._origin = endpoint.origin
+        connection = origin.take(self.plane.now_s)
+        if connection is not None:
+            self._send(connection)
+        else:
+            self._connect_to(origin)
 
     def _block(self, fields: list[Field], request: UpstreamRequest) -> bytes:
         # the lines of the upstream's head that do not change from one call with this head to the next
@@ -449,15 +459,9 @@ class Exchange:
             self._write(_CONTINUE)
         self._forward(self.plane.control_endpoint, self.method, head.target, fields, None, _UNCHANGED)
 
-    def _dispatch(self, origin: "Origin", fresh: bool = False) -> None:
-        self._origin = origin
-        self._attempts += 1
-        connection = None if fresh else origin.take(self.plane.now_s)
-        if connection is not None:
-            self._send(connection)
-        else:
-            self.state = CONNECTING
-            self.plane.spawn(self._connect(origin))
+    def _connect_to(self, origin: "Origin") -> None:
+        self.state = CONNECTING
+        self.plane.spawn(self._connect(origin))
 
     async def _connect(self, origin: "Origin") -> None:
         try:
@@ -487,16 +491,18 @@ class Exchange:
         connection.exchange = self
         connection.chosen_turn = outbox.turn
         if self._is_body_whole:
-            body = self._body[0]
+            body = self.held_body[0]
             if len(body) <= JOINED_BYTES_MAX:
-                outbox.write(connection.transport, self._head + body)
+                outbox.writes.append((connection.transport, self._head + body))
             else:
-                outbox.write(connection.transport, self._head)
-                outbox.write(connection.transport, body)
-            self.downstream.deadline_s = plane.now_s + self._first_byte_s()
+                outbox.writes.append((connection.transport, self._head))
+                outbox.writes.append((connection.transport, body))
+            if not outbox.is_scheduled:
+                outbox.schedule()
+            self.downstream.deadline_s = plane.now_s + self._patience_s
             return
         outbox.write(connection.transport, self._head)
-        held, self._body = self._body, []
+        held, self.held_body = self.held_body, []
         self.downstream.unblock_reading(READ_BUFFER)
         for part in held:
             self._send_body(part)
@@ -504,12 +510,6 @@ class Exchange:
             self._end_upload()
         else:
             self.downstream.deadline_s = plane.now_s + plane.timeouts.body_idle_s
-
-    def _first_byte_s(self) -> float:
-        if self._timeout_s:
-            return self._timeout_s
-        destination = self._destination
-        return self.plane.timeouts.first_byte_s if destination is None else destination.first_byte_s
 
     def _stream_idle_s(self) -> float:
         destination = self._destination
@@ -528,33 +528,37 @@ class Exchange:
         if self._answer_parts is not None:
             self._collect(connection, body)
             return
-        plane = self.plane
         downstream = self.downstream
-        out = self._answer_head(connection) if not self.has_sent_head else b""
-        if body:
-            self._response_bytes += len(body)
+        is_complete = connection.is_complete
+        out = b"" if self.has_sent_head else self._answer_head(connection)
+        outbox = self.plane.outbox
+        size = len(body)
+        if size:
+            self._response_bytes += size
             if self._is_answer_chunked:
-                ending = b"0\r\n\r\n" if connection.is_complete else b""
-                plane.outbox.write(downstream.transport, b"%b%x\r\n%b\r\n%b" % (out, len(body), body, ending))
+                ending = b"0\r\n\r\n" if is_complete else b""
+                out = b"%b%x\r\n%b\r\n%b" % (out, size, body, ending)
             elif not out:
-                plane.outbox.write(downstream.transport, body)
-            elif len(body) <= JOINED_BYTES_MAX:
-                plane.outbox.write(downstream.transport, out + body)
+                out = body
+            elif size <= JOINED_BYTES_MAX:
+                out += body
             else:
-                plane.outbox.write(downstream.transport, out)
-                plane.outbox.write(downstream.transport, body)
-            if self._reader is not None:
-                self._reader.feed(body)
-        elif connection.is_complete and self._is_answer_chunked:
-            plane.outbox.write(downstream.transport, out + b"0\r\n\r\n")
-        elif out:
-            plane.outbox.write(downstream.transport, out)
-        if connection.is_complete:
+                outbox.writes.append((downstream.transport, out))
+                out = body
+        elif is_complete and self._is_answer_chunked:
+            out += b"0\r\n\r\n"
+        if out:
+            outbox.writes.append((downstream.transport, out))
+            if not outbox.is_scheduled:
+                outbox.schedule()
+        if size and self._reader is not None:
+            self._reader.feed(body)
+        if is_complete:
             self._complete(connection)
         else:
             if downstream.is_write_blocked and not self._is_paused:
                 self.pause_answer()
-            downstream.deadline_s = plane.now_s + self._idle_s
+            downstream.deadline_s = self.plane.now_s + self._idle_s
 
     def _answer_head(self, connection: "UpstreamConnection") -> bytes:
         self.has_sent_head = True
@@ -562,7 +566,7 @@ class Exchange:
         head = connection.head
         status = self._status = head.status
         self._head = b""
-        self._body = []
+        self.held_body = []
         if connection.content_length >= 0 and status != 204:
             framing = b"Content-Length: %d\r\n" % connection.content_length
         elif status == 204 or status == 304 or self.method == b"HEAD":
@@ -634,9 +638,9 @@ class Exchange:
         if connection.is_complete:
             self._wrap(connection, b"".join(parts))
         else:
-            self.downstream.deadline_s = self.plane.now_s + self._patience_s()
+            self.downstream.deadline_s = self.plane.now_s + self._rest_s()
 
-    def _patience_s(self) -> float:
+    def _rest_s(self) -> float:
         # a collected answer must be whole within the envelope's own time
         if not self._give_up_ns:
             return self._stream_idle_s()
@@ -721,7 +725,8 @@ class Exchange:
         elif connection.is_reused and connection.head_bytes == 0 and self._can_replay():
             # it closed an idle connection while our request was on its way: ask on a new one, once
             assert self._origin is not None
-            self._dispatch(self._origin, fresh=True)
+            self._attempts += 1
+            self._connect_to(self._origin)
         else:
             message = f"{connection.origin.label} closed the connection before its answer was whole"
             self.refuse(GatewayError("UPSTREAM_INVALID", message))
@@ -815,7 +820,7 @@ class Exchange:
     def _finish(self, outcome: Outcome) -> None:
         """Write the receipt and let the connection go on. Runs once."""
         self.state = DONE
-        self._body = []
+        self.held_body = []
         if self.route.kind != CONTROL:
             self._write_receipt(outcome)
         if self._status != 101:
@@ -832,10 +837,11 @@ class Exchange:
         destination = self._destination
         first_byte_ns = self._first_byte_ns
         request_id = self.request_id
-        plane.outbox.schedule()
+        if not plane.outbox.is_scheduled:
+            plane.outbox.schedule()
         plane.journal.append(
             Receipt(
-                request_id if plane.made_id(request_id) else plane.new_id(),
+                plane.new_id() if self.head.request_id else request_id,
                 request_id,
                 plane.wall_offset_ns + started_ns,
                 (time.monotonic_ns() - started_ns) // 1000,

@@ -22,6 +22,7 @@ def status_line(status: int) -> bytes:
 
 
 _LENGTH = re.compile(rb"\r\ncontent-length: ?([0-9]{1,12})\r\n", re.IGNORECASE)
+_DIGITS_MAX = 12  # of a Content-Length remembered
 _CHANCES = 8  # misses in a row before a connection stops remembering: its heads differ, and each try costs a little
 
 
@@ -134,28 +135,29 @@ class AnswerHead:
 class Memory:
     """The last head of a connection. `length` is valid after `recall` found something."""
 
-    __slots__ = ("_chances", "_prefix", "_suffix", "head", "length")
+    __slots__ = ("_chances", "_prefix", "_prefix_size", "_suffix", "_suffix_size", "head", "length")
 
     def __init__(self) -> None:
         self.head: RequestHead | AnswerHead | None = None
         self.length = -1  # of the body; -1 when the head has no Content-Length
-        self._prefix = b""
-        self._suffix = b""
+        self._prefix = self._suffix = b""
+        self._prefix_size = self._suffix_size = 0
         self._chances = _CHANCES
 
     def recall(self, data: bytes) -> bytes | None:
         """Return the body if `data` is exactly one message with the head remembered, else None."""
-        if not self._prefix or not data.startswith(self._prefix):
+        at = self._prefix_size
+        if not at or data[:at] != self._prefix:
             return None
-        at = len(self._prefix)
-        if not self._suffix:
+        suffix_size = self._suffix_size
+        if not suffix_size:
             self.length = -1
             return b"" if len(data) == at else None
-        end = data.find(b"\r", at, at + 13)
+        end = data.find(b"\r", at)
         digits = data[at:end]
-        if end < 0 or not digits.isdigit() or not data.startswith(self._suffix, end):
+        start = end + suffix_size
+        if data[end:start] != self._suffix or not digits.isdigit() or len(digits) > _DIGITS_MAX:
             return None
-        start = end + len(self._suffix)
         self.length = length = int(digits)
         if len(data) != start + length:
             return None
@@ -168,6 +170,7 @@ class Memory:
             return
         self._chances -= 1
         self._prefix = self._suffix = b""
+        self._prefix_size = self._suffix_size = 0
         end = data.find(b"\r\n\r\n") + 4
         if self._chances == 0 or end < 4:
             self.head = None
@@ -176,4 +179,5 @@ class Memory:
             self._prefix = data[:end]
         elif (match := _LENGTH.search(data, 0, end)) is not None:
             self._prefix, self._suffix = data[: match.start(1)], data[match.end(1) : end]
+        self._prefix_size, self._suffix_size = len(self._prefix), len(self._suffix)
         self.head = head

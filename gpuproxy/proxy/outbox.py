@@ -14,41 +14,45 @@ from collections.abc import Callable
 
 
 class Outbox:
-    """The writes of this turn. `settle` runs before them (it writes the journal)."""
+    """The writes of this turn. `settle` runs before them (it writes the journal).
 
-    __slots__ = ("_is_scheduled", "_loop", "_settle", "_writes", "turn")
+    Whoever appends to ``writes`` sees to it that the turn's end ``is_scheduled``; `write` does both, the hot path
+    does it in place.
+    """
+
+    __slots__ = ("_loop", "_settle", "is_scheduled", "turn", "writes")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, settle: Callable[[], None]) -> None:
         self._loop = loop
         self._settle = settle
-        self._writes: list[tuple[asyncio.Transport, bytes]] = []
-        self._is_scheduled = False
+        self.writes: list[tuple[asyncio.Transport, bytes]] = []
+        self.is_scheduled = False
         self.turn = 0
 
     def write(self, transport: asyncio.Transport, data: bytes) -> None:
         """Write `data` at the end of this turn, after what was given earlier."""
-        self._writes.append((transport, data))
-        if not self._is_scheduled:
-            self._is_scheduled = True
+        self.writes.append((transport, data))
+        if not self.is_scheduled:
+            self.is_scheduled = True
             self._loop.call_soon(self._end_turn)
 
     def schedule(self) -> None:
         """See to it that `settle` runs at the end of this turn."""
-        if not self._is_scheduled:
-            self._is_scheduled = True
+        if not self.is_scheduled:
+            self.is_scheduled = True
             self._loop.call_soon(self._end_turn)
 
     def _end_turn(self) -> None:
-        self._is_scheduled = False
+        self.is_scheduled = False
         self.turn += 1
         self.flush()
 
     def flush(self) -> None:
         """Write everything now; to be called before a transport is closed or handed to somebody else."""
         self._settle()
-        writes = self._writes
+        writes = self.writes
         if writes:
-            self._writes = []
+            self.writes = []
             for transport, data in writes:
                 try:
                     transport.write(data)

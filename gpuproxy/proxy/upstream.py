@@ -75,9 +75,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.chosen_turn = -1
         self._parser = httptools.HttpResponseParser(self)
         self._memory = Memory()
-        self._reset()
-
-    def _reset(self) -> None:
+        # the answer at hand; `release` puts these back
         self.head = NO_HEAD
         self.parts: list[bytes] = []
         self.content_length = -1
@@ -95,7 +93,11 @@ class UpstreamConnection(asyncio.Protocol):
         self.exchange = None
         if self.head.keeps_alive and self.is_complete and not self.is_babbling and not self.transport.is_closing():
             self.is_reused = True
-            self._reset()
+            self.head = NO_HEAD
+            self.parts = []
+            self.content_length = -1
+            self.is_complete = self.is_until_close = self.has_head = False
+            self.head_bytes = self._interim_count = 0
             self.origin.give(self, now_s)
         else:
             self.abort()

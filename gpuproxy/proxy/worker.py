@@ -89,10 +89,6 @@ class Plane:
         self._id_count = count = self._id_count + 1
         return f"{self._id_prefix}{count}"
 
-    def made_id(self, request_id: str) -> bool:
-        """Tell whether `request_id` is from `new_id`, not the client's own."""
-        return request_id.startswith(self._id_prefix)
-
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a task that belongs to this worker; only for connecting, bounded by the pools."""
         task = self._loop.create_task(work)

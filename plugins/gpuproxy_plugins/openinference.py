@@ -54,7 +54,7 @@ class OpenInference:
     def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
         """Ask for a readable answer; choose an envelope's path by its body's shape. Raises BAD_REQUEST."""
         if not call.is_envelope:
-            return _READABLE if _may_tell_usage(call.method, call.path) else _UNCHANGED
+            return UpstreamRequest(identity=_may_tell_usage(call.method, call.path))
         path = completed_path(call)
         identity = _may_tell_usage(call.method, call.path if path is None else path)
         return UpstreamRequest(path=path, headers=content_type_if_absent(call), identity=identity)
@@ -76,10 +76,6 @@ class OpenInference:
     def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
         """Return the error in the dialect of the path."""
         return refusal(path, error, request_id)
-
-
-_READABLE = UpstreamRequest(identity=True)
-_UNCHANGED = UpstreamRequest()
 
 
 def _may_tell_usage(method: bytes, path: bytes) -> bool:

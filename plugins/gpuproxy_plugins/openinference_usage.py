@@ -159,9 +159,11 @@ class JsonUsageReader(_TailReader):
 
     def finish(self) -> Usage | None:
         """Return what was used, None if the answer told nothing."""
-        tail = self._tail()
-        if self._is_cut:
-            return usage_of(last_counts(tail))
+        tail = self._kept
+        if self._is_cut or not isinstance(tail, bytes) or len(tail) > TAIL_BYTES:
+            tail = self._tail()
+            if self._is_cut:
+                return usage_of(last_counts(tail))
         try:
             return _usage_of_answer(tail)
         except _UNREADABLE:
