@@ -10,6 +10,7 @@ import pytest
 import uvloop
 
 from gpuproxy.plugin import Registry
+from gpuproxy.proxy.exchange import Exchange
 
 from .harness import Gateway, running
 
@@ -27,12 +28,20 @@ class Serve(Protocol):
 
 
 @pytest.fixture
-async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
-    """Start gateways that end with the test."""
+async def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Serve]:
+    """Start one gateway that ends with the test; every exchange it starts is noted."""
+    started: list[Exchange] = []
+    start_exchange = Exchange.start
+
+    def watched_start(exchange: Exchange) -> None:
+        started.append(exchange)
+        start_exchange(exchange)
+
+    monkeypatch.setattr(Exchange, "start", watched_start)
     async with AsyncExitStack() as stack:
 
         async def start(registry: Registry | None = None, **tree: Any) -> Gateway:
-            return await stack.enter_async_context(running(tmp_path, registry, **tree))
+            return await stack.enter_async_context(running(tmp_path, started, registry, **tree))
 
         yield start
 

@@ -86,20 +86,6 @@ class Clock:
         return self._time() + self.passed_s
 
 
-class WatchedDownstream(Downstream):
-    """A client connection that notes the exchanges it starts."""
-
-    def _start(self, exchange: Exchange) -> None:
-        self.plane.started.append(exchange)  # type: ignore[attr-defined]
-        super()._start(exchange)
-
-
-class WatchedPlane(Plane):
-    """A plane with that list."""
-
-    started: list[Exchange]
-
-
 class Gateway:
     """A running data plane and everything around it."""
 
@@ -117,7 +103,8 @@ class Gateway:
         self.tools: Listener
         self.raw: Listener
         self.control: Listener
-        self.plane: WatchedPlane
+        self.plane: Plane
+        self.started: list[Exchange] = []
         self.link: LinkClient
         self._linking: asyncio.Task[None] | None = None
 
@@ -129,10 +116,9 @@ class Gateway:
         await self.link_server.start(_unix_listener(link_path))
         self.link = LinkClient(link_path, Hello(0, 1))
         journal = Journal(self.directory / "journal", "000-test", self.config.journal)
-        self.plane = WatchedPlane(self.config, self.registry, self.link, journal, str(self.directory / "control"))
-        self.plane.started = []
+        self.plane = Plane(self.config, self.registry, self.link, journal, str(self.directory / "control"))
         self.clock = self.plane._time = self.plane.admission._now = Clock()  # the one thing taken from inside
-        server = await loop.create_server(lambda: WatchedDownstream(self.plane), "127.0.0.1", 0)
+        server = await loop.create_server(lambda: Downstream(self.plane), "127.0.0.1", 0)
         self._server = server
         self.port = server.sockets[0].getsockname()[1]
         self._linking = loop.create_task(self.link.run())
@@ -165,6 +151,17 @@ class Gateway:
         """Let time pass and act on every deadline."""
         self.clock.passed_s += seconds + 2 * SWEEP_S  # deadlines are set from the last sweep's time
         self.plane.sweep()
+
+    async def turn(self) -> None:
+        """Let everything that can happen now happen."""
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.001)  # the kernel hands bytes over in its own time
+
+    def unsent_upstream_bytes(self) -> int:
+        """Return what the plane holds for upstreams that do not take it."""
+        running = [exchange.upstream for exchange in self.started if exchange.upstream is not None]
+        return sum(connection.transport.get_write_buffer_size() for connection in running)
 
     def receipts(self) -> list[Receipt]:
         """Return all receipts written so far, read from the journal's files."""
@@ -213,7 +210,7 @@ class Gateway:
         assert not [receipt for receipt in receipts if receipt.error == "INTERNAL"]
 
     def _billed_ids(self) -> list[str]:
-        billed = [exchange.request_id for exchange in self.plane.started if exchange.route.kind != CONTROL]
+        billed = [exchange.request_id for exchange in self.started if exchange.route.kind != CONTROL]
         return [request_id for request_id in billed if request_id != WARM]
 
     def _is_idle(self) -> bool:
@@ -221,7 +218,9 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def running(directory: Path, registry: Registry | None = None, **tree: Any) -> AsyncIterator[Gateway]:
+async def running(
+    directory: Path, started: list[Exchange], registry: Registry | None = None, **tree: Any
+) -> AsyncIterator[Gateway]:
     """Run a gateway with three scripted upstreams; `tree` are sections of the config."""
     listeners = {name: Listener() for name in ("llm", "tools", "raw")}
     upstreams = [
@@ -233,6 +232,7 @@ async def running(directory: Path, registry: Registry | None = None, **tree: Any
         tree.get("upstreams", ())
     )
     gateway = Gateway(directory, build(tree), registry)
+    gateway.started = started
     gateway.llm, gateway.tools, gateway.raw = listeners["llm"], listeners["tools"], listeners["raw"]
     gateway.control = Listener(str(directory / "control"))
     try:
@@ -300,10 +300,10 @@ def forwarded(
             b"Host: 127.0.0.1:%d" % port,
             *fields,
             b"Via: " + via,
-            b"X-Request-Id: " + id,
             b"X-Forwarded-For: 127.0.0.1",
             b"X-Forwarded-Proto: http",
             b"X-Forwarded-Host: gw",
+            b"X-Request-Id: " + id,
         )
         + (framing + b"\r\n" if framing else b"")
         + b"\r\n"

@@ -9,7 +9,7 @@ from .harness import KEY, OK, OK_SENT, PREFIX, RAW, Gateway, answered, forwarded
 async def test_a_call_is_forwarded_and_its_answer_returned(gateway: Gateway) -> None:
     client = await gateway.ask(request(b"GET " + RAW + b"/x?a=1", b"X-Foo: bar"))
     upstream = await gateway.raw.accept()
-    await upstream.expect(forwarded(b"GET /x?a=1", b"X-Foo: bar", port=gateway.raw.port))
+    await upstream.expect_request(forwarded(b"GET /x?a=1", b"X-Foo: bar", port=gateway.raw.port))
     await upstream.send(OK)
     await client.expect(OK_SENT)
     receipt = await gateway.receipt()
@@ -37,7 +37,7 @@ KEPT = (
 async def test_unknown_fields_keep_order_spelling_and_copies(gateway: Gateway) -> None:
     client = await gateway.ask(request(b"GET " + RAW + b"/x", *KEPT))
     upstream = await gateway.raw.accept()
-    await upstream.expect(forwarded(b"GET /x", *KEPT, port=gateway.raw.port))
+    await upstream.expect_request(forwarded(b"GET /x", *KEPT, port=gateway.raw.port))
     await upstream.send(b"HTTP/1.1 200 OK\r\n" + lines(*KEPT) + b"Content-Length: 0\r\n\r\n")
     await client.expect(answered(b"200 OK", *KEPT, framing=b"Content-Length: 0"))
 
@@ -67,7 +67,7 @@ async def test_unknown_fields_keep_order_spelling_and_copies(gateway: Gateway) -
 async def test_fields_that_end_here_do_not_go_upstream(gateway: Gateway, fields: tuple[bytes, ...]) -> None:
     client = await gateway.ask(request(b"GET " + RAW + b"/x", b"X-Before: 1", *fields, b"X-After: 1"))
     upstream = await gateway.raw.accept()
-    await upstream.expect(forwarded(b"GET /x", b"X-Before: 1", b"X-After: 1", port=gateway.raw.port))
+    await upstream.expect_request(forwarded(b"GET /x", b"X-Before: 1", b"X-After: 1", port=gateway.raw.port))
     await upstream.send(OK)
     answer = await client.answer()
     assert (answer.status, answer.body) == (200, b"ok")
@@ -76,7 +76,9 @@ async def test_fields_that_end_here_do_not_go_upstream(gateway: Gateway, fields:
 async def test_a_nominated_framing_field_still_frames_the_body(gateway: Gateway) -> None:
     client = await gateway.ask(request(b"POST " + RAW + b"/x", b"Connection: Content-Length", body=b"abc"))
     upstream = await gateway.raw.accept()
-    await upstream.expect(forwarded(b"POST /x", port=gateway.raw.port, framing=b"Content-Length: 3", body=b"abc"))
+    await upstream.expect_request(
+        forwarded(b"POST /x", port=gateway.raw.port, framing=b"Content-Length: 3", body=b"abc")
+    )
     await upstream.send(OK)
     await client.expect(OK_SENT)
 
@@ -99,7 +101,7 @@ async def test_the_upstreams_own_credential_replaces_the_callers(serve: Serve, m
         request(b"GET " + RAW + b"/x", b"X-TEAM: red", b"Authorization: Bearer " + KEY, b"X-A: 1", key=b"")
     )
     upstream = await gateway.raw.accept()
-    await upstream.expect(
+    await upstream.expect_request(
         forwarded(b"GET /x", b"X-Team: blue", b"Authorization: Bearer sk-upstream", b"X-A: 1", port=gateway.raw.port)
     )
     await upstream.send(OK)
@@ -132,7 +134,7 @@ async def test_hop_by_hop_fields_of_an_answer_end_here(gateway: Gateway) -> None
 async def test_via_is_appended_to_what_the_way_was(gateway: Gateway) -> None:
     client = await gateway.ask(request(b"GET " + RAW + b"/x", b"Via: 1.0 fred", b"Via: 1.1 p.example (Apache)"))
     upstream = await gateway.raw.accept()
-    await upstream.expect(
+    await upstream.expect_request(
         forwarded(b"GET /x", port=gateway.raw.port, via=b"1.0 fred, 1.1 p.example (Apache), 1.1 gpuproxy")
     )
     await upstream.send(OK)
@@ -142,7 +144,7 @@ async def test_via_is_appended_to_what_the_way_was(gateway: Gateway) -> None:
 async def test_one_pass_through_this_gateway_is_no_loop(gateway: Gateway) -> None:
     client = await gateway.ask(request(b"GET " + RAW + b"/x", b"Via: 1.1 gpuproxy"))
     upstream = await gateway.raw.accept()
-    await upstream.expect(forwarded(b"GET /x", port=gateway.raw.port, via=b"1.1 gpuproxy, 1.1 gpuproxy"))
+    await upstream.expect_request(forwarded(b"GET /x", port=gateway.raw.port, via=b"1.1 gpuproxy, 1.1 gpuproxy"))
     await upstream.send(OK)
     await client.expect(OK_SENT)
 
@@ -188,7 +190,7 @@ async def test_two_forwarded_for_lines_of_a_trusted_proxy_are_both_kept(serve: S
 async def test_a_valid_host_is_replaced_by_the_upstreams(gateway: Gateway, host: bytes) -> None:
     client = await gateway.ask(request(b"GET " + RAW + b"/x").replace(b"Host: gw", b"Host: " + host))
     upstream = await gateway.raw.accept()
-    await upstream.expect(
+    await upstream.expect_request(
         forwarded(b"GET /x", port=gateway.raw.port).replace(b"Forwarded-Host: gw", b"Forwarded-Host: " + host)
     )
     await upstream.send(OK)
@@ -256,7 +258,7 @@ async def test_path_and_query_stay_as_they_are(gateway: Gateway, path: bytes) ->
     client = await gateway.ask(request(b"GET " + RAW + path))
     upstream = await gateway.raw.accept()
     line = b"GET " + (path if path.startswith(b"/") else b"/" + path)
-    await upstream.expect(forwarded(line, port=gateway.raw.port))
+    await upstream.expect_request(forwarded(line, port=gateway.raw.port))
     await upstream.send(OK)
     await client.expect(OK_SENT)
 
@@ -265,7 +267,9 @@ async def test_path_and_query_stay_as_they_are(gateway: Gateway, path: bytes) ->
 async def test_the_authority_of_an_absolute_target_replaces_host(gateway: Gateway, scheme: bytes) -> None:
     client = await gateway.ask(request(b"GET " + scheme + b"://other:81" + RAW + b"/x?y=/"))
     upstream = await gateway.raw.accept()
-    await upstream.expect(forwarded(b"GET /x?y=/", port=gateway.raw.port).replace(b"Host: gw", b"Host: other:81"))
+    await upstream.expect_request(
+        forwarded(b"GET /x?y=/", port=gateway.raw.port).replace(b"Host: gw", b"Host: other:81")
+    )
     await upstream.send(OK)
     await client.expect(OK_SENT)
 
@@ -305,7 +309,7 @@ async def test_an_absolute_target_without_path_means_the_root(gateway: Gateway, 
 async def test_connection_close_ends_the_connection_after_the_answer(gateway: Gateway) -> None:
     client = await gateway.ask(request(b"GET " + RAW + b"/x", b"Connection: close"))
     upstream = await gateway.raw.accept()
-    await upstream.expect(forwarded(b"GET /x", port=gateway.raw.port))
+    await upstream.expect_request(forwarded(b"GET /x", port=gateway.raw.port))
     await upstream.send(OK)
     await client.expect(answered(b"200 OK", framing=b"Content-Length: 2", last=b"Connection: close", body=b"ok"))
     await client.expect_end()
@@ -318,7 +322,7 @@ async def test_http_1_0_is_kept_alive_only_if_it_asks(gateway: Gateway, asks: by
     )
     client = await gateway.ask(head)
     upstream = await gateway.raw.accept()
-    await upstream.expect(forwarded(b"GET /x", port=gateway.raw.port))
+    await upstream.expect_request(forwarded(b"GET /x", port=gateway.raw.port))
     await upstream.send(OK)
     answer = await client.answer()
     assert (answer.field(b"connection"), answer.body) == (b"keep-alive" if asks else b"close", b"ok")
