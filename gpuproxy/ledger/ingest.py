@@ -7,50 +7,62 @@ files are synced, so a power cut costs what was written in the last `sync_s` sec
 """
 
 import asyncio
+import fcntl
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sqlalchemy import Table, delete, select
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy import config
 from gpuproxy.ledger.segment import Row, Segment
+from gpuproxy.ledger.writer import open_writer, write_storable
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.store.engine import Store
-from gpuproxy.store.schema import journal_segments, receipts
+from gpuproxy.store.engine import Store, fault_of
+from gpuproxy.store.schema import journal_segments
 
 BATCH_RECEIPTS = 5_000  # a transaction this long keeps other writers waiting about 25 ms
 BACKOFF_S_MAX = 5.0
-INT64_MAX = 2**63 - 1
-INSERT_SQLITE = str(sqlite.insert(receipts).on_conflict_do_nothing().compile(dialect=sqlite.dialect()))
+QUIET_SYNC_FACTOR_MAX = 10  # a journal that does not grow is looked at this much more seldom: 1 % of a core less
+ORPHAN_S = 60.0  # a worker names its new segment within microseconds; one without a name for so long has no worker
+COMPLAINT_S = 60.0  # between two log lines about the same file
 
 logger = get_logger(__name__)
 
 
 class Ingest:
-    """Reads the journal of one data directory into one store. One pass at a time, one per directory."""
+    """Reads the journal of one data directory into one store, one pass at a time.
+
+    Holds a lock on the directory from its first pass until `close`, so that a successor that is started before
+    this one has stopped waits for its turn.
+    """
 
     def __init__(self, store: Store, directory: Path) -> None:
         self.ingested_count = 0
         self.torn_count = 0
         self.damaged_count = 0
         self._store = store
+        self._writer = open_writer(store)
         self._directory = directory
+        self._lock_fd = -1
         self._segments: dict[str, Segment] = {}
         self._offsets: dict[str, int] | None = None  # as committed; None until the store was read
         self._listed_ns = -1
         self._retired: list[Segment] = []
+        self._complained: dict[str, float] = {}  # file name to monotonic seconds
         self._stopping = asyncio.Event()
 
     async def ingest_once(self) -> int:
         """Commit every whole frame that is in the journal now; return how many receipts that were.
 
-        Raises what the store or the disk raises; nothing is lost then, the next pass does the same again.
+        While another process reads this journal there is nothing to do. Raises what the store or the disk
+        raises; nothing is lost then, the next pass does the same again.
         """
+        if not self._has_journal():
+            return 0
         await self._load_offsets()
         self._discover()
         total = 0
@@ -81,11 +93,15 @@ class Ingest:
         self._stopping.set()
 
     def close(self) -> None:
-        """Close all files. Not while a pass runs."""
+        """Close all files and let a successor read. Not while a pass runs."""
         for segment in (*self._segments.values(), *self._retired):
             segment.close()
         self._segments.clear()
         self._retired.clear()
+        self._writer.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+        self._lock_fd = -1
 
     async def _ingest_forever(self, interval_s: float) -> None:
         wait_s = interval_s
@@ -95,18 +111,19 @@ class Ingest:
                 wait_s = interval_s
             except Exception as error:
                 wait_s = min(max(wait_s * 2, interval_s), BACKOFF_S_MAX)
-                logger.error("ingest failed, will go on", error=_short(error), wait_s=wait_s)
+                logger.error("ingest failed, will go on", error=_told(error), wait_s=wait_s)
             await self._pause(wait_s)
 
     async def _sync_forever(self, interval_s: float) -> None:
+        wait_s = interval_s
         while not self._stopping.is_set():
-            wait_s = interval_s
             try:
-                await self.sync_once()
+                grown_count = await self.sync_once()
+                wait_s = interval_s if grown_count else min(wait_s * 2, interval_s * QUIET_SYNC_FACTOR_MAX)
+                await asyncio.sleep(wait_s)
             except OSError as error:
-                wait_s = BACKOFF_S_MAX
-                logger.error("journal cannot be synced", error=_short(error))
-            await (asyncio.sleep(wait_s) if wait_s == interval_s else self._pause(wait_s))
+                logger.error("journal cannot be synced", error=_told(error))
+                await self._pause(BACKOFF_S_MAX)
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
@@ -125,13 +142,25 @@ class Ingest:
             await _forget(connection, gone)
         self._offsets = offsets
 
+    def _has_journal(self) -> bool:
+        """Take the lock on the directory if nobody has it; False while somebody has, or there is no directory."""
+        if self._lock_fd >= 0:
+            return True
+        with suppress(FileNotFoundError, BlockingIOError):
+            self._lock_fd = _locked(self._directory, os.O_DIRECTORY)
+        return self._lock_fd >= 0
+
     def _discover(self) -> None:
-        """Open segments that are new in the directory."""
+        """Open segments that are new in the directory; one that cannot be opened keeps no other waiting."""
         self._listed_ns = self._directory_ns()
-        with suppress(FileNotFoundError):
-            for entry in sorted(os.listdir(self._directory)):
-                if entry.endswith(".log") and entry not in self._segments:
-                    self._segments[entry] = self._opened(self._directory / entry)
+        for name in _names(self._directory):
+            try:
+                if name.endswith(".new"):
+                    _name_orphan(self._directory / name)
+                elif name.endswith(".log") and name not in self._segments:
+                    self._segments[name] = self._opened(self._directory / name)
+            except OSError as error:
+                self._complain(name, "journal file cannot be opened", error=_told(error))
 
     def _opened(self, path: Path) -> Segment:
         segment = Segment(path, (self._offsets or {}).get(path.name, 0))
@@ -139,6 +168,12 @@ class Ingest:
             logger.error("segment is shorter than what was read of it, reading it anew", segment=segment.name)
             segment.offset = 0  # receipts that are there already are passed over
         return segment
+
+    def _complain(self, name: str, message: str, **fields: object) -> None:
+        now_s = time.monotonic()
+        if now_s - self._complained.get(name, -COMPLAINT_S) >= COMPLAINT_S:
+            self._complained[name] = now_s
+            logger.error(message, segment=name, **fields)
 
     def _directory_ns(self) -> int:
         try:
@@ -149,23 +184,22 @@ class Ingest:
     async def _commit(self, taken: list["Taken"]) -> int:
         """Store receipts and offsets in one transaction, then believe it. Return how many receipts."""
         rows = [row for part in taken for row in part.rows]
-        offsets = {part.segment.name: part.end for part in taken}
-        try:
-            await _store(self._store, rows, offsets)
-        except (OverflowError, DBAPIError) as error:
-            clipped = [storable(row) for row in rows]
-            if clipped == rows:
-                raise
-            logger.error("receipts hold values no database takes, clipped", error=_short(error))
-            await _store(self._store, clipped, offsets)
+        await write_storable(self._writer, rows, {part.segment.name: part.end for part in taken})
         for part in taken:
             part.segment.offset = part.end
         self.ingested_count += len(rows)
         return len(rows)
 
     async def _finish(self) -> None:
-        """Put away segments that were read to their end, and those that cannot be read on."""
-        done = [segment for segment in self._segments.values() if segment.is_abandoned or segment.damage]
+        """Put away segments that were read to their end, or cannot be read on, if nobody writes them any more."""
+        for segment in self._segments.values():
+            if segment.damage and not segment.is_abandoned:
+                self._complain(
+                    segment.name,
+                    "journal segment in use is damaged; receipts after the offset wait for repair or its end",
+                    offset=segment.offset, damage=segment.damage,
+                )  # fmt: skip
+        done = [segment for segment in self._segments.values() if segment.is_abandoned]
         for segment in done:
             self._put_away(segment)
         if done:
@@ -188,7 +222,8 @@ class Ingest:
                     "last frame of a journal segment is torn, skipped",
                     segment=segment.name, offset=segment.offset, size=size,
                 )  # fmt: skip
-            segment.path.unlink()
+            segment.path.unlink(missing_ok=True)
+        self._complained.pop(segment.name, None)
         self._retired.append(self._segments.pop(segment.name))
 
 
@@ -200,18 +235,33 @@ class Taken(NamedTuple):
     rows: list[Row]
 
 
-def storable(row: Row) -> Row:
-    """Return the receipt with what no database column takes made fit.
-
-    An upstream may claim any number of tokens, a client any text: one such receipt must not stop all others.
-    """
-    return tuple(_storable(value) for value in row)
+def _names(directory: Path) -> list[str]:
+    with suppress(FileNotFoundError):
+        return sorted(os.listdir(directory))
+    return []
 
 
-def _storable(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("\x00", "\ufffd")  # PostgreSQL takes no NUL in text
-    return max(-INT64_MAX, min(value, INT64_MAX)) if type(value) is int else value
+def _locked(path: Path, flags: int = 0) -> int:
+    """Open and lock; return the descriptor that holds the lock. Raises BlockingIOError if somebody has it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _name_orphan(path: Path) -> None:
+    """Make a segment of a file whose worker died between locking and naming it. Raises OSError."""
+    if path.with_suffix(".log").exists() or time.time() - path.stat().st_mtime < ORPHAN_S:
+        return
+    with suppress(BlockingIOError):
+        descriptor = _locked(path)
+        try:
+            path.rename(path.with_suffix(".log"))
+        finally:
+            os.close(descriptor)
 
 
 def _read_batch(segments: list[Segment]) -> list[Taken]:
@@ -243,37 +293,10 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-async def _store(store: Store, rows: list[Row], offsets: dict[str, int]) -> None:
-    async with store.writing() as connection:
-        await _insert_receipts(store, connection, rows)
-        await _move_offsets(store, connection, offsets)
-
-
-async def _insert_receipts(store: Store, connection: AsyncConnection, rows: list[Row]) -> None:
-    """Add the receipts that are not there yet. On SQLite past SQLAlchemy, whose rows cost 3 times as much."""
-    if store.is_sqlite:
-        raw = await connection.get_raw_connection()
-        assert raw.driver_connection is not None
-        await raw.driver_connection.executemany(INSERT_SQLITE, rows)
-        return
-    names = receipts.c.keys()
-    await connection.execute(store.insert_new(receipts), [dict(zip(names, row, strict=True)) for row in rows])
-
-
-async def _move_offsets(store: Store, connection: AsyncConnection, offsets: dict[str, int]) -> None:
-    rows = [{"name": name, "offset": offset} for name, offset in offsets.items()]
-    await connection.execute(_upsert(store, journal_segments), rows)
-
-
-def _upsert(store: Store, table: Table) -> Any:
-    insert = (sqlite if store.is_sqlite else postgresql).insert(table)
-    return insert.on_conflict_do_update(index_elements=["name"], set_={"offset": insert.excluded.offset})
-
-
 async def _forget(connection: AsyncConnection, names: list[str]) -> None:
     if names:
         await connection.execute(delete(journal_segments).where(journal_segments.c.name.in_(names)))
 
 
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {fault_of(error)}"

@@ -119,7 +119,7 @@ class Downstream(asyncio.Protocol):
         """Take the client in, or turn it away when there are too many."""
         self.transport = cast(asyncio.Transport, transport)
         plane = self.plane
-        if len(plane.downstreams) >= plane.limits.connections_max or plane.is_draining:
+        if len(plane.downstreams) >= plane.limits.connections_max:
             self.transport.abort()
             return
         peer = transport.get_extra_info("peername")
@@ -175,6 +175,11 @@ class Downstream(asyncio.Protocol):
         if not self.read_blocks and not self.is_closing:
             self.plane.unread.discard(self)
             self.transport.resume_reading()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Tell whether no request has come yet: a client may not know that it must ask elsewhere."""
+        return self._head_count == 0 and self.current is None
 
     def is_reading_blocked(self, reason: int) -> bool:
         """Tell whether reading is stopped for this reason."""

@@ -194,9 +194,10 @@ class UpstreamConnection(asyncio.Protocol):
             exchange.upstream_lost(self)
 
     def on_message_begin(self) -> None:
-        """A second answer to one request is none of the next caller's."""
+        """Stop at a second answer to one request: it is not the next caller's, and must not change the first."""
         if self.is_complete:
             self.is_babbling = True
+            raise UpstreamFaultError("bytes follow its answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Sort one field. Trailers (fields after the head) are dropped, RFC 9110 §6.5.1."""
@@ -238,6 +239,8 @@ class UpstreamConnection(asyncio.Protocol):
         if head is NO_HEAD:
             head = self.head = AnswerHead()
         head.status = status
+        if parser.get_http_version() not in ("1.1", "1.0") or status < 100:
+            raise UpstreamFaultError("its answer is not HTTP/1.1")
         if len(head.fields) > FIELDS_MAX:
             raise UpstreamFaultError(f"its head has over {FIELDS_MAX} fields")
         if status < 200:

@@ -41,6 +41,7 @@ _log = get_logger("gpuproxy.worker")
 SWEEP_S = 0.5  # how late a deadline may be noticed
 UNREAD_S = 0.05  # how often connections we do not read from are asked whether the client left
 LINK_START_S = 5.0  # how long the start waits for the link; keys cannot be checked without it
+FRESH_S = 1.0  # how long a drain waits for the first request of a connection just opened
 CONTROL_KEEPALIVE_S = 30.0  # below the control server's own 75 s
 
 
@@ -133,7 +134,9 @@ class Plane:
         """Let calls in flight end, for at most ``drain_s``; then cut the rest."""
         self.is_draining = True
         for downstream in list(self.downstreams):
-            if downstream.current is None:
+            if downstream.is_fresh:
+                downstream.deadline_s = min(downstream.deadline_s, self.now_s + FRESH_S)
+            elif downstream.current is None:
                 downstream.close_gently()
         deadline_s = self._time() + self.config.server.drain_s
         while (self.downstreams or self.tunnels) and self._time() < deadline_s:

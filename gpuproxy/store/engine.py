@@ -6,6 +6,7 @@ commit that holds its receipts. Writing transactions open with BEGIN IMMEDIATE: 
 and writes later would fail with "database is locked" at once, whatever busy_timeout says.
 """
 
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -123,6 +124,19 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
+
+
+def connect_plain(store: Store) -> sqlite3.Connection:
+    """Return a connection of its own to a SQLite store, for bulk writes; any one thread at a time may use it."""
+    connection = sqlite3.connect(
+        str(store.engine.url.database), timeout=BUSY_TIMEOUT_MS / 1_000, check_same_thread=False
+    )
+    try:
+        _prepare_sqlite(connection, None)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 async def _connect_sqlite(path: Path) -> aiosqlite.Connection:

@@ -1,0 +1,128 @@
+"""Writes receipts and journal offsets into the store, both in one transaction.
+
+SQLite is written past SQLAlchemy, over a connection of its own: a row costs a third of what it costs there, a
+transaction 0.4 ms instead of 1.5.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from sqlalchemy import Insert
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects import sqlite as sqlite_dialect
+from sqlalchemy.exc import DBAPIError
+
+from gpuproxy.ledger.segment import Row
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import Store, connect_plain, fault_of
+from gpuproxy.store.schema import journal_segments, receipts
+
+INT64_MAX = 2**63 - 1
+
+logger = get_logger(__name__)
+
+
+class Writer(Protocol):
+    """Stores receipts, passing over those that are there already, and moves the offsets; both or neither."""
+
+    async def write(self, rows: Sequence[Row], offsets: Mapping[str, int]) -> None:
+        """Commit. Raises what the database raises; nothing is stored then."""
+
+    def close(self) -> None:
+        """Give up what is held. Not while a write runs."""
+
+
+def open_writer(store: Store) -> Writer:
+    """Return the fastest writer for this kind of store; it connects on first use."""
+    return SqliteWriter(store) if store.is_sqlite else SqlWriter(store)
+
+
+async def write_storable(writer: Writer, rows: Sequence[Row], offsets: Mapping[str, int]) -> None:
+    """Write; values no database takes are made fit. An upstream may claim any number, a client any text: one
+    such receipt must not stop all others.
+    """
+    try:
+        await writer.write(rows, offsets)
+    except (OverflowError, DBAPIError, sqlite3.Error) as error:
+        clipped = [storable(row) for row in rows]
+        if clipped == list(rows):
+            raise
+        logger.error("receipts hold values no database takes, clipped", error=fault_of(error))
+        await writer.write(clipped, offsets)
+
+
+def storable(row: Row) -> Row:
+    """Return the receipt with what no database column takes made fit."""
+    return tuple(_storable(value) for value in row)
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\x00", "\ufffd")  # PostgreSQL takes no NUL in text
+    return max(-INT64_MAX, min(value, INT64_MAX)) if type(value) is int else value
+
+
+def _upsert(insert: Any) -> Any:
+    return insert.on_conflict_do_update(index_elements=["name"], set_={"offset": insert.excluded.offset})
+
+
+def _compiled(insert: Insert) -> str:
+    return str(insert.compile(dialect=sqlite_dialect.dialect()))
+
+
+class SqliteWriter:
+    """Writes over one plain connection, in a thread."""
+
+    _INSERT = _compiled(sqlite_dialect.insert(receipts).on_conflict_do_nothing())
+    _MOVE = _compiled(_upsert(sqlite_dialect.insert(journal_segments)))
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._connection: sqlite3.Connection | None = None
+
+    async def write(self, rows: Sequence[Row], offsets: Mapping[str, int]) -> None:
+        """Commit. Raises what sqlite3 raises, OverflowError for a number over 64 bits."""
+        await asyncio.to_thread(self._write, rows, offsets)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _write(self, rows: Sequence[Row], offsets: Mapping[str, int]) -> None:
+        if self._connection is None:
+            self._connection = connect_plain(self._store)
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.executemany(self._INSERT, rows)
+            connection.executemany(self._MOVE, offsets.items())
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:  # a full disk ends the transaction by itself
+                connection.execute("ROLLBACK")
+            raise
+
+
+class SqlWriter:
+    """Writes with SQLAlchemy's pool, for every other database."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._insert = store.insert_new(receipts)
+        self._move = _upsert(postgresql.insert(journal_segments))
+        self._names = receipts.c.keys()
+
+    async def write(self, rows: Sequence[Row], offsets: Mapping[str, int]) -> None:
+        """Commit. Raises what SQLAlchemy raises."""
+        named = [dict(zip(self._names, row, strict=True)) for row in rows]
+        moved = [{"name": name, "offset": offset} for name, offset in offsets.items()]
+        async with self._store.writing() as connection:
+            await connection.execute(self._insert, named)
+            await connection.execute(self._move, moved)
+
+    def close(self) -> None:
+        """Do nothing: the pool is the store's."""
