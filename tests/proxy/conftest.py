@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 import uvloop
@@ -21,10 +21,19 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"uvloop": uvloop.new_event_loop}
 
 
-class Serve(Protocol):
-    """Starts a gateway with sections of config."""
+class Serve:
+    """Starts a gateway with sections of config; `last` is the one started last."""
 
-    async def __call__(self, registry: Registry | None = None, **tree: Any) -> Gateway: ...
+    def __init__(self, stack: AsyncExitStack, directory: Path, started: list[Exchange]) -> None:
+        self.last: Gateway | None = None
+        self._stack = stack
+        self._directory = directory
+        self._started = started
+
+    async def __call__(self, registry: Registry | None = None, **tree: Any) -> Gateway:
+        """Start the test's gateway; it ends with the test."""
+        self.last = await self._stack.enter_async_context(running(self._directory, self._started, registry, **tree))
+        return self.last
 
 
 @pytest.fixture
@@ -39,11 +48,7 @@ async def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
     monkeypatch.setattr(Exchange, "start", watched_start)
     async with AsyncExitStack() as stack:
-
-        async def start(registry: Registry | None = None, **tree: Any) -> Gateway:
-            return await stack.enter_async_context(running(tmp_path, started, registry, **tree))
-
-        yield start
+        yield Serve(stack, tmp_path, started)
 
 
 @pytest.fixture
