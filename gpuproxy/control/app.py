@@ -4,6 +4,7 @@ This is its composition root. Its sockets come from the supervisor, so nothing i
 """
 
 import asyncio
+import gc
 import socket
 import sys
 from pathlib import Path
@@ -80,6 +81,7 @@ async def _serve(boot: Boot, store: Store, stopping: asyncio.Event) -> None:
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
     polling = asyncio.create_task(feed.run(stopping))
     ingesting = asyncio.create_task(ingest.run(boot.config.journal))
+    gc.freeze()  # else every full collection walks all of SQLAlchemy and aiohttp: 50 ms
     report_ready(boot)
     try:
         await _first(stopping, polling, ingesting)

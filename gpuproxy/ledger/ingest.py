@@ -2,8 +2,7 @@
 
 Receipts and the offset behind them commit in one transaction, so whatever is killed when, the next pass goes
 on where the last commit ended. A segment goes only after its last receipt is committed: first the file, then
-its offset; the other way round a kill in between would read the file again from its start. Between passes the
-files are synced, so a power cut costs what was written in the last `sync_s` seconds.
+its offset; the other way round a kill in between would read the file again from its start.
 """
 
 import asyncio
@@ -11,6 +10,7 @@ import fcntl
 import os
 import time
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy import config
 from gpuproxy.ledger.segment import Row, Segment
+from gpuproxy.ledger.syncer import Syncer
 from gpuproxy.ledger.writer import open_writer, write_storable
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store, fault_of
@@ -26,7 +27,6 @@ from gpuproxy.store.schema import journal_segments
 
 BATCH_RECEIPTS = 5_000  # a transaction this long keeps other writers waiting about 25 ms
 BACKOFF_S_MAX = 5.0
-QUIET_SYNC_FACTOR_MAX = 10  # a journal that does not grow is looked at this much more seldom: 1 % of a core less
 ORPHAN_S = 60.0  # a worker names its new segment within microseconds; one without a name for so long has no worker
 COMPLAINT_S = 60.0  # between two log lines about the same file
 
@@ -48,10 +48,9 @@ class Ingest:
         self._writer = open_writer(store)
         self._directory = directory
         self._lock_fd = -1
+        self._is_waiting = False
         self._segments: dict[str, Segment] = {}
         self._offsets: dict[str, int] | None = None  # as committed; None until the store was read
-        self._listed_ns = -1
-        self._retired: list[Segment] = []
         self._complained: dict[str, float] = {}  # file name to monotonic seconds
         self._stopping = asyncio.Event()
 
@@ -71,22 +70,15 @@ class Ingest:
         await self._finish()
         return total
 
-    async def sync_once(self) -> int:
-        """Bring segments that grew since the last call to disk; return how many did. One call at a time."""
-        while self._retired:
-            self._retired.pop().close()
-        if self._offsets is not None and self._directory_ns() != self._listed_ns:
-            self._discover()
-        grown = [segment for segment in self._segments.values() if segment.size() != segment.synced_bytes]
-        if grown:
-            await asyncio.to_thread(_sync, self._directory, grown)
-        return len(grown)
-
     async def run(self, journal: config.Journal) -> None:
-        """Ingest and sync in turn until `stop`; go on through outages of the store."""
+        """Ingest, and sync beside it, until `stop`; go on through outages of the store."""
+        syncer = Syncer(self._directory)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._ingest_forever(journal.ingest_s))
-            group.create_task(self._sync_forever(journal.sync_s))
+            group.create_task(asyncio.to_thread(syncer.run, journal.sync_s))
+            try:
+                await self._ingest_forever(journal.ingest_s)
+            finally:
+                syncer.stop()
 
     def stop(self) -> None:
         """Let `run` end after the pass it is in."""
@@ -94,10 +86,9 @@ class Ingest:
 
     def close(self) -> None:
         """Close all files and let a successor read. Not while a pass runs."""
-        for segment in (*self._segments.values(), *self._retired):
+        for segment in self._segments.values():
             segment.close()
         self._segments.clear()
-        self._retired.clear()
         self._writer.close()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
@@ -113,17 +104,6 @@ class Ingest:
                 wait_s = min(max(wait_s * 2, interval_s), BACKOFF_S_MAX)
                 logger.error("ingest failed, will go on", error=_told(error), wait_s=wait_s)
             await self._pause(wait_s)
-
-    async def _sync_forever(self, interval_s: float) -> None:
-        wait_s = interval_s
-        while not self._stopping.is_set():
-            try:
-                grown_count = await self.sync_once()
-                wait_s = interval_s if grown_count else min(wait_s * 2, interval_s * QUIET_SYNC_FACTOR_MAX)
-                await asyncio.sleep(wait_s)
-            except OSError as error:
-                logger.error("journal cannot be synced", error=_told(error))
-                await self._pause(BACKOFF_S_MAX)
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
@@ -146,13 +126,20 @@ class Ingest:
         """Take the lock on the directory if nobody has it; False while somebody has, or there is no directory."""
         if self._lock_fd >= 0:
             return True
-        with suppress(FileNotFoundError, BlockingIOError):
+        try:
             self._lock_fd = _locked(self._directory, os.O_DIRECTORY)
-        return self._lock_fd >= 0
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            if not self._is_waiting:
+                logger.info("another process reads the journal, waiting for it to stop")
+            self._is_waiting = True
+            return False
+        self._is_waiting = False
+        return True
 
     def _discover(self) -> None:
         """Open segments that are new in the directory; one that cannot be opened keeps no other waiting."""
-        self._listed_ns = self._directory_ns()
         for name in _names(self._directory):
             try:
                 if name.endswith(".new"):
@@ -175,15 +162,9 @@ class Ingest:
             self._complained[name] = now_s
             logger.error(message, segment=name, **fields)
 
-    def _directory_ns(self) -> int:
-        try:
-            return os.stat(self._directory).st_mtime_ns
-        except FileNotFoundError:
-            return -1
-
     async def _commit(self, taken: list["Taken"]) -> int:
         """Store receipts and offsets in one transaction, then believe it. Return how many receipts."""
-        rows = [row for part in taken for row in part.rows]
+        rows = list(chain.from_iterable(part.rows for part in taken))
         await write_storable(self._writer, rows, {part.segment.name: part.end for part in taken})
         for part in taken:
             part.segment.offset = part.end
@@ -210,7 +191,9 @@ class Ingest:
         size = segment.size()
         if segment.damage:
             self.damaged_count += 1
-            kept = segment.path.rename(segment.path.with_suffix(".damaged"))
+            kept = segment.path.with_suffix(".damaged")
+            with suppress(FileNotFoundError):
+                segment.path.rename(kept)
             logger.error(
                 "journal segment is damaged, kept for repair; receipts after the offset are not counted",
                 segment=str(kept), offset=segment.offset, size=size, damage=segment.damage,
@@ -224,7 +207,7 @@ class Ingest:
                 )  # fmt: skip
             segment.path.unlink(missing_ok=True)
         self._complained.pop(segment.name, None)
-        self._retired.append(self._segments.pop(segment.name))
+        self._segments.pop(segment.name).close()
 
 
 class Taken(NamedTuple):
@@ -276,21 +259,6 @@ def _read_batch(segments: list[Segment]) -> list[Taken]:
         if found.bytes_used:
             taken.append(Taken(segment, segment.offset + found.bytes_used, found.rows))
     return taken
-
-
-def _sync(directory: Path, segments: list[Segment]) -> None:
-    if any(not segment.synced_bytes for segment in segments):
-        _sync_directory(directory)  # a new file is on disk only when its name is
-    for segment in segments:
-        segment.sync()
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 async def _forget(connection: AsyncConnection, names: list[str]) -> None:

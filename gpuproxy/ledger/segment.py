@@ -73,14 +73,13 @@ def _take(found: Cut, payload: memoryview, check: int) -> str:
 
 
 class Segment:
-    """An open segment file: how far it was read, how far it is safe on disk, whether its writer is gone."""
+    """An open segment file: how far it was read, and whether its writer is gone."""
 
     def __init__(self, path: Path, offset: int) -> None:
         self.path = path
         self.offset = offset
         self.is_abandoned = False
         self.damage = ""
-        self.synced_bytes = 0
         self._suspect_offset = -1
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
@@ -105,12 +104,6 @@ class Segment:
         if not found.bytes_used:
             self.damage = self._judge(found.damage)
         return found
-
-    def sync(self) -> None:
-        """Bring what is in the file now to disk."""
-        size = self.size()
-        os.fdatasync(self._fd)
-        self.synced_bytes = size
 
     def close(self) -> None:
         """Close the file."""

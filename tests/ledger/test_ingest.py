@@ -1,18 +1,21 @@
 """From the journal into the store: every receipt, once, whatever happens."""
 
 import asyncio
+import fcntl
 import os
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from journals import Worker, frame, frames, receipt
+from journals import Worker, frame, frames, open_files, receipt
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from structlog.testing import capture_logs
 
 from gpuproxy import config
-from gpuproxy.ledger.ingest import BATCH_RECEIPTS, Ingest
+from gpuproxy.ledger.ingest import BATCH_RECEIPTS, ORPHAN_S, Ingest
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import journal_segments, receipts
 
@@ -147,16 +150,77 @@ async def test_damage_in_the_middle_keeps_the_file_and_all_receipts_before_it(
     assert not worker.path.exists()
 
 
-async def test_damage_of_a_live_segment_is_believed_when_seen_twice(ingest: Ingest, hire: Hire) -> None:
-    bad = bytearray(frames(0, 1))
+async def test_a_damaged_segment_stays_while_its_worker_lives_and_is_kept_then(
+    store: Store, ingest: Ingest, hire: Hire
+) -> None:
+    bad = bytearray(frames(2, 3))
     bad[20] ^= 1
-    worker = hire()
-    worker.write(bytes(bad))
+    damaged, good = hire("a"), hire("b")
+    damaged.write(frames(0, 2) + bytes(bad))
+    with capture_logs() as lines:
+        for number in range(3, 6):
+            good.write(frames(number, number + 1))
+            damaged.write(frames(number + 10, number + 11))
+            await ingest.ingest_once()
+    assert await stored(store) == ids(0, 2) + ids(3, 6)
+    assert [(line["log_level"], line["segment"], line["offset"]) for line in lines] == [
+        ("error", damaged.path.name, len(frames(0, 2)))
+    ]
+    content = damaged.path.read_bytes()
+    damaged.leaves()
     await ingest.ingest_once()
-    assert ingest.damaged_count == 0
-    await ingest.ingest_once()
+    assert damaged.path.with_suffix(".damaged").read_bytes() == content
     assert ingest.damaged_count == 1
-    assert worker.path.with_suffix(".damaged").exists()
+
+
+async def test_a_damaged_segment_that_is_repaired_is_read_on(store: Store, ingest: Ingest, hire: Hire) -> None:
+    worker = hire()
+    worker.write(frames(0, 1) + frames(1, 2) + frames(2, 3))
+    whole = worker.path.read_bytes()
+    worker.path.write_bytes(whole[: len(frames(0, 1)) + 20] + b"\xff" + whole[len(frames(0, 1)) + 21 :])
+    for _ in range(3):
+        await ingest.ingest_once()
+    assert await stored(store) == ids(0, 1)
+    worker.path.write_bytes(whole)
+    await ingest.ingest_once()
+    assert await stored(store) == ids(0, 3)
+    assert ingest.damaged_count == 0
+
+
+async def test_a_file_that_cannot_be_opened_keeps_no_other_waiting(
+    store: Store, ingest: Ingest, hire: Hire, directory: Path
+) -> None:
+    (directory / "000-0.log").symlink_to(directory / "nowhere")
+    hire().write(frames(0, 2))
+    with capture_logs() as lines:
+        for _ in range(3):
+            await ingest.ingest_once()
+    assert await stored(store) == ids(0, 2)
+    assert [(line["log_level"], line["segment"]) for line in lines] == [("error", "000-0.log")]
+
+
+@pytest.mark.parametrize("content", [b"", frames(0, 2)], ids=["empty", "written"])
+async def test_a_segment_whose_worker_died_before_naming_it_is_read_and_goes(
+    store: Store, ingest: Ingest, directory: Path, content: bytes
+) -> None:
+    orphan = directory / "000-1.new"
+    orphan.write_bytes(content)
+    await ingest.ingest_once()
+    assert orphan.exists()
+    os.utime(orphan, (time.time() - 2 * ORPHAN_S,) * 2)
+    for _ in range(2):  # one names it, the next reads it
+        await ingest.ingest_once()
+    assert await stored(store) == (ids(0, 2) if content else [])
+    assert list(directory.iterdir()) == []
+
+
+async def test_a_segment_whose_worker_is_about_to_name_it_is_left_alone(ingest: Ingest, directory: Path) -> None:
+    path = directory / "000-1.new"
+    with path.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.utime(path, (time.time() - 2 * ORPHAN_S,) * 2)
+        await ingest.ingest_once()
+        assert path.exists()
 
 
 async def test_damage_in_one_segment_does_not_stop_another(store: Store, ingest: Ingest, hire: Hire) -> None:
@@ -177,16 +241,35 @@ async def test_a_receipt_met_again_is_stored_once(store: Store, directory: Path)
     assert await stored(store) == ids(0, 3)
 
 
-async def test_another_process_goes_on_where_the_last_one_committed(
+async def test_another_process_goes_on_where_the_last_one_committed_when_that_has_stopped(
     store: Store, ingest: Ingest, hire: Hire, directory: Path
 ) -> None:
     worker = hire()
     worker.write(frames(0, 3))
     await ingest.ingest_once()
     worker.write(frames(3, 4))
+    worker.leaves()
     successor = Ingest(store, directory)
+    with capture_logs() as lines:
+        assert [await successor.ingest_once() for _ in range(2)] == [0, 0]
+    assert [line["event"] for line in lines] == ["another process reads the journal, waiting for it to stop"]
+    assert worker.path.exists()
+    ingest.close()
     assert await successor.ingest_once() == 1
     successor.close()
+    assert await stored(store) == ids(0, 4)
+
+
+async def test_a_segment_that_somebody_took_away_stops_nothing(store: Store, ingest: Ingest, hire: Hire) -> None:
+    gone, here = hire("a"), hire("b")
+    gone.write(frames(0, 1))
+    await ingest.ingest_once()
+    gone.path.unlink()
+    gone.leaves()
+    here.write(frames(1, 2))
+    await ingest.ingest_once()
+    assert await stored(store) == ids(0, 2)
+    assert list(await offsets(store)) == ["b.log"]
 
 
 async def test_a_kill_between_commit_and_delete_loses_and_doubles_nothing(store: Store, directory: Path) -> None:
@@ -283,34 +366,21 @@ async def test_other_files_are_left_alone(ingest: Ingest, directory: Path) -> No
 async def test_a_missing_directory_is_an_empty_journal(store: Store, tmp_path: Path) -> None:
     ingest = Ingest(store, tmp_path / "none")
     assert await ingest.ingest_once() == 0
-    assert await ingest.sync_once() == 0
 
 
-async def test_segments_that_grew_are_synced_and_only_those(ingest: Ingest, hire: Hire) -> None:
-    first, second = hire("a"), hire("b")
-    await ingest.ingest_once()
-    first.write(frames(0, 1))
-    second.write(frames(1, 2))
-    assert await ingest.sync_once() == 2
-    assert await ingest.sync_once() == 0
-    second.write(frames(2, 3))
-    assert await ingest.sync_once() == 1
-
-
-async def test_a_new_segment_is_synced_before_it_is_ingested(ingest: Ingest, hire: Hire) -> None:
-    await ingest.ingest_once()
-    hire().write(frames(0, 1))
-    assert await ingest.sync_once() == 1
-
-
-async def test_a_segment_put_away_is_closed_by_the_next_sync(ingest: Ingest, hire: Hire) -> None:
+async def test_a_segment_put_away_is_closed(ingest: Ingest, hire: Hire) -> None:
     worker = hire()
     worker.write(frames(0, 1))
     worker.leaves()
     await ingest.ingest_once()
-    await ingest.sync_once()
-    assert str(worker.path) not in " ".join(
-        os.readlink(f"/proc/self/fd/{fd}")
-        for fd in os.listdir("/proc/self/fd")
-        if os.path.islink(f"/proc/self/fd/{fd}")
-    )
+    assert str(worker.path) not in open_files()
+
+
+async def test_the_loop_syncs_what_it_reads_and_ends(store: Store, ingest: Ingest, hire: Hire) -> None:
+    hire().write(frames(0, 1))
+    running = asyncio.create_task(ingest.run(config.Journal(ingest_s=0.001, sync_s=0.001)))
+    async with asyncio.timeout(10):
+        while ingest.ingested_count < 1 or threading.active_count() < 2:
+            await asyncio.sleep(0.001)
+        ingest.stop()
+        await running
