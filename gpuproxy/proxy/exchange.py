@@ -287,6 +287,8 @@ class Exchange:
         assert upstream is not None
         piece = b"%x\r\n%b\r\n" % (len(data), data) if self.head.is_chunked else data
         self.plane.outbox.write(upstream.transport, piece)
+        if len(piece) > JOINED_BYTES_MAX:
+            self.plane.outbox.flush()  # as in `relay`
         self.downstream.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
 
     def _end_upload(self) -> None:
@@ -551,6 +553,8 @@ class Exchange:
             outbox.writes.append((downstream.transport, out))
             if not outbox.is_scheduled:
                 outbox.schedule()
+            if size > JOINED_BYTES_MAX:
+                outbox.flush()  # a peer that takes no more must stop the reading in this very turn
         if size and self._reader is not None:
             self._reader.feed(body)
         if is_complete:
