@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,38 @@ def test_the_shipped_file_equals_the_defaults() -> None:
     assert load(ROOT / "config.toml", {}) == Config() == load(None, {})
 
 
+def commented(introduction: str) -> str:
+    """Return the example that follows in the shipped file, as if it were no comment."""
+    _, _, rest = (ROOT / "config.toml").read_text().partition(introduction)
+    return re.sub("^# ?", "", rest.partition("\n\n")[0], flags=re.MULTILINE)
+
+
+def test_the_commented_prices_of_the_shipped_file_are_valid(tmp_path: Path) -> None:
+    (price,) = load(write(tmp_path, commented("Repeat the block\n# for each model.\n#\n")), {}).prices
+    assert (price.model, price.input_usd_per_million, price.per_second_usd) == ("my-model", "0.15", "")
+
+
+@pytest.mark.parametrize("text", ["-1", "1e3", "0.1234567891", "1000000", " 1", "$1", "nan", "1_000", ".5", "\u0661"])
+def test_what_is_no_price_is_refused(tmp_path: Path, text: str) -> None:
+    (fault,) = faults(tmp_path, f'[[prices]]\nmodel = "m"\nper_request_usd = "{text}"')
+    assert fault.startswith("config.toml:3: prices[0].per_request_usd: ")
+    assert "is no price; write dollars" in fault
+
+
+def test_a_price_as_a_number_is_refused(tmp_path: Path) -> None:
+    (fault,) = faults(tmp_path, '[[prices]]\nmodel = "m"\nper_request_usd = 0.1')
+    assert fault == "config.toml:3: prices[0].per_request_usd: 0.1 does not fit: expected str"
+
+
+def test_a_model_has_one_price_at_an_upstream(tmp_path: Path) -> None:
+    price = '[[prices]]\nmodel = "m"\n'
+    (fault,) = faults(tmp_path, price + price)
+    assert fault == 'config.toml:4: prices[1].model: "m" has its price in prices[0]; keep one'
+    assert len(load(write(tmp_path, price + price + 'upstream = "llm"'), {}).prices) == 2
+
+
 def test_the_commented_upstreams_of_the_shipped_file_are_valid(tmp_path: Path) -> None:
-    _, _, examples = (ROOT / "config.toml").read_text().partition("Repeat the block for each one.\n#\n")
-    config = load(write(tmp_path, examples.replace("# [[", "[[").replace("\n# ", "\n").replace("\n#\n", "\n")), {})
+    config = load(write(tmp_path, commented("Repeat the block for each one.\n#\n")), {})
     assert [upstream.name for upstream in config.upstreams] == ["llm", "tools"]
     assert config.upstreams[0].headers == {"X-Team": "research"}
 

@@ -10,14 +10,15 @@ import pytest
 from msgspec import Struct
 
 from gpuproxy.cli import cli
-from gpuproxy.config import Config, Upstream, load
+from gpuproxy.config import Config, Price, Upstream, load
 from gpuproxy.errors import CODES
 from gpuproxy.plugin import Call, Registry, Usage
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIG = (ROOT / "config.toml").read_text()
-SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Config) if field.name != "upstreams"}
+BLOCKS: dict[str, type[Struct]] = {"upstreams": Upstream, "prices": Price}
+SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Config) if field.name not in BLOCKS}
 
 
 def blocks(language: str) -> list[str]:
@@ -41,16 +42,18 @@ def test_every_key_of_a_section_is_explained_where_it_stands(section: str) -> No
         assert re.search(rf"^{key} = .+  # \S+", text, re.MULTILINE), f"{section}.{key}"
 
 
-def test_every_key_of_an_upstream_is_explained() -> None:
-    text = CONFIG.partition("# [[upstreams]]\n")[2].partition("# [[upstreams]]\n")[0]
-    for key in Upstream.__struct_fields__:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_key_of_a_block_is_explained(block: str) -> None:
+    text = CONFIG.partition(f"# [[{block}]]\n")[2].partition("# [[")[0]
+    for key in BLOCKS[block].__struct_fields__:
         assert re.search(rf"^# {key} = .+ # \S+", text, re.MULTILINE), key
 
 
 def test_the_readme_names_every_section() -> None:
     for section in SECTIONS:
         assert f"| `[{section}]` |" in README
-    assert "| `[[upstreams]]` |" in README
+    for block in BLOCKS:
+        assert f"| `[[{block}]]` |" in README
 
 
 def test_the_readme_lists_every_error_as_the_table_has_it() -> None:

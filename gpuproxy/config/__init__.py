@@ -22,6 +22,7 @@ BaseUrl = Annotated[str, Meta(extra={"check": checks.base_url})]
 StoreUrl = Annotated[str, Meta(extra={"check": checks.store_url, "secret": True})]
 Network = Annotated[str, Meta(extra={"check": checks.network})]
 ReadableFile = Annotated[str, Meta(extra={"check": checks.readable_file})]
+Usd = Annotated[str, Meta(extra={"check": checks.usd})]
 VariableName = Annotated[str, Meta(extra={"check": checks.variable_name, "secret": True})]
 Level = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_LEVELS)})]
 Format = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_FORMATS)})]
@@ -137,6 +138,22 @@ class Upstream(Struct, forbid_unknown_fields=True, frozen=True):
     idle_s: PositiveSeconds | None = None
 
 
+class Price(Struct, forbid_unknown_fields=True, frozen=True):
+    """What calls of a model cost, in dollars as text, for no float can hold them exactly; "" is nothing.
+
+    ``model`` may be "*" for every model. An empty ``upstream`` means all. Cached input costs what input costs
+    unless it has a price.
+    """
+
+    model: Text
+    upstream: Annotated[str, Meta(extra={"check": checks.optional_upstream_name})] = ""
+    input_usd_per_million: Usd = ""
+    cached_input_usd_per_million: Usd = ""
+    output_usd_per_million: Usd = ""
+    per_request_usd: Usd = ""
+    per_second_usd: Usd = ""
+
+
 class Config(Struct, forbid_unknown_fields=True, frozen=True):
     """The whole of config.toml."""
 
@@ -150,12 +167,14 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     log: Log = Log()
     plugins: Plugins = Plugins()
     upstreams: tuple[Upstream, ...] = ()
+    prices: tuple[Price, ...] = ()
 
 
 PREFIX = "GPUPROXY_"
 CONVENTIONAL = {"LOG_LEVEL": ("log", "level"), "LOG_FORMAT": ("log", "format")}  # names other programs share
+BLOCKS = ("upstreams", "prices")  # of which there may be several
 SECTIONS: dict[str, type[Struct]] = {
-    field.name: field.type for field in msgspec.structs.fields(Config) if field.name != "upstreams"
+    field.name: field.type for field in msgspec.structs.fields(Config) if field.name not in BLOCKS
 }
 
 
@@ -176,6 +195,7 @@ def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
     faults = faults or Faults()
     config = read_struct(Config, tree, (), faults)
     _check_names_differ(tree.get("upstreams"), faults)
+    _check_prices_differ(tree.get("prices"), faults)
     faults.raise_if_any()
     assert config is not None  # a reader that returns None has noted a fault
     return config
@@ -265,3 +285,17 @@ def _check_names_differ(upstreams: Any, faults: Faults) -> None:
         if isinstance(name, str) and names.setdefault(name, index) != index:
             place = ("upstreams", index, "name")
             faults.add(place, f"{checks.show(name)} is the name of upstreams[{names[name]}]; rename one")
+
+
+def _check_prices_differ(prices: Any, faults: Faults) -> None:
+    first: dict[tuple[str, str], int] = {}
+    for index, price in enumerate(prices if isinstance(prices, list) else ()):
+        if not isinstance(price, dict):
+            continue
+        model, upstream = price.get("model"), price.get("upstream", "")
+        if not isinstance(model, str) or not isinstance(upstream, str):
+            continue
+        before = first.setdefault((model, upstream), index)
+        if before != index:
+            place = ("prices", index, "model")
+            faults.add(place, f"{checks.show(model)} has its price in prices[{before}]; keep one")

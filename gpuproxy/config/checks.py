@@ -42,6 +42,11 @@ def upstream_name(value: str) -> str | None:
     return f"{show(value)} is no name; use 1 to 64 of a-z 0-9 . _ -"
 
 
+def optional_upstream_name(value: str) -> str | None:
+    """Accept an upstream's name, or nothing."""
+    return upstream_name(value) if value else None
+
+
 def base_url(value: str) -> str | None:
     """Accept an absolute http(s) URL to which a path can be appended."""
     remedy = "write http://HOST[:PORT][/PATH]"
@@ -74,6 +79,13 @@ def store_url(value: str) -> str | None:
     if scheme == "sqlite" and (not rest.startswith("/") or rest in ("/", "/:memory:")):
         return "names no file; write sqlite:///./FILE (relative) or sqlite:////DIRECTORY/FILE"
     return None
+
+
+def usd(value: str) -> str | None:
+    """Accept dollars that are a whole number of nanodollars, written out; nothing stands for none."""
+    if re.fullmatch(r"([0-9]{1,6}(\.[0-9]{1,9})?)?", value):
+        return None
+    return f'{show(value)} is no price; write dollars such as "0.15", under a million and with up to 9 decimals'
 
 
 def network(value: str) -> str | None:

@@ -1,0 +1,124 @@
+"""What a call costs: prices in whole nanodollars, and the only divisions of the ledger.
+
+A price is kept per million tokens, since a nanodollar per token is too coarse for cheap models. Every meter (input,
+cached input, output, duration) is rounded up to a whole nanodollar once per call, so a call costs less than
+four nanodollars more than exact arithmetic says, and never less.
+"""
+
+from collections.abc import Iterable
+from decimal import Decimal
+
+from msgspec import Struct
+
+from gpuproxy import config
+from gpuproxy.types import Usage
+
+ANY = "*"  # as the model of a price: every model
+MILLION = 1_000_000
+METER_MAX = 10**12  # tokens or microseconds of one call; an upstream may claim any number
+CHARGE_NANOUSD_MAX = 10**17  # a hundred million dollars for one call is a mistake; sums must fit 64 bits
+
+
+class Price(Struct, frozen=True):
+    """What one model costs, at one upstream or (``upstream`` empty) at all.
+
+    ``valid_from_ns`` is unix time in nanoseconds; a price holds until a newer one of the same model and upstream.
+    """
+
+    model: str
+    upstream: str = ""
+    input_nanousd_per_million: int = 0
+    cached_input_nanousd_per_million: int = 0
+    output_nanousd_per_million: int = 0
+    request_nanousd: int = 0
+    second_nanousd: int = 0
+    valid_from_ns: int = 0
+
+
+FREE = Price(ANY)
+
+
+def charge(usage: Usage, price: Price, duration_us: int = 0, is_served: bool = True) -> int:
+    """Return what a call costs in nanodollars. Unknown (negative) counts are 0; cached tokens are part of the input.
+
+    A call that was not served (`is_served` False: the upstream failed) pays for the tokens it got, nothing else.
+    """
+    whole, cached = _bounded(usage.input_tokens), _bounded(usage.cached_tokens)
+    cached = min(cached, whole)
+    cost = (
+        _part(whole - cached, price.input_nanousd_per_million)
+        + _part(cached, price.cached_input_nanousd_per_million)
+        + _part(_bounded(usage.output_tokens), price.output_nanousd_per_million)
+    )
+    if is_served:
+        cost += price.request_nanousd + _part(_bounded(duration_us), price.second_nanousd)
+    return min(cost, CHARGE_NANOUSD_MAX)
+
+
+def upper_bound(price: Price, input_tokens: int, output_tokens_max: int, duration_us_max: int = 0) -> int:
+    """Return the most a call of at most these sizes can cost, in nanodollars; `charge` never exceeds it."""
+    fresh, cached = price.input_nanousd_per_million, price.cached_input_nanousd_per_million
+    is_rounded_twice = fresh % MILLION or cached % MILLION
+    cost = (
+        _part(_bounded(input_tokens), max(fresh, cached))
+        + (1 if is_rounded_twice else 0)
+        + _part(_bounded(output_tokens_max), price.output_nanousd_per_million)
+        + price.request_nanousd
+        + _part(_bounded(duration_us_max), price.second_nanousd)
+    )
+    return min(cost, CHARGE_NANOUSD_MAX)
+
+
+def from_config(price: config.Price) -> Price:
+    """Return the price as written in the configuration, exactly; cached input costs what input costs if not given."""
+    return Price(
+        price.model,
+        price.upstream,
+        nanousd_of(price.input_usd_per_million),
+        nanousd_of(price.cached_input_usd_per_million or price.input_usd_per_million),
+        nanousd_of(price.output_usd_per_million),
+        nanousd_of(price.per_request_usd),
+        nanousd_of(price.per_second_usd),
+    )
+
+
+def nanousd_of(text: str) -> int:
+    """Return dollars such as ``0.15`` (nothing: 0) in nanodollars, exactly. Raises ValueError for what is no such amount."""
+    if complaint := config.checks.usd(text):
+        raise ValueError(complaint)
+    return int(Decimal(text or "0").scaleb(9))
+
+
+class Catalogue:
+    """All prices, looked up by model and upstream.
+
+    A price for the upstream beats one for all, a price for the model beats one for any: first model and upstream,
+    then the model, then the upstream, then neither.
+    """
+
+    def __init__(self, prices: Iterable[Price] = ()) -> None:
+        self._prices: dict[tuple[str, str], list[Price]] = {}
+        for price in prices:
+            self._prices.setdefault((price.model, price.upstream), []).append(price)
+        for versions in self._prices.values():
+            versions.sort(key=lambda price: price.valid_from_ns, reverse=True)  # stable: the first given wins
+
+    def __bool__(self) -> bool:
+        """Tell whether anything costs anything."""
+        return bool(self._prices)
+
+    def find(self, model: str, upstream: str, at_ns: int) -> Price:
+        """Return the price in force at a time, FREE if there is none."""
+        for key in ((model, upstream), (model, ""), (ANY, upstream), (ANY, "")):
+            for price in self._prices.get(key, ()):
+                if price.valid_from_ns <= at_ns:
+                    return price
+        return FREE
+
+
+def _bounded(count: int) -> int:
+    return max(0, min(count, METER_MAX))
+
+
+def _part(count: int, per_million: int) -> int:
+    return -(-count * per_million // MILLION)
