@@ -83,7 +83,7 @@ def from_config(price: config.Price) -> Price:
 
 
 def nanousd_of(text: str) -> int:
-    """Return dollars such as ``0.15`` (nothing: 0) in nanodollars, exactly. Raises ValueError for what is no such amount."""
+    """Return dollars such as ``0.15`` in nanodollars, exactly; nothing is 0. Raises ValueError for anything else."""
     if complaint := config.checks.usd(text):
         raise ValueError(complaint)
     return int(Decimal(text or "0").scaleb(9))
