@@ -147,6 +147,13 @@ class Gateway:
         await client.send(data)
         return client
 
+    async def answer_one(self, listener: Listener) -> bytes:
+        """Let an upstream take one request on a new connection and answer OK; returns the request's head."""
+        upstream = await listener.accept()
+        head = await upstream.read_head()
+        await upstream.send(OK)
+        return head
+
     def passes(self, seconds: float) -> None:
         """Let time pass and act on every deadline."""
         self.clock.passed_s += seconds + 2 * SWEEP_S  # deadlines are set from the last sweep's time

@@ -1,0 +1,132 @@
+"""A protocol written outside the package enters by the same door and works the same way."""
+
+import json
+
+from gpuproxy.plugin import (
+    Call,
+    GatewayError,
+    Intent,
+    ProtocolHandler,
+    Registry,
+    UpstreamRequest,
+    Usage,
+    UsageReader,
+    load_plugins,
+)
+
+from .conftest import Serve
+from .harness import ENVELOPE, PREFIX, Gateway, request
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/x-words\r\nContent-Length: 13\r\n\r\none two three"
+
+
+class WordCounter:
+    """Counts the words of an answer."""
+
+    def __init__(self) -> None:
+        self._text = b""
+
+    def feed(self, data: bytes) -> None:
+        self._text += data
+
+    def finish(self) -> Usage | None:
+        return Usage(1, 0, len(self._text.split()))
+
+
+class Words:
+    """Routes by the first word of the body."""
+
+    name: str = "words"
+    mounts: tuple[str, ...] = ("words",)
+
+    def needs_body(self, method: bytes, path: bytes) -> bool:
+        return True
+
+    def inspect(self, call: Call) -> Intent:
+        if not call.body:
+            raise GatewayError("BAD_REQUEST", "say the name of an upstream")
+        return Intent(upstream=call.body.split()[0].decode("latin-1"), model="words", path=b"/say")
+
+    def describe(self, call: Call) -> Intent:
+        return Intent(model="described")
+
+    def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
+        return UpstreamRequest(headers=[(b"X-Words", b"%d" % len((call.body or b"").split()))])
+
+    def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
+        return WordCounter() if content_type.startswith(b"text/x-words") else None
+
+    def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
+        return b"application/json", json.dumps(body.decode().split()).encode()
+
+    def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
+        return json.dumps({"oops": error.code}).encode()
+
+
+_: type[ProtocolHandler] = Words
+
+
+async def _serve(serve: Serve) -> Gateway:
+    registry = load_plugins(("https", "mcp", "openinference"))
+    registry.run("words", lambda registry: registry.protocol(Words()))
+    return await serve(registry, raw={"protocol": "words"})
+
+
+def test_the_registry_takes_it_once() -> None:
+    registry = Registry()
+    registry.run("words", lambda registry: registry.protocol(Words()))
+    assert registry.mounts["words"] is registry.protocols["words"]
+
+
+async def test_it_routes_completes_and_meters_below_its_mount(serve: Serve) -> None:
+    gateway = await _serve(serve)
+    client = await gateway.ask(request(b"POST " + PREFIX + b"/words/x", body=b"raw data"))
+    upstream = await gateway.raw.accept()
+    head = await upstream.read_head()
+    assert head.startswith(b"POST /say HTTP/1.1\r\n")
+    assert b"X-Words: 2\r\n" in head
+    await upstream.expect(b"raw data")
+    await upstream.send(ANSWER)
+    assert (await client.answer()).body == b"one two three"
+    receipt = await gateway.receipt()
+    assert (receipt.protocol, receipt.model, receipt.output_tokens) == ("words", "words", 3)
+
+
+async def test_it_refuses_in_its_own_dialect(serve: Serve) -> None:
+    gateway = await _serve(serve)
+    client = await gateway.ask(request(b"POST " + PREFIX + b"/words/x", body=b"llm data"))
+    answer = await client.answer()
+    assert (answer.status, answer.json()) == (404, {"oops": "UNKNOWN_UPSTREAM"})
+    await client.send(request(b"POST " + PREFIX + b"/words/x", body=b"", id=b"t2"))
+    assert (await client.answer()).json() == {"oops": "BAD_REQUEST"}
+
+
+async def test_it_serves_its_upstream_by_name(serve: Serve) -> None:
+    gateway = await _serve(serve)
+    client = await gateway.ask(request(b"GET " + PREFIX + b"/upstreams/raw/any?x"))
+    upstream = await gateway.raw.accept()
+    assert (await upstream.read_head()).startswith(b"GET /any?x HTTP/1.1\r\n")
+    await upstream.send(ANSWER)
+    assert (await client.answer()).body == b"one two three"
+    assert (await gateway.receipt()).model == "described"
+
+
+async def test_it_serves_envelopes(serve: Serve) -> None:
+    gateway = await _serve(serve)
+    body = {"protocol": "words", "target_url": f"http://127.0.0.1:{gateway.raw.port}/x", "body": "a b c"}
+    client = await gateway.ask(request(b"POST " + ENVELOPE, body=json.dumps(body).encode()))
+    upstream = await gateway.raw.accept()
+    head = await upstream.read_head()
+    assert b"X-Words: 3\r\n" in head
+    assert b"Content-Type: text/plain; charset=utf-8\r\n" in head
+    await upstream.expect(b"a b c")
+    await upstream.send(ANSWER)
+    whole = (await client.answer()).json()
+    assert (whole["data"], whole["usage"]["output_tokens"]) == (["one", "two", "three"], 3)
+
+
+async def test_an_unknown_protocol_names_it_among_the_known(serve: Serve) -> None:
+    gateway = await _serve(serve)
+    body = {"protocol": "nope", "target_url": "http://example.com"}
+    client = await gateway.ask(request(b"POST " + ENVELOPE, body=json.dumps(body).encode()))
+    assert "https, mcp, openinference, words" in (await client.answer()).json()["error"]
