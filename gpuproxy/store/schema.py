@@ -84,6 +84,65 @@ api_keys = Table(
     Column("expires_at", UtcTime),
     Column("revoked_at", UtcTime),
     Column("created_at", UtcTime, nullable=False),
+    Column("rpm", Integer),  # requests per minute; 0: no limit; NULL: the default
+    Index(None, "expires_at"),
+)
+
+# Apart from users, which other programs read. Who has no row here cannot log in.
+passwords = Table(
+    "passwords",
+    metadata,
+    Column("user_id", Text, ForeignKey("users.id"), primary_key=True),
+    Column("hash", Text, nullable=False),
+    Column("changed_at", UtcTime, nullable=False),
+)
+
+# One log-in and all tokens that came from it.
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("user_id", Text, ForeignKey("users.id"), nullable=False, index=True),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime, nullable=False, index=True),
+    Column("revoked_at", UtcTime),
+)
+
+# Used ones stay until they expire, so that a second use is seen.
+refresh_tokens = Table(
+    "refresh_tokens",
+    metadata,
+    Column("digest", LargeBinary(32), primary_key=True),
+    Column("session_id", Text, ForeignKey("sessions.id"), nullable=False, index=True),
+    Column("expires_at", UtcTime, nullable=False, index=True),
+    Column("used_at", UtcTime),
+)
+
+# Answers to calls that carried an Idempotency-Key; status and body are NULL while the call runs.
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("user_id", Text, ForeignKey("users.id"), primary_key=True),
+    Column("route", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("request_hash", LargeBinary(32), nullable=False),
+    Column("status", Integer),
+    Column("body", LargeBinary),
+    Column("created_at", UtcTime, nullable=False, index=True),
+)
+
+# What admins did, written in the transaction that did it.
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", Sequence, primary_key=True, autoincrement=True),
+    Column("at", UtcTime, nullable=False),
+    Column("actor_user_id", Text, ForeignKey("users.id"), nullable=False),
+    Column("actor_key_id", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("subject_id", Text, nullable=False, index=True),
+    Column("detail", JSON, nullable=False),
+    sqlite_autoincrement=True,
 )
 
 # What workers must hear of, written in the same transaction as the change itself.
