@@ -76,12 +76,16 @@ class Store(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Auth(Struct, forbid_unknown_fields=True, frozen=True):
-    """How long workers trust what control told them about a key."""
+    """Who may have an account, how long tokens last, how long workers trust what they know about a key."""
 
     grant_ttl_s: PositiveSeconds = 60.0
     unknown_key_ttl_s: PositiveSeconds = 5.0
     stale_grant_s: PositiveSeconds = 3_600.0
     authorize_timeout_s: PositiveSeconds = 2.0
+    allow_registration: bool = True
+    access_token_s: Annotated[float, Meta(ge=1, le=900)] = 900.0  # what is signed is believed until it ends
+    refresh_token_s: PositiveSeconds = 2_592_000.0
+    jwt_secret_env: VariableName = ""
 
 
 class Journal(Struct, forbid_unknown_fields=True, frozen=True):
