@@ -319,3 +319,12 @@ async def test_a_body_that_routing_must_hold_is_bounded(serve: Serve, is_known: 
     answer = await client.answer()
     assert (answer.status, answer.json()["error"]["code"]) == (413, "BODY_TOO_LARGE")
     assert gateway.llm.is_untouched()
+
+
+@pytest.mark.parametrize("body", [b"x\r\n", b"3\r\nabcd\r\n", b"0\r\nX\r\n\r\n"])
+async def test_a_broken_body_behind_a_refusal_changes_nothing(gateway: Gateway, body: bytes) -> None:
+    client = await gateway.ask(request(b"POST " + RAW + b"/x", b"Transfer-Encoding: chunked", key=b"") + body)
+    assert (await client.answer()).status == 401
+    client.end()
+    await client.expect_end()
+    assert (await gateway.receipt()).status == 401

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from .conftest import Serve
-from .harness import KEY, OK, RAW, Gateway, request
+from .harness import KEY, OK, RAW, Gateway, request, until
 from .wire import Wire
 
 PLAIN = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -87,35 +87,27 @@ async def test_a_damaged_request_is_answered_and_is_never_more_than_an_oracle_se
         at %= len(sent)
         sent = sent[:at] + put + sent[at + drop :]
     client = await gateway.ask(sent)
-    client.end()
-    await _settle(gateway)
-    allowed = _oracle(sent)
-    seen = [wire for wire in gateway.raw.wires if not wire.is_ended]
-    del gateway.raw.wires[:]
-    while not gateway.raw.is_untouched():
-        seen.append(await gateway.raw.accept())
-    for wire in seen:
-        got = await wire.read_to_end()
-        if not got:
-            continue
-        assert allowed, (sent, got)
-        assert got.count(b" HTTP/1.1\r\nHost: 127.0.0.1") <= len(allowed), (sent, got)
-    client.close()
-    gateway.passes(60)
-
-
-async def _settle(gateway: Gateway) -> None:
-    """Let the request run its course; the upstream never answers, so end what hangs on it."""
     for _ in range(3):
         await gateway.turn()
-        gateway.passes(200)
-    await gateway.turn()
+        await until(lambda: not gateway.plane._tasks, "connections to be made")
+    allowed = _oracle(sent)
+    upstreams = [await gateway.raw.accept() for _ in range(100) if not gateway.raw.is_untouched()]
+    gateway.passes(200)  # whatever waits now is refused, cut or closed
+    gateway.passes(200)
+    seen = b"".join([await wire.read_to_end() for wire in upstreams])
+    assert seen.count(b" HTTP/1.1\r\nHost: 127.0.0.1") <= len(allowed), (sent, seen)
+    client.end()
+    said = await client.read_to_end()
+    assert not said or said.startswith(b"HTTP/1.1 "), said
+    for wire in [client, *upstreams]:
+        wire.close()
+    gateway.raw.wires.clear()
 
 
 def _oracle(sent: bytes) -> list[bytes]:
     """Return the targets of the requests that a strict parser finds at the start of `sent`, whole or not."""
     oracle = h11.Connection(h11.SERVER)
-    oracle.receive_data(sent)
+    oracle.receive_data(sent.lstrip(b"\r\n"))  # empty lines before a request are skipped, RFC 9112 §2.2
     found = []
     try:
         while not isinstance(event := oracle.next_event(), type(h11.NEED_DATA)) and event is not h11.PAUSED:
