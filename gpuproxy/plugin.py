@@ -94,7 +94,8 @@ class UpstreamRequest(Struct, gc=False):
 class UsageReader(Protocol):
     """Reads usage from an answer's body as it passes. Sans-I/O, fed after the client was written to.
 
-    The result must not depend on how the body was split.
+    The result must not depend on how the body was split. A reader may have a property ``is_terminal`` that tells
+    whether the answer's own end marker has passed: a client that leaves then has had everything.
     """
 
     def feed(self, data: bytes) -> None:

@@ -40,7 +40,7 @@ class EventFilter:
     subclass may name a form of the word, ``dull``, that events may be skipped for when they have no other.
     """
 
-    __slots__ = ("_ended_in_cr", "_held", "_is_long")
+    __slots__ = ("_ended_in_cr", "_held", "_is_long", "_last")
 
     word: bytes = b""
     dull: bytes = b""
@@ -48,6 +48,7 @@ class EventFilter:
     def __init__(self) -> None:
         self._held: bytearray | None = None
         self._is_long = False
+        self._last = b""  # what was fed last
         self._ended_in_cr = False
 
     def take(self, data: bytes) -> None:
@@ -58,6 +59,7 @@ class EventFilter:
 
     def feed(self, data: bytes) -> None:
         """Look at the next bytes. Whole events without the word, the common case, cost two searches."""
+        self._last = data
         if (
             self._held is None
             and data.endswith(_EVENT_ENDS)

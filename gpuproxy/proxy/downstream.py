@@ -230,7 +230,11 @@ class Downstream(asyncio.Protocol):
         exchange.is_received = True
         exchange.request_bytes = len(body)
         exchange.held_body = [body]
-        self._admit(exchange)
+        if self.current is None:
+            self.current = exchange
+            exchange.start()
+        else:
+            self._admit(exchange)
 
     def _admit(self, exchange: Exchange) -> None:
         if self.current is None:

@@ -825,26 +825,19 @@ class Exchange:
         """Write the receipt and let the connection go on. Runs once."""
         self.state = DONE
         self.held_body = []
-        if self.route.kind != CONTROL:
-            self._write_receipt(outcome)
-        if self._status != 101:
-            self.downstream.ended(self, not self.keeps_alive or (outcome == "ok" and not self.is_received))
-
-    def _write_receipt(self, outcome: Outcome) -> None:
-        plane = self.plane
-        started_ns = self._started_ns
-        reader = self._reader
-        usage = (reader.finish() if reader is not None else None) or NO_USAGE
-        grant = self._grant or NO_GRANT
-        intent = self._intent or NO_INTENT
-        handler = self._handler
-        destination = self._destination
-        first_byte_ns = self._first_byte_ns
-        request_id = self.request_id
-        if not plane.outbox.is_scheduled:
-            plane.outbox.schedule()
-        plane.journal.append(
-            Receipt(
+        route = self.route
+        if route.kind != CONTROL:
+            plane = self.plane
+            started_ns = self._started_ns
+            first_byte_ns = self._first_byte_ns
+            request_id = self.request_id
+            grant = self._grant or NO_GRANT
+            intent = self._intent or NO_INTENT
+            handler = self._handler
+            destination = self._destination
+            reader = self._reader
+            usage = (reader.finish() if reader is not None else None) or NO_USAGE
+            receipt = Receipt(
                 plane.new_id() if self.head.request_id else request_id,
                 request_id,
                 plane.wall_offset_ns + started_ns,
@@ -856,7 +849,7 @@ class Exchange:
                 destination.name if destination is not None else "",
                 intent.model,
                 self.method.decode(),
-                self.route.shown,
+                route.shown,
                 self._status,
                 outcome,
                 self._error,
@@ -869,7 +862,11 @@ class Exchange:
                 self._attempts,
                 intent.is_stream,
             )
-        )
+            plane.journal.append(receipt)
+            if not plane.outbox.is_scheduled:
+                plane.outbox.schedule()
+        if self._status != 101:
+            self.downstream.ended(self, not self.keeps_alive or (outcome == "ok" and not self.is_received))
 
 
 def _body_too_large(limit_bytes: int) -> GatewayError:

@@ -98,7 +98,9 @@ class UpstreamConnection(asyncio.Protocol):
             self.content_length = -1
             self.is_complete = self.is_until_close = self.has_head = False
             self.head_bytes = self._interim_count = 0
-            self.origin.give(self, now_s)
+            origin = self.origin
+            self.idle_until_s = now_s + origin.keepalive_s
+            origin.idle[self] = None
         else:
             self.abort()
 

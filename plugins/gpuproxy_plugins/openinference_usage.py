@@ -17,6 +17,16 @@ _TOKENS_MAX = 1 << 40  # beyond any context window; keeps a babbling upstream ou
 _CANDIDATES_MAX = 16  # how many "usage" keys of a tail are tried, last first
 _WORD = b'"usage"'
 _UNREADABLE = (ValueError, RecursionError)
+_END_MARKERS = (
+    b"data: [DONE]",
+    b'"message_stop"',
+    b'"response.completed"',
+    b'"response.incomplete"',
+    b'"response.failed"',
+)
+_MARKER_BYTES_MAX = (
+    65_536  # of the last piece that are searched; a Responses stream repeats its whole answer at the end
+)
 
 
 class Details(Struct, gc=False):
@@ -198,6 +208,11 @@ class StreamUsageReader(EventFilter):
     def __init__(self) -> None:
         super().__init__()
         self._counts: Counts | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Tell whether the stream's own end marker has just passed: SDKs hang up at it, and have it all."""
+        return any(marker in self._last[-_MARKER_BYTES_MAX:] for marker in _END_MARKERS)
 
     def take(self, data: bytes) -> None:
         """Read one event that mentions usage."""
