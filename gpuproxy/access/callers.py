@@ -1,0 +1,77 @@
+"""Who calls the management API, and what they may do: by API key, or by the access token of a session."""
+
+from datetime import UTC, datetime
+
+from msgspec import Struct
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gpuproxy.access.tokens import Claims
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import api_keys, sessions, users
+from gpuproxy.types import ALL_SCOPES
+
+ADMIN_SCOPE = "admin"
+SCOPES = {  # of API keys. An access token has all its user may have
+    "inference": "call models and tools",
+    "account": "read and manage the own account",
+    "read": "read the own account",
+    ADMIN_SCOPE: "manage all accounts; only for keys of admins",
+}
+
+
+class Caller(Struct, frozen=True):
+    """Who calls. `key_id` or `session_id` is set, by the kind of the credential.
+
+    `models`, `expires_at` and `rpm` are the bounds of a key; None where there is none.
+    """
+
+    user_id: str
+    email: str
+    scopes: tuple[str, ...]
+    key_id: str = ""
+    session_id: str = ""
+    models: tuple[str, ...] | None = None
+    expires_at: datetime | None = None
+    rpm: int | None = None
+
+    @property
+    def is_admin(self) -> bool:
+        """Tell whether this credential may do what only admins may."""
+        return ADMIN_SCOPE in self.scopes
+
+
+async def caller_by_key(store: Store, digest: bytes) -> Caller | None:
+    """Return who holds the key with this digest; None if it is unknown, expired or revoked, or its user blocked."""
+    shown = (api_keys, users.c.email, users.c.is_admin)
+    query = (
+        select(*shown)
+        .select_from(api_keys.join(users, users.c.id == api_keys.c.user_id))
+        .where(api_keys.c.digest == digest, api_keys.c.revoked_at.is_(None), users.c.is_active)
+    )
+    async with store.reading() as connection:
+        row = (await connection.execute(query)).first()
+    if row is None or (row.expires_at is not None and row.expires_at <= datetime.now(UTC)):
+        return None
+    scopes = tuple(scope for scope in row.scopes if scope != ADMIN_SCOPE or row.is_admin)
+    models = None if row.models is None else tuple(row.models)
+    return Caller(row.user_id, row.email, scopes, row.id, "", models, row.expires_at, row.rpm)
+
+
+async def caller_by_token(store: Store, claims: Claims) -> Caller | None:
+    """Return who holds a token with these claims; None if its session has ended or its user is blocked."""
+    async with store.reading() as connection:
+        return await _of_session(connection, claims)
+
+
+async def _of_session(connection: AsyncConnection, claims: Claims) -> Caller | None:
+    query = (
+        select(users.c.id, users.c.email, users.c.is_admin)
+        .select_from(sessions.join(users, users.c.id == sessions.c.user_id))
+        .where(sessions.c.id == claims.sid, sessions.c.revoked_at.is_(None), users.c.is_active)
+    )
+    row = (await connection.execute(query)).first()
+    if row is None or row.id != claims.sub:
+        return None
+    scopes = (*ALL_SCOPES, ADMIN_SCOPE) if row.is_admin else ALL_SCOPES
+    return Caller(row.id, row.email, scopes, session_id=claims.sid)
