@@ -1,29 +1,15 @@
-"""The double-entry book: transfers between accounts, in whole nanodollars.
+"""Customers' credit: dollars as people write them, credit given, what is left."""
 
-An account's ``posted_nanousd`` is what was credited to it less what was debited, so the sum over all accounts
-is zero and a customer's credit account shows what is left to spend. Transfers are immutable; each carries an
-idempotency key, so that whoever is unsure may post again.
-"""
-
-from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
-from uuid import uuid4
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gpuproxy.errors import GatewayError
+from gpuproxy.ledger.transfers import ADJUSTMENTS, AMOUNT_NANOUSD_MAX, Transfer, credit_account, post
 from gpuproxy.store.engine import Store
-from gpuproxy.store.schema import accounts, transfers
+from gpuproxy.store.schema import accounts
 
 NANOUSD = 1_000_000_000  # in one dollar
-AMOUNT_NANOUSD_MAX = 10**18  # a billion dollars; nine times that fits the column
-ADJUSTMENTS = "adjustments"
-
-
-def credit_account(user_id: str) -> str:
-    """Return the id of the account that holds a customer's credit."""
-    return f"credit:{user_id}"
 
 
 def parse_usd(text: str) -> int:
@@ -61,12 +47,8 @@ async def add_credit(
     store: Store, connection: AsyncConnection, user_id: str, amount_nanousd: int, idempotency_key: str
 ) -> bool:
     """Do what `credit` does, inside the caller's writing transaction."""
-    if not 0 < amount_nanousd <= AMOUNT_NANOUSD_MAX:
-        raise GatewayError("UNPROCESSABLE", f"{amount_nanousd} nanodollars is out of range", param="amount")
-    to = credit_account(user_id)
-    await _open(store, connection, ADJUSTMENTS, "adjustments", None)
-    await _open(store, connection, to, "credit", user_id)
-    return await _transfer(store, connection, ADJUSTMENTS, to, amount_nanousd, idempotency_key)
+    given = Transfer(ADJUSTMENTS, credit_account(user_id), amount_nanousd, "adjustment", idempotency_key)
+    return bool(await connection.run_sync(post, [given]))
 
 
 async def balance(store: Store, user_id: str) -> int:
@@ -74,46 +56,3 @@ async def balance(store: Store, user_id: str) -> int:
     query = select(accounts.c.posted_nanousd - accounts.c.held_nanousd).where(accounts.c.id == credit_account(user_id))
     async with store.reading() as connection:
         return (await connection.scalar(query)) or 0
-
-
-async def _open(
-    store: Store, connection: AsyncConnection, account_id: str, kind: str, owner_user_id: str | None
-) -> None:
-    await connection.execute(
-        store.insert_new(accounts).values(
-            id=account_id, owner_user_id=owner_user_id, kind=kind, posted_nanousd=0, held_nanousd=0
-        )
-    )
-
-
-async def _transfer(
-    store: Store, connection: AsyncConnection, debit: str, credit: str, amount_nanousd: int, key: str
-) -> bool:
-    """Post one transfer inside the caller's transaction; False if its key was posted before."""
-    posted = await connection.execute(
-        store.insert_new(transfers).values(
-            id=str(uuid4()),
-            debit_account_id=debit,
-            credit_account_id=credit,
-            amount_nanousd=amount_nanousd,
-            kind="adjustment",
-            idempotency_key=key,
-            created_at=datetime.now(UTC),
-        )
-    )
-    if posted.rowcount == 0:
-        await _check_same(connection, debit, credit, amount_nanousd, key)
-        return False
-    for account_id, change in sorted([(debit, -amount_nanousd), (credit, amount_nanousd)]):  # one order: no deadlock
-        await connection.execute(
-            update(accounts)
-            .where(accounts.c.id == account_id)
-            .values(posted_nanousd=accounts.c.posted_nanousd + change)
-        )
-    return True
-
-
-async def _check_same(connection: AsyncConnection, debit: str, credit: str, amount_nanousd: int, key: str) -> None:
-    row = (await connection.execute(select(transfers).where(transfers.c.idempotency_key == key))).one()
-    if (row.debit_account_id, row.credit_account_id, row.amount_nanousd) != (debit, credit, amount_nanousd):
-        raise GatewayError("CONFLICT", f"idempotency key {key!r} belongs to another transfer")

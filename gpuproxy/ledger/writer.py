@@ -18,8 +18,10 @@ from gpuproxy.ledger.segment import Row
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store, connect_plain, fault_of
 from gpuproxy.store.schema import journal_segments, receipts
+from gpuproxy.types import Receipt
 
 INT64_MAX = 2**63 - 1
+NAMES = list(Receipt.__struct_fields__)  # the columns of a row, in order
 
 logger = get_logger(__name__)
 
@@ -68,15 +70,15 @@ def _upsert(insert: Any) -> Any:
     return insert.on_conflict_do_update(index_elements=["name"], set_={"offset": insert.excluded.offset})
 
 
-def _compiled(insert: Insert) -> str:
-    return str(insert.compile(dialect=sqlite_dialect.dialect()))
+def _compiled(insert: Insert, columns: list[str]) -> str:
+    return str(insert.compile(dialect=sqlite_dialect.dialect(), column_keys=columns))
 
 
 class SqliteWriter:
     """Writes over one plain connection, in a thread."""
 
-    _INSERT = _compiled(sqlite_dialect.insert(receipts).on_conflict_do_nothing())
-    _MOVE = _compiled(_upsert(sqlite_dialect.insert(journal_segments)))
+    _INSERT = _compiled(sqlite_dialect.insert(receipts).on_conflict_do_nothing(), NAMES)
+    _MOVE = _compiled(_upsert(sqlite_dialect.insert(journal_segments)), journal_segments.c.keys())
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -114,11 +116,10 @@ class SqlWriter:
         self._store = store
         self._insert = store.insert_new(receipts)
         self._move = _upsert(postgresql.insert(journal_segments))
-        self._names = receipts.c.keys()
 
     async def write(self, rows: Sequence[Row], offsets: Mapping[str, int]) -> None:
         """Commit. Raises what SQLAlchemy raises."""
-        named = [dict(zip(self._names, row, strict=True)) for row in rows]
+        named = [dict(zip(NAMES, row, strict=True)) for row in rows]
         moved = [{"name": name, "offset": offset} for name, offset in offsets.items()]
         async with self._store.writing() as connection:
             await connection.execute(self._insert, named)

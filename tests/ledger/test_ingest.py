@@ -72,7 +72,8 @@ async def test_what_a_worker_wrote_is_stored_with_every_field(store: Store, inge
     async with store.reading() as connection:
         row = (await connection.execute(select(receipts))).one()
     written = receipt(1)
-    assert {name: getattr(written, name) for name in written.__struct_fields__} == row._asdict()
+    stored_of_it = {name: value for name, value in row._asdict().items() if name in written.__struct_fields__}
+    assert {name: getattr(written, name) for name in written.__struct_fields__} == stored_of_it
 
 
 async def test_a_live_segment_is_read_on_where_it_was_left(store: Store, ingest: Ingest, hire: Hire) -> None:

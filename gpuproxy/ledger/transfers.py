@@ -1,0 +1,149 @@
+"""Transfers between accounts, in whole nanodollars: the one place where balances change.
+
+An account's ``posted_nanousd`` is what was credited to it less what was debited, so the sum over all accounts is
+zero and a customer's credit account shows what is theirs. Transfers are immutable; each carries an
+idempotency key, so that whoever is unsure may post again.
+
+These functions are synchronous and work inside the caller's writing transaction: ``await
+connection.run_sync(post, ...)``. Whoever changes an account locks it first, all of one transaction in one order, so
+none waits in a circle (SQLite's one writer has the whole file).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from uuid import uuid4
+
+from msgspec import Struct, field
+from sqlalchemy import Connection, Table, bindparam, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from gpuproxy.errors import GatewayError
+from gpuproxy.store.schema import accounts, transfers
+
+REVENUE = "revenue"  # what calls and rentals were charged
+WRITE_OFF = "write_off"  # what should have been charged but was not there
+ADJUSTMENTS = "adjustments"  # credit given or taken by hand
+PAYMENTS = "payments"  # money that came in
+PROVIDER_COST = "provider_cost"  # what rented machines cost us
+CREDIT = "credit"  # the kind of customers' accounts
+AMOUNT_NANOUSD_MAX = 10**18  # a billion dollars; nine times that fits the column
+
+
+class Transfer(Struct, frozen=True):
+    """An amount over 0 that goes from `debit` to `credit`, for good; receipts it pays name the same `charge_id`."""
+
+    debit: str
+    credit: str
+    amount_nanousd: int
+    kind: str
+    idempotency_key: str
+    charge_id: str = ""
+    id: str = field(default_factory=lambda: str(uuid4()))
+
+
+class Account(Struct, frozen=True):
+    """An account as it stood when it was locked."""
+
+    id: str
+    posted_nanousd: int = 0
+    held_nanousd: int = 0
+    overdraft_nanousd: int = 0
+
+    @property
+    def free_nanousd(self) -> int:
+        """Return what may still be held or charged."""
+        return max(0, self.posted_nanousd - self.held_nanousd + self.overdraft_nanousd)
+
+
+def credit_account(user_id: str) -> str:
+    """Return the id of the account that holds a customer's credit."""
+    return f"{CREDIT}:{user_id}"
+
+
+def lock(connection: Connection, account_ids: Iterable[str]) -> dict[str, Account]:
+    """Return those of the accounts that exist, as nobody else can change them until the transaction ends."""
+    columns = (accounts.c.id, accounts.c.posted_nanousd, accounts.c.held_nanousd, accounts.c.overdraft_nanousd)
+    chosen = accounts.c.id.in_(sorted(set(account_ids)))
+    rows = connection.execute(select(*columns).where(chosen).order_by(accounts.c.id).with_for_update())
+    return {row.id: Account(*row) for row in rows}
+
+
+def open_accounts(connection: Connection, account_ids: Iterable[str]) -> None:
+    """Add accounts with nothing on them, passing over those that exist.
+
+    A customer's account names its owner, so it needs the user (IntegrityError).
+    """
+    for account_id in sorted(set(account_ids)):
+        kind, _, owner = account_id.partition(":")
+        row = {"id": account_id, "kind": kind, "owner_user_id": owner or None}
+        insert_new(connection, accounts, {**row, "posted_nanousd": 0, "held_nanousd": 0})
+
+
+def post(connection: Connection, wanted: Sequence[Transfer]) -> list[Transfer]:
+    """Post transfers; return those that were not posted before under the same key.
+
+    Raises GatewayError UNPROCESSABLE for an amount out of range, CONFLICT for a key used for something else,
+    INSUFFICIENT_CREDITS when a customer would end under their overdraft; the transaction must end then.
+    """
+    touched = {account_id for each in wanted for account_id in (each.debit, each.credit)}
+    found = lock(connection, touched)
+    if len(found) < len(touched):
+        open_accounts(connection, touched - found.keys())
+        found = lock(connection, touched)
+    changes = dict.fromkeys(touched, 0)
+    new = [each for each in wanted if _insert(connection, each)]
+    for each in new:
+        changes[each.debit] -= each.amount_nanousd
+        changes[each.credit] += each.amount_nanousd
+    for account_id, change in changes.items():
+        account = found[account_id]
+        if change < 0 and is_customers(account_id) and -change > account.free_nanousd:
+            raise GatewayError("INSUFFICIENT_CREDITS", "the account has not enough credit left")
+    _apply(connection, changes)
+    return new
+
+
+def is_customers(account_id: str) -> bool:
+    """Tell whether the account is one that may not be overspent."""
+    return account_id.startswith(f"{CREDIT}:")
+
+
+def _apply(connection: Connection, changes: dict[str, int]) -> None:
+    rows = [{"changed": account_id, "change": change} for account_id, change in sorted(changes.items()) if change]
+    if rows:
+        statement = update(accounts).where(accounts.c.id == bindparam("changed"))
+        connection.execute(statement.values(posted_nanousd=accounts.c.posted_nanousd + bindparam("change")), rows)
+
+
+def _insert(connection: Connection, wanted: Transfer) -> bool:
+    """Add the row; False if its key was used for the same transfer before."""
+    if not 0 < wanted.amount_nanousd <= AMOUNT_NANOUSD_MAX:
+        raise GatewayError("UNPROCESSABLE", f"{wanted.amount_nanousd} nanodollars is out of range", param="amount")
+    row = {
+        "id": wanted.id,
+        "debit_account_id": wanted.debit,
+        "credit_account_id": wanted.credit,
+        "amount_nanousd": wanted.amount_nanousd,
+        "kind": wanted.kind,
+        "idempotency_key": wanted.idempotency_key,
+        "created_at": datetime.now(UTC),
+        "charge_id": wanted.charge_id,
+    }
+    if insert_new(connection, transfers, row):
+        return True
+    _check_same(connection, wanted)
+    return False
+
+
+def _check_same(connection: Connection, wanted: Transfer) -> None:
+    key = wanted.idempotency_key
+    row = connection.execute(select(transfers).where(transfers.c.idempotency_key == key)).one()
+    before = (row.debit_account_id, row.credit_account_id, row.amount_nanousd)
+    if before != (wanted.debit, wanted.credit, wanted.amount_nanousd):
+        raise GatewayError("CONFLICT", f"idempotency key {key!r} belongs to another transfer")
+
+
+def insert_new(connection: Connection, table: Table, row: Mapping[str, object]) -> bool:
+    """Add a row; False if one with the same key exists."""
+    kind = sqlite if connection.dialect.name == "sqlite" else postgresql
+    return bool(connection.execute(kind.insert(table).values(**row).on_conflict_do_nothing()).rowcount)
