@@ -200,9 +200,31 @@ class Gateway:
         """End everything and check what must hold after any test."""
         for wire in self.clients:
             wire.close()
+        try:
+            await self._come_to_rest()
+        finally:
+            await self._end()
+        receipts = self.receipts()
+        self.plane.journal.close()
+        assert not self.failures, self.failures
+        assert sorted(receipt.request_id for receipt in receipts) == sorted(self._billed_ids())
+        assert not [receipt for receipt in receipts if receipt.error == "INTERNAL"]
+
+    async def _come_to_rest(self) -> None:
         plane = self.plane
         await until(lambda: not plane.downstreams and not plane.tunnels and not plane._tasks, "the connections' end")
         await until(self._is_idle, "upstream connections to be let go")
+
+    async def _end(self) -> None:
+        """Leave nothing behind, whatever went wrong: the loop cannot be closed over open connections."""
+        plane = self.plane
+        for downstream in list(plane.downstreams):
+            downstream.transport.abort()
+        for exchange in self.started:
+            if exchange.upstream is not None:
+                exchange.upstream.transport.abort()
+        for ends in list(plane.tunnels.values()):
+            ends[0].close()
         self._server.close()
         plane.pools.close()
         assert self._linking is not None
@@ -210,11 +232,7 @@ class Gateway:
         await self.link_server.close()
         for listener in (self.llm, self.tools, self.raw, self.control):
             listener.close()
-        receipts = self.receipts()
-        plane.journal.close()
-        assert not self.failures, self.failures
-        assert sorted(receipt.request_id for receipt in receipts) == sorted(self._billed_ids())
-        assert not [receipt for receipt in receipts if receipt.error == "INTERNAL"]
+        await asyncio.sleep(0)
 
     def _billed_ids(self) -> list[str]:
         billed = [exchange.request_id for exchange in self.started if exchange.route.kind != CONTROL]

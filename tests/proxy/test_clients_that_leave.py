@@ -92,16 +92,18 @@ async def test_during_a_chunked_upload_the_upstream_never_sees_its_end(gateway: 
     assert (await gateway.receipt()).outcome == "client_gone"
 
 
-@pytest.mark.parametrize("how", ["closes", "resets", "ends"])
+@HOWS
 async def test_while_its_upload_is_blocked_by_the_upstream(gateway: Gateway, how: str) -> None:
     client = await gateway.ask(request(b"POST " + RAW + b"/x", b"Content-Length: 60000000"))
     upstream = await gateway.raw.accept()
     await upstream.read_head()
-    await _fill(client, gateway)
+    while not gateway.plane.unread:  # no further: an end behind bytes the kernel cannot deliver is never seen
+        client.send_what_fits(b"a" * 65_536)
+        await gateway.turn()
     _leave(client, how)
     began_s = time.monotonic()
     receipt = await gateway.receipt()
-    assert time.monotonic() - began_s < 2 * LEFT_S
+    assert time.monotonic() - began_s < LEFT_S
     assert receipt.outcome == "client_gone"
     await upstream.expect_gone()
 

@@ -1,6 +1,7 @@
 """The ends a transcript is written from: plain sockets that send and expect exact bytes."""
 
 import asyncio
+import contextlib
 import json
 import re
 import select
@@ -186,7 +187,8 @@ class Wire:
 
     def end(self) -> None:
         """Send the end of the stream, go on reading."""
-        self.sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the other side has reset it
+            self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Close."""
