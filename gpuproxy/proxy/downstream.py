@@ -48,7 +48,8 @@ _log = get_logger("gpuproxy.downstream")
 
 URL_BYTES_MAX = 8_192
 LEARNED_BYTES_MAX = 8_192  # messages up to this are worth remembering the head of
-PIPELINED_MAX = 64  # calls of one connection that wait for their turn; a refusal of each nests a few frames
+PIPELINED_MAX = 64  # calls of one connection that wait for their turn before it is read no more
+PIPELINED_HARD_MAX = 1_024  # one read can bring more than that at once: refused
 
 
 class Downstream(asyncio.Protocol):
@@ -60,13 +61,17 @@ class Downstream(asyncio.Protocol):
         "_field_count",
         "_head_bytes",
         "_head_count",
+        "_ignores_upgrade",
         "_is_deaf",
+        "_is_primed",
+        "_is_turning",
         "_last_head",
         "_length",
         "_memory",
         "_parser",
         "_parsing",
         "_special_bytes",
+        "_turns_again",
         "_waiting",
         "_was_malformed",
         "after_upgrade",
@@ -99,6 +104,9 @@ class Downstream(asyncio.Protocol):
         self._memory = Memory()
         self._length = -1
         self._head_count = 0
+        self._is_turning = self._turns_again = False
+        self._ignores_upgrade = False
+        self._is_primed = False
         self._field_count = 0
         self._special_bytes = 0
         self._head_bytes = 0
@@ -210,9 +218,7 @@ class Downstream(asyncio.Protocol):
         try:
             self._feed(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._is_deaf = True
-            self.after_upgrade = b""
-            self._hold_tunnel_bytes(data[upgrade.args[0] :])
+            self._after_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             self._malformed(self._fault or _parse_fault(error))
         else:
@@ -222,6 +228,28 @@ class Downstream(asyncio.Protocol):
                 head = self._last_head
                 if head is not None and head.is_plain and len(data) <= LEARNED_BYTES_MAX:
                     self._memory.learn(data, head, self._length)
+
+    def _after_upgrade(self, rest: bytes) -> None:
+        if not self._ignores_upgrade:
+            self._is_deaf = True
+            self.after_upgrade = b""
+            self._hold_tunnel_bytes(rest)
+            return
+        # llhttp takes an Upgrade for the end of HTTP, and skips the body of its request. One that is not taken is
+        # an ordinary request (Java's client offers h2c on its first POST): go on with a parser in the right state.
+        self._ignores_upgrade = False
+        head = self._last_head
+        assert head is not None
+        framing = b"Transfer-Encoding: chunked\r\n" if head.is_chunked else b""
+        if self._length >= 0:
+            framing = b"Content-Length: %d\r\n" % self._length
+        self._parser = httptools.HttpRequestParser(self)
+        self._feed = self._parser.feed_data
+        self._is_primed = True
+        self._feed(b"POST / HTTP/1.1\r\nHost: x\r\n%b\r\n" % framing)
+        self._is_primed = False
+        if rest:
+            self.data_received(rest)
 
     def _take_whole(self, body: bytes) -> None:
         # one whole request with a head that was parsed before
@@ -244,6 +272,9 @@ class Downstream(asyncio.Protocol):
             self._waiting.append(exchange)
             if len(self._waiting) >= PIPELINED_MAX:
                 self.block_reading(READ_QUEUE)
+                if len(self._waiting) > PIPELINED_HARD_MAX:
+                    self._waiting.pop()
+                    self._refuse_head("BAD_REQUEST", f"over {PIPELINED_HARD_MAX} calls wait on one connection")
 
     def _await_head(self, byte_count: int) -> None:
         if self._head_bytes == byte_count and self.current is None:
@@ -261,6 +292,8 @@ class Downstream(asyncio.Protocol):
         """Take (a piece of) the request target: a head has begun."""
         head = self._parsing
         if head is None:
+            if self._is_primed:
+                return
             self._parsing = RequestHead(url)
             self._length = -1
             self._field_count = self._special_bytes = 0
@@ -340,6 +373,8 @@ class Downstream(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """Check what the parser does not, then start the exchange or queue it."""
+        if self._is_primed:
+            return
         parser = self._parser
         limits = self.plane.limits
         head, self._parsing = self._parsing, None
@@ -390,7 +425,10 @@ class Downstream(asyncio.Protocol):
             return
         is_websocket = head.upgrade.strip().lower() == b"websocket" and head.method == b"GET"
         head.is_upgrade = is_websocket and not head.is_chunked and self._length <= 0
-        head.keeps_alive = False  # another token (h2c) is ignored, but the parser has stopped for it
+        if head.is_upgrade:
+            head.keeps_alive = False  # what follows is no HTTP, whatever the upstream answers
+        else:
+            self._ignores_upgrade = True
 
     def _take_other_form(self, head: RequestHead) -> None:
         # absolute-form must be accepted; its authority replaces Host (RFC 9112 §3.2.2)
@@ -409,6 +447,8 @@ class Downstream(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        if self._ignores_upgrade:  # so says llhttp; see `_after_upgrade`
+            return
         exchange, self.receiving = self.receiving, None
         assert exchange is not None
         exchange.is_received = True
@@ -420,15 +460,18 @@ class Downstream(asyncio.Protocol):
         self._is_deaf = True
         self._fault = error
         self._head_bytes = 0
-        exchange = self.receiving
+        exchange, self.receiving = self.receiving, None
         if exchange is not None:  # the body of a call went wrong
-            self.receiving = None
             exchange.keeps_alive = False
             if exchange is self.current:
                 exchange.refuse(error)
+                if self.current is exchange:  # it was answered already
+                    self.current = None
+                    self.close_gently()
                 return
-            self._waiting.remove(exchange)
-        if self.current is None:
+            if exchange in self._waiting:
+                self._waiting.remove(exchange)
+        if self.current is None and not self.is_closing and not self.is_lingering:
             self._answer_malformed()
 
     def _answer_malformed(self) -> None:
@@ -457,7 +500,17 @@ class Downstream(asyncio.Protocol):
             self.deadline_s = self.plane.now_s + self.plane.timeouts.keepalive_s
 
     def next(self) -> None:
-        """Start the next queued exchange, if any."""
+        """Go on with the queued exchanges until one has to wait for something."""
+        if self._is_turning:  # one that was refused at once calls from below: the loop there goes on
+            self._turns_again = True
+            return
+        self._is_turning = self._turns_again = True
+        while self._turns_again:
+            self._turns_again = False
+            self._start_next()
+        self._is_turning = False
+
+    def _start_next(self) -> None:
         if self._waiting:
             self.current = following = self._waiting.popleft()
             self.unblock_reading(READ_QUEUE)

@@ -55,7 +55,8 @@ def decode(body: bytes) -> Envelope:
     except msgspec.ValidationError as error:
         raise GatewayError("INVALID_JSON", f"the envelope is wrong: {error}") from None
     except (msgspec.DecodeError, RecursionError) as error:
-        raise GatewayError("INVALID_JSON", f"the body is not valid JSON: {error}") from None
+        place = "" if "(byte " in str(error) else f" (byte {len(body)})"
+        raise GatewayError("INVALID_JSON", f"the body is not valid JSON: {error}{place}") from None
     method = (envelope.method or ("GET" if bytes(envelope.body) == b"null" else "POST")).upper()
     if method not in _METHODS:
         known = ", ".join(sorted(_METHODS))

@@ -287,6 +287,8 @@ class Exchange:
         assert upstream is not None
         piece = b"%x\r\n%b\r\n" % (len(data), data) if self.head.is_chunked else data
         self.plane.outbox.write(upstream.transport, piece)
+        if self.request_bytes <= JOINED_BYTES_MAX:
+            self.held_body.append(data)  # in case the connection turns out to be stale
         if len(piece) > JOINED_BYTES_MAX:
             self.plane.outbox.flush()  # as in `relay`
         self.downstream.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
@@ -364,7 +366,7 @@ class Exchange:
             and call.header(b"content-type") is None
             and not _names(request.headers, b"content-type")
         ):
-            kind = b"text/plain; charset=utf-8" if bytes(envelope.body[:1]) == b'"' else b"application/json"
+            kind = b"text/plain; charset=utf-8" if bytes(envelope.body)[:1] == b'"' else b"application/json"
             fields = [*fields, (b"Content-Type", kind)]
         endpoint = router.endpoint_at(target.scheme, target.host, target.port)
         if endpoint is None:
@@ -406,7 +408,9 @@ class Exchange:
                 head.blocks[request.identity] = block
         if request.body is not None:
             body = request.body
-        if body is not None:
+        if head.is_upgrade:
+            framing = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        elif body is not None:
             self._is_body_whole = True
             self.held_body = [body]
             has_length = self.has_body or self.content_length >= 0 or body
@@ -416,7 +420,7 @@ class Exchange:
         elif self.content_length >= 0:
             framing = b"Content-Length: %d\r\n" % self.content_length
         else:
-            framing = b"Connection: Upgrade\r\nUpgrade: websocket\r\n" if head.is_upgrade else b""
+            framing = b""
         base_path = endpoint.base_path
         if base_path or path[:1] != b"/":
             path = joined_path(base_path, path)
@@ -527,6 +531,9 @@ class Exchange:
             connection.parts = []
         else:
             body = b""
+        if body and self._is_answer_chunked and not connection.is_complete:
+            self._relay_piece(body)
+            return
         if self._answer_parts is not None:
             self._collect(connection, body)
             return
@@ -563,6 +570,23 @@ class Exchange:
             if downstream.is_write_blocked and not self._is_paused:
                 self.pause_answer()
             downstream.deadline_s = self.plane.now_s + self._idle_s
+
+    def _relay_piece(self, body: bytes) -> None:
+        # the middle of a stream: the head is out, the end is not in sight
+        downstream = self.downstream
+        outbox = self.plane.outbox
+        size = len(body)
+        self._response_bytes += size
+        outbox.writes.append((downstream.transport, b"%x\r\n%b\r\n" % (size, body)))
+        if not outbox.is_scheduled:
+            outbox.schedule()
+        if size > JOINED_BYTES_MAX:
+            outbox.flush()  # a peer that takes no more must stop the reading in this very turn
+        if self._reader is not None:
+            self._reader.feed(body)
+        if downstream.is_write_blocked and not self._is_paused:
+            self.pause_answer()
+        downstream.deadline_s = self.plane.now_s + self._idle_s
 
     def _answer_head(self, connection: "UpstreamConnection") -> bytes:
         self.has_sent_head = True
@@ -736,7 +760,8 @@ class Exchange:
             self.refuse(GatewayError("UPSTREAM_INVALID", message))
 
     def _can_replay(self) -> bool:
-        return self.state == SENT and (self._is_body_whole or not self.has_body) and self.is_received
+        is_held = self._is_body_whole or self.request_bytes <= JOINED_BYTES_MAX
+        return self.state == SENT and self.is_received and is_held
 
     def upstream_faulted(self, connection: "UpstreamConnection", reason: str) -> None:
         """The upstream's bytes cannot be passed on."""
