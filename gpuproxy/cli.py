@@ -166,6 +166,17 @@ def user_unblock(email: str, config_path: Path | None) -> None:
     _with_store(config_path, lambda store: set_active(store, email, True))
 
 
+@user.command("password")
+@click.argument("email")
+@with_config
+def user_password(email: str, config_path: Path | None) -> None:
+    """Set a user's password, read from standard input, and end their sessions."""
+    from gpuproxy.access.logins import set_password
+
+    password = click.prompt("Password", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    _with_store(config_path, lambda store: set_password(store, email, password))
+
+
 @cli.group()
 def key() -> None:
     """Create, list and revoke API keys."""
@@ -176,17 +187,28 @@ def key() -> None:
 @click.option("--name", default="", help="To tell it from others.")
 @click.option("--expires", "days", type=click.IntRange(1, 36_500), metavar="DAYS", help="Default: never.")
 @click.option("--models", metavar="A,B", help="Allow these models only.")
+@click.option("--scopes", metavar="A,B", help="Default: inference,account. Also: read, admin.")
+@click.option("--rpm", type=click.IntRange(0), metavar="N", help="Requests per minute; 0: no limit.")
 @with_config
 @with_json
 def key_create(
-    email: str, name: str, days: int | None, models: str | None, config_path: Path | None, as_json: bool
+    email: str,
+    name: str,
+    days: int | None,
+    models: str | None,
+    scopes: str | None,
+    rpm: int | None,
+    config_path: Path | None,
+    as_json: bool,
 ) -> None:
     """Create an API key and print it, the only time it can be seen."""
     from gpuproxy.access.accounts import create_key
+    from gpuproxy.types import ALL_SCOPES
 
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
-    allowed = None if models is None else [model.strip() for model in models.split(",")]
-    secret, made = _with_store(config_path, lambda store: create_key(store, email, name, expires_at, allowed))
+    allowed = None if models is None else _names(models)
+    may = ALL_SCOPES if scopes is None else _names(scopes)
+    secret, made = _with_store(config_path, lambda store: create_key(store, email, name, expires_at, allowed, may, rpm))
     _show(_key_fields(made) | {"api_key": secret}, secret, as_json)
 
 
@@ -214,6 +236,28 @@ def key_revoke(key_id: str, config_path: Path | None, as_json: bool) -> None:
     was_live = _with_store(config_path, lambda store: revoke_key(store, key_id))
     told = f"key {key_id} is revoked" if was_live else f"key {key_id} was revoked before"
     _show({"id": key_id, "was_live": was_live}, told, as_json)
+
+
+@cli.group()
+def ledger() -> None:
+    """Check the books."""
+
+
+@ledger.command("verify")
+@with_config
+@with_json
+def ledger_verify(config_path: Path | None, as_json: bool) -> None:
+    """Check that every transfer, balance and hold adds up; name what does not and exit 1."""
+    from gpuproxy.ledger.verify import verify
+
+    found = _with_store(config_path, verify)
+    if as_json:
+        _print_json({"is_sound": not found, "faults": found})
+    else:
+        for fault in found:
+            click.echo(f"{fault.rule}: {fault.subject_id}: {fault.detail}")
+        click.echo(f"{len(found)} faults" if found else "no fault")
+    sys.exit(1 if found else 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -288,6 +332,10 @@ def _usage_fault(parse: Callable[[str], T], text: str) -> T:
         return parse(text)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--credits") from None
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",")]
 
 
 def _user_fields(user: "User") -> dict[str, Any]:

@@ -7,6 +7,7 @@ reads the feed and tells the workers, so it does not matter which process did it
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 from uuid import uuid4
 
 from msgspec import Struct
@@ -23,6 +24,14 @@ from gpuproxy.types import ALL_SCOPES, Grant
 KEY_REVOKED = "key_revoked"  # changes.kind; the subject is a key
 USER_BLOCKED = "user_blocked"  # changes.kind; the subject is a user
 USER_UNBLOCKED = "user_unblocked"
+ADMIN_SCOPE = "admin"
+SCOPES = {  # of API keys; who logs in has all their account allows
+    "inference": "call models and tools",
+    "account": "read and manage the own account",
+    "read": "read the own account",
+    ADMIN_SCOPE: "manage all accounts; only for keys of admins",
+}
+RPM_MAX = 1_000_000_000
 EMAIL_CHARACTERS_MAX = 254  # RFC 5321 §4.5.3.1.3
 NAME_CHARACTERS_MAX = 100
 
@@ -40,16 +49,34 @@ class User(Struct, frozen=True):
 
 
 class Key(Struct, frozen=True):
-    """What may be shown of an API key; `prefix` is its first characters."""
+    """What may be shown of an API key; `prefix` is its first characters.
+
+    `models` is None when all are allowed; `rpm`, requests per minute, when the default holds, 0 for no limit.
+    """
 
     id: str
     user_id: str
     name: str
     prefix: str
+    scopes: tuple[str, ...]
     models: tuple[str, ...] | None
     expires_at: datetime | None
     revoked_at: datetime | None
     created_at: datetime
+    rpm: int | None = None
+
+
+class KeyTerms(Struct, frozen=True):
+    """What a key is to be; see `Key`."""
+
+    name: str = ""
+    scopes: tuple[str, ...] = ALL_SCOPES
+    models: tuple[str, ...] | None = None
+    expires_at: datetime | None = None
+    rpm: int | None = None
+
+
+KEY_COLUMNS = tuple(api_keys.c[field] for field in Key.__struct_fields__)
 
 
 class ChangedKeys(Struct, frozen=True):
@@ -94,7 +121,7 @@ async def set_active(store: Store, email: str, is_active: bool) -> User:
     async with store.writing() as connection:
         user = await _user(connection, email)
         await connection.execute(update(users).where(users.c.id == user.id).values(is_active=is_active))
-        await _announce(connection, USER_UNBLOCKED if is_active else USER_BLOCKED, user.id)
+        await announce(connection, USER_UNBLOCKED if is_active else USER_BLOCKED, user.id)
         return await _user(connection, email)
 
 
@@ -104,32 +131,38 @@ async def create_key(
     name: str = "",
     expires_at: datetime | None = None,
     models: Sequence[str] | None = None,
+    scopes: Sequence[str] = ALL_SCOPES,
+    rpm: int | None = None,
 ) -> tuple[str, Key]:
     """Add an API key for the user; return it, the only time it can be seen, and what is kept of it.
 
-    Raises GatewayError NOT_FOUND for an unknown user, UNPROCESSABLE for a bad name, expiry or model list.
+    Raises GatewayError NOT_FOUND for an unknown user, UNPROCESSABLE for bad terms.
     """
-    now = datetime.now(UTC)
-    _check_key_fields(name, expires_at, models, now)
-    secret = generate()
+    terms = KeyTerms(name, tuple(scopes), None if models is None else tuple(models), expires_at, rpm)
     async with store.writing() as connection:
         user = await _user(connection, email)
-        allowed = None if models is None else tuple(models)
-        key = Key(str(uuid4()), user.id, name, secret[:SHOWN_CHARACTERS], allowed, expires_at, None, now)
-        await connection.execute(
-            insert(api_keys).values(**_fields(key), digest=digest_of(secret.encode()), scopes=ALL_SCOPES)
-        )
+        return await add_key(connection, user.id, terms)
+
+
+async def add_key(connection: AsyncConnection, user_id: str, terms: KeyTerms) -> tuple[str, Key]:
+    """Do what `create_key` does, inside the caller's writing transaction. Raises GatewayError UNPROCESSABLE."""
+    now = datetime.now(UTC)
+    _check_terms(terms, now)
+    secret = generate()
+    key = Key(
+        str(uuid4()), user_id, prefix=secret[:SHOWN_CHARACTERS], revoked_at=None, created_at=now, **_fields(terms)
+    )
+    await connection.execute(insert(api_keys).values(**_fields(key), digest=digest_of(secret.encode())))
     return secret, key
 
 
 async def list_keys(store: Store, email: str | None = None) -> list[Key]:
     """Return the keys of one user, or all, oldest first. Raises GatewayError NOT_FOUND."""
-    shown = [api_keys.c[field] for field in Key.__struct_fields__]
     async with store.reading() as connection:
-        query = select(*shown).order_by(api_keys.c.created_at, api_keys.c.id)
+        query = select(*KEY_COLUMNS).order_by(api_keys.c.created_at, api_keys.c.id)
         if email is not None:
             query = query.where(api_keys.c.user_id == (await _user(connection, email)).id)
-        return [_key(row) for row in await connection.execute(query)]
+        return [key_from(row) for row in await connection.execute(query)]
 
 
 async def revoke_key(store: Store, key_id: str) -> bool:
@@ -140,7 +173,7 @@ async def revoke_key(store: Store, key_id: str) -> bool:
         if done.rowcount == 0:
             await _check_key(connection, key_id)
             return False
-        await _announce(connection, KEY_REVOKED, key_id)
+        await announce(connection, KEY_REVOKED, key_id)
         return True
 
 
@@ -205,7 +238,8 @@ async def _check_key(connection: AsyncConnection, key_id: str) -> None:
         raise GatewayError("NOT_FOUND", f"no key {key_id!r}; list them with: gpuproxy key list")
 
 
-async def _announce(connection: AsyncConnection, kind: str, subject_id: str) -> None:
+async def announce(connection: AsyncConnection, kind: str, subject_id: str) -> None:
+    """Write a row to the change feed, in the transaction of the change."""
     await connection.execute(insert(changes).values(kind=kind, subject_id=subject_id, at=datetime.now(UTC)))
 
 
@@ -227,23 +261,33 @@ def _checked_email(email: str) -> str:
     return email.lower()
 
 
-def _check_key_fields(name: str, expires_at: datetime | None, models: Sequence[str] | None, now: datetime) -> None:
-    if len(name) > NAME_CHARACTERS_MAX or not name.isprintable():
-        raise GatewayError(
-            "UNPROCESSABLE", f"a key's name is up to {NAME_CHARACTERS_MAX} printable characters", param="name"
-        )
-    if expires_at is not None and expires_at <= now:
-        raise GatewayError("UNPROCESSABLE", f"the key would expire in the past, {expires_at}", param="expires_at")
-    if models is not None and not all(models):
-        raise GatewayError("UNPROCESSABLE", "the list of models has an empty name", param="models")
+def _check_terms(terms: KeyTerms, now: datetime) -> None:
+    unknown = [scope for scope in terms.scopes if scope not in SCOPES]
+    if len(terms.name) > NAME_CHARACTERS_MAX or not terms.name.isprintable():
+        raise _bad_term("name", f"a key's name is up to {NAME_CHARACTERS_MAX} printable characters")
+    if unknown or not terms.scopes:
+        raise _bad_term("scopes", f"no scope {unknown[0]!r}" if unknown else "the list of scopes is empty")
+    if terms.models is not None and not all(terms.models):
+        raise _bad_term("models", "the list of models has an empty name")
+    if terms.expires_at is not None and terms.expires_at <= now:
+        raise _bad_term("expires_at", f"the key would expire in the past, {terms.expires_at}")
+    if terms.rpm is not None and not 0 <= terms.rpm <= RPM_MAX:
+        raise _bad_term("rpm", f"rpm={terms.rpm} is out of range; 0 (no limit) to {RPM_MAX}")
 
 
-def _fields(record: Struct) -> dict[str, object]:
+def _bad_term(param: str, message: str) -> GatewayError:
+    remedy = f"; known: {', '.join(SCOPES)}" if param == "scopes" else ""
+    return GatewayError("UNPROCESSABLE", message + remedy, param=param)
+
+
+def _fields(record: Struct) -> dict[str, Any]:
     return {field: getattr(record, field) for field in record.__struct_fields__}
 
 
-def _key(row: Row[tuple[object, ...]]) -> Key:
+def key_from(row: Row[Any]) -> Key:
+    """Return the key of a row of KEY_COLUMNS."""
     fields = dict(row._mapping)
+    fields["scopes"] = tuple(fields["scopes"])
     fields["models"] = None if fields["models"] is None else tuple(fields["models"])
     return Key(**fields)
 

@@ -6,18 +6,11 @@ from msgspec import Struct
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from gpuproxy.access.accounts import ADMIN_SCOPE
 from gpuproxy.access.tokens import Claims
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import api_keys, sessions, users
 from gpuproxy.types import ALL_SCOPES
-
-ADMIN_SCOPE = "admin"
-SCOPES = {  # of API keys. An access token has all its user may have
-    "inference": "call models and tools",
-    "account": "read and manage the own account",
-    "read": "read the own account",
-    ADMIN_SCOPE: "manage all accounts; only for keys of admins",
-}
 
 
 class Caller(Struct, frozen=True):

@@ -36,7 +36,8 @@ async def start_session(connection: AsyncConnection, user_id: str, password_hash
     """
     now = datetime.now(UTC)
     await _forget_expired(connection, now)
-    if await connection.scalar(select(passwords.c.hash).where(passwords.c.user_id == user_id)) != password_hash:
+    query = select(passwords.c.hash).where(passwords.c.user_id == user_id).with_for_update()
+    if await connection.scalar(query) != password_hash:
         raise GatewayError("UNAUTHORIZED", "the password has just been changed; log in with the new one")
     session_id, expires_at = str(uuid4()), now + timedelta(seconds=lifetime_s)
     row = {"id": session_id, "user_id": user_id, "created_at": now, "expires_at": expires_at}

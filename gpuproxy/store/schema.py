@@ -22,6 +22,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    text,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine
@@ -85,7 +86,8 @@ api_keys = Table(
     Column("revoked_at", UtcTime),
     Column("created_at", UtcTime, nullable=False),
     Column("rpm", Integer),  # requests per minute; 0: no limit; NULL: the default
-    Index(None, "expires_at"),
+    # Control asks for what has just expired several times a second; what is revoked must not be in its way.
+    Index(None, "expires_at", sqlite_where=text("revoked_at IS NULL"), postgresql_where=text("revoked_at IS NULL")),
 )
 
 # Apart from users, which other programs read. Who has no row here cannot log in.

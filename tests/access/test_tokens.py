@@ -54,7 +54,10 @@ def replaced(name: str, value: str) -> str:
     return json.dumps({**fields(), name: "HERE"}).replace('"HERE"', value)
 
 
-NOW_S = int(time.time())
+def now_s() -> int:
+    return int(time.time())
+
+
 FORGED: dict[str, Forge] = {
     **{f"algorithm {name!r}": (lambda name=name: unsigned(name)) for name in ("none", "None", "nOnE", "", "HS256")},
     "no algorithm": lambda: signed(fields(), alg=None),
@@ -76,12 +79,12 @@ FORGED: dict[str, Forge] = {
     "a list of audiences": lambda: signed({**fields(), "aud": [fields()["aud"], "other"]}),
     "another issuer": lambda: signed({**fields(), "iss": "other"}),
     "another kind": lambda: signed({**fields(), "typ": "refresh"}),
-    "exp in the past": lambda: signed({**fields(), "exp": NOW_S - 31}),
-    "nbf in the future": lambda: signed({**fields(), "nbf": NOW_S + 300}),
-    "exp as text": lambda: signed({**fields(), "exp": str(NOW_S + 900)}),
+    "exp in the past": lambda: signed({**fields(), "exp": now_s() - 31}),
+    "nbf in the future": lambda: signed({**fields(), "nbf": now_s() + 300}),
+    "exp as text": lambda: signed({**fields(), "exp": str(now_s() + 900)}),
     "exp as truth": lambda: signed({**fields(), "exp": True}),
     "exp as null": lambda: signed({**fields(), "exp": None}),
-    "exp as list": lambda: signed({**fields(), "exp": [NOW_S + 900]}),
+    "exp as list": lambda: signed({**fields(), "exp": [now_s() + 900]}),
     **{f"exp {value}": (lambda value=value: signed(replaced("exp", value))) for value in ("NaN", "1e400", "Infinity")},
     "sub as number": lambda: signed({**fields(), "sub": 1}),
     **{f"no {name}": (lambda name=name: without(name)) for name in Claims.__struct_fields__},
@@ -122,8 +125,8 @@ def test_no_two_tokens_are_the_same() -> None:
 
 
 def test_clocks_may_differ_by_half_a_minute() -> None:
-    assert read(RING, signed({**fields(), "exp": NOW_S - 5})).sub == "user"
-    assert read(RING, signed({**fields(), "nbf": NOW_S + 20})).sub == "user"
+    assert read(RING, signed({**fields(), "exp": now_s() - 5})).sub == "user"
+    assert read(RING, signed({**fields(), "nbf": now_s() + 20})).sub == "user"
 
 
 def test_a_secret_is_replaced_without_logging_anybody_out() -> None:

@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and how it ends."""
 
+import io
 import json
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from gpuproxy import __version__
 from gpuproxy.cli import main
 from gpuproxy.codec.key import is_well_formed
+from gpuproxy.store.migrate import NEWEST
 
 Run = Callable[..., tuple[int, str, str]]
 EMAIL = "ann@example.com"
@@ -51,6 +53,22 @@ def test_only_the_key_is_printed(run: Run) -> None:
     assert key["expires_at"] is not None
 
 
+def test_a_key_is_made_with_scopes_and_a_limit(run: Run) -> None:
+    run("user", "create", EMAIL, "--admin")
+    words = ("--scopes", "inference, admin", "--rpm", "0", "--json")
+    made = json.loads(run("key", "create", "--user", EMAIL, *words)[1])
+    assert (made["scopes"], made["rpm"]) == (["inference", "admin"], 0)
+    code, _, err = run("key", "create", "--user", EMAIL, "--scopes", "all")
+    assert (code, err) == (1, "error: no scope 'all'; known: inference, account, read, admin\n")
+
+
+def test_a_password_is_set_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("user", "create", EMAIL)
+    for typed, code in (("correct horse battery\n", 0), ("password\n", 1)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert run("user", "password", EMAIL)[:2] == (code, "")
+
+
 def test_scripts_get_json(run: Run) -> None:
     user = json.loads(run("user", "create", EMAIL, "--admin", "--credits", "1", "--json")[1])
     assert (user["email"], user["is_admin"], user["credits"]) == (EMAIL, True, "1.00")
@@ -60,7 +78,7 @@ def test_scripts_get_json(run: Run) -> None:
     assert json.loads(run("key", "revoke", key["id"], "--json")[1])["was_live"] is False
     assert [each["email"] for each in json.loads(run("user", "list", "--json")[1])] == [EMAIL]
     assert json.loads(run("version", "--json")[1]) == {"version": __version__}
-    assert json.loads(run("migrate", "--json")[1]) == {"schema": "0001", "was_changed": False}
+    assert json.loads(run("migrate", "--json")[1]) == {"schema": NEWEST, "was_changed": False}
     assert json.loads(run("check-config", "--json")[1])["is_valid"] is True
 
 

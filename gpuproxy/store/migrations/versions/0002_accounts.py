@@ -16,7 +16,8 @@ SEQUENCE = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 def upgrade() -> None:
     """Create everything."""
     op.add_column("api_keys", sa.Column("rpm", sa.Integer))
-    op.create_index("ix_api_keys_expires_at", "api_keys", ["expires_at"])
+    live = sa.text("revoked_at IS NULL")
+    op.create_index("ix_api_keys_expires_at", "api_keys", ["expires_at"], sqlite_where=live, postgresql_where=live)
     _create_passwords_and_sessions()
     _create_idempotency()
     _create_audit()

@@ -1,0 +1,153 @@
+"""API keys as their owners manage them: no key makes, or takes the place of, one that may do more than itself."""
+
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+from sqlalchemy import and_, func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gpuproxy.access.accounts import (
+    ADMIN_SCOPE,
+    KEY_COLUMNS,
+    KEY_REVOKED,
+    SCOPES,
+    Key,
+    KeyTerms,
+    add_key,
+    announce,
+    key_from,
+)
+from gpuproxy.access.callers import Caller
+from gpuproxy.access.paging import Page, after
+from gpuproxy.errors import GatewayError
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import api_keys
+from gpuproxy.types import ALL_SCOPES
+
+KEYS_MAX = 1_000  # live ones of one user
+EXPIRED_AT_ONCE_MAX = 1_000
+RPM_DEFAULT = 100  # what users may give their own keys; more is an admin's to give
+
+
+def terms_for(caller: Caller, wished: KeyTerms, has_scopes: bool) -> KeyTerms:
+    """Return the terms of a key this caller makes: what is left out is as the caller's own.
+
+    Raises GatewayError FORBIDDEN for what the caller may not do.
+    """
+    terms = msgspec.structs.replace(
+        wished,
+        scopes=wished.scopes if has_scopes else _own_scopes(caller),
+        models=caller.models if wished.models is None else wished.models,
+        expires_at=caller.expires_at if wished.expires_at is None else wished.expires_at,
+        rpm=caller.rpm if wished.rpm is None else wished.rpm,
+    )
+    _check_within(caller, terms)
+    return terms
+
+
+async def issue_key(connection: AsyncConnection, caller: Caller, terms: KeyTerms) -> tuple[str, Key]:
+    """Add a key for the caller; see `add_key`. Raises GatewayError CONFLICT for one too many."""
+    live = and_(api_keys.c.user_id == caller.user_id, api_keys.c.revoked_at.is_(None))
+    if (await connection.scalar(select(func.count()).select_from(api_keys).where(live)) or 0) >= KEYS_MAX:
+        raise GatewayError("CONFLICT", f"there are {KEYS_MAX} keys already; revoke those that are not used")
+    return await add_key(connection, caller.user_id, terms)
+
+
+async def rotate_key(connection: AsyncConnection, caller: Caller, key_id: str, overlap_s: int) -> tuple[str, Key, Key]:
+    """Make a key like this one, which ends after `overlap_s`; return the new secret, the new key, the old one.
+
+    Raises GatewayError NOT_FOUND for a key that is not the caller's, CONFLICT for one that has ended, FORBIDDEN for one
+    that may do more than the caller.
+    """
+    now = datetime.now(UTC)
+    key = await _own(connection, caller, key_id)
+    if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
+        raise GatewayError("CONFLICT", f"key {key_id} has ended; make a new one")
+    terms = KeyTerms(key.name, key.scopes, key.models, key.expires_at, key.rpm)
+    if caller.key_id != key_id:
+        _check_within(caller, terms)
+    secret, fresh = await issue_key(connection, caller, terms)
+    ends_at = now + timedelta(seconds=overlap_s)
+    if key.expires_at is not None:
+        ends_at = min(ends_at, key.expires_at)
+    await connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(expires_at=ends_at))
+    if overlap_s == 0:
+        await _revoke(connection, key_id, now)
+    return secret, fresh, await _own(connection, caller, key_id)
+
+
+async def revoke_own_key(connection: AsyncConnection, caller: Caller, key_id: str) -> Key:
+    """Take a key of the caller's back for good; again changes nothing. Raises GatewayError NOT_FOUND."""
+    if (await _own(connection, caller, key_id)).revoked_at is None:
+        await _revoke(connection, key_id, datetime.now(UTC))
+    return await _own(connection, caller, key_id)
+
+
+async def list_own_keys(store: Store, caller: Caller, page: Page) -> list[Key]:
+    """Return the caller's keys, oldest first."""
+    query = select(*KEY_COLUMNS).where(api_keys.c.user_id == caller.user_id)
+    async with store.reading() as connection:
+        return [key_from(row) for row in await connection.execute(after(query, api_keys, page))]
+
+
+async def revoke_expired_keys(store: Store) -> int:
+    """Revoke keys whose time has passed, so that workers hear of those whose end was moved; return how many."""
+    now = datetime.now(UTC)
+    is_due = and_(api_keys.c.revoked_at.is_(None), api_keys.c.expires_at <= now)
+    query = select(api_keys.c.id).where(is_due).limit(EXPIRED_AT_ONCE_MAX)
+    async with store.reading() as connection:
+        due = (await connection.scalars(query)).all()
+    if not due:
+        return 0
+    async with store.writing() as connection:
+        return sum([await _revoke(connection, key_id, now) for key_id in due])
+
+
+async def _revoke(connection: AsyncConnection, key_id: str, now: datetime) -> bool:
+    live = and_(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
+    is_done = (await connection.execute(update(api_keys).where(live).values(revoked_at=now))).rowcount == 1
+    if is_done:
+        await announce(connection, KEY_REVOKED, key_id)
+    return is_done
+
+
+async def _own(connection: AsyncConnection, caller: Caller, key_id: str) -> Key:
+    query = select(*KEY_COLUMNS).where(api_keys.c.id == key_id, api_keys.c.user_id == caller.user_id)
+    row = (await connection.execute(query.with_for_update())).first()
+    if row is None:
+        raise GatewayError("NOT_FOUND", f"no key {key_id!r} in this account")
+    return key_from(row)
+
+
+def _own_scopes(caller: Caller) -> tuple[str, ...]:
+    """Return what a key gets that nothing was said about: never admin, which has to be asked for."""
+    return tuple(scope for scope in caller.scopes if scope != ADMIN_SCOPE) if caller.key_id else ALL_SCOPES
+
+
+def _check_within(caller: Caller, terms: KeyTerms) -> None:
+    for name, is_over in _excess(caller, terms).items():
+        if is_over:
+            message = f"{name}: a key may do no more than the credential it is made with"
+            raise GatewayError("FORBIDDEN", message, param=name)
+
+
+def _excess(caller: Caller, terms: KeyTerms) -> dict[str, bool]:
+    return {
+        "scopes": any(scope in SCOPES and not _may_give(caller, scope) for scope in terms.scopes),
+        "models": caller.models is not None and not set(terms.models or ("",)) <= set(caller.models),
+        "expires_days": caller.expires_at is not None
+        and (terms.expires_at is None or terms.expires_at > caller.expires_at),
+        "rpm": not caller.is_admin and terms.rpm != caller.rpm and _is_faster(terms.rpm, caller.rpm),
+    }
+
+
+def _may_give(caller: Caller, scope: str) -> bool:
+    if scope == ADMIN_SCOPE:
+        return caller.is_admin and not caller.key_id  # a leaked key must not bear others of its power
+    return scope in caller.scopes or (scope == "read" and "account" in caller.scopes)
+
+
+def _is_faster(wished: int | None, own: int | None) -> bool:
+    """Tell whether a limit is above another; None is the default, 0 no limit."""
+    wished_rpm, own_rpm = (RPM_DEFAULT if rpm is None else rpm for rpm in (wished, own))
+    return own_rpm != 0 and (wished_rpm == 0 or wished_rpm > own_rpm)
