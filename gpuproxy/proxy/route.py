@@ -222,13 +222,22 @@ def _endpoint(url: str, upstream: Upstream, pools: Pools, environment: Mapping[s
     return Endpoint(origin, base_path, lines.encode(), parts.netloc.encode(), upstream.preserve_host)
 
 
+def _refuse_climbing(path: bytes) -> None:
+    segments = path.partition(b"?")[0].lower().replace(b"%2e", b".").replace(b"%2f", b"/").split(b"/")
+    if b".." in segments or b"." in segments:
+        raise GatewayError("BAD_REQUEST", "the path has dot segments; this upstream serves only what is below its URL")
+
+
 def joined_path(base_path: bytes, path: bytes) -> bytes:
     """Return the target below a base path; a base that ends in /v1 does not get a second one.
 
-    An empty `path` means the base itself, a `path` that is only a query is appended to it.
+    An empty `path` means the base itself, a `path` that is only a query is appended to it. Raises GatewayError
+    BAD_REQUEST for a path with dot segments: what is below a base path must not climb out of it.
     """
     if not base_path:
         return path if path.startswith(b"/") else b"/" + path
+    if b"/." in path or b"%2" in path:
+        _refuse_climbing(path)
     if base_path.endswith(b"/v1") and path.startswith((b"/v1/", b"/v1?")):
         path = path[3:]
     return base_path + path
