@@ -76,6 +76,7 @@ async def test_health_has_the_shape_of_the_guide(client: Client) -> None:
     }
 
 
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 async def test_a_store_that_is_away_degrades_health_but_not_readiness(
     store: Store, client: Client, tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ async def test_a_store_that_is_away_degrades_health_but_not_readiness(
     assert (await client.get("/health/ready")).status == 200
 
 
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 async def test_a_store_that_is_away_makes_no_key_invalid(
     store: Store, client: Client, key: str, tmp_path: Path
 ) -> None:

@@ -27,8 +27,9 @@ async def unguarded(store: Store, connection: AsyncConnection) -> None:
         await connection.execute(text("PRAGMA defer_foreign_keys = ON"))
     else:
         await connection.execute(text("SET LOCAL session_replication_role = replica"))
-        for name in ("accounts_held_is_not_negative", "accounts_credit_is_not_overspent", "holds_parts_fit"):
-            await connection.execute(text(f"ALTER TABLE {name.partition('_')[0]} DROP CONSTRAINT ck_{name}"))
+        checks = "SELECT conrelid::regclass, conname FROM pg_constraint WHERE contype = 'c' AND conrelid <> 0"
+        for table, name in (await connection.execute(text(checks))).all():
+            await connection.execute(text(f"ALTER TABLE {table} DROP CONSTRAINT {name}"))
 
 
 @pytest.fixture

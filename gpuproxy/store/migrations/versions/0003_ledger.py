@@ -45,9 +45,9 @@ def _create_holds() -> None:
         sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name="fk_holds_account_id"),
         sa.CheckConstraint(
             "remaining_nanousd >= 0 AND posted_nanousd >= 0 AND posted_nanousd + remaining_nanousd <= amount_nanousd",
-            name="ck_holds_parts_fit",
+            name=op.f("ck_holds_parts_fit"),
         ),
-        sa.CheckConstraint("state = 'pending' OR remaining_nanousd = 0", name="ck_holds_nothing_remains"),
+        sa.CheckConstraint("state = 'pending' OR remaining_nanousd = 0", name=op.f("ck_holds_nothing_remains")),
     )
     op.create_index("ix_holds_account_id", "holds", ["account_id"])
     op.create_index("ix_holds_state_expires_at", "holds", ["state", "expires_at"])

