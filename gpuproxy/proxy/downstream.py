@@ -13,8 +13,10 @@ import httptools
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.proxy import refusal
 from gpuproxy.proxy.admit import Held
-from gpuproxy.proxy.exchange import READ_BUFFER, READ_QUEUE, Exchange
+from gpuproxy.proxy.answer import READ_BUFFER, READ_QUEUE, Answer
+from gpuproxy.proxy.exchange import Exchange
 from gpuproxy.proxy.headers import (
     ACCEPT_ENCODING,
     API_KEY,
@@ -477,12 +479,12 @@ class Downstream(asyncio.Protocol):
     def _answer_malformed(self) -> None:
         error = self._fault
         assert error is not None
-        self.plane.outbox.write(self.transport, error_answer(error, self.plane.new_id().encode()))
+        self.plane.outbox.write(self.transport, refusal.head_refusal(error, self.plane.new_id()))
         self.close_gently()
 
     # -- what exchanges ask for --------------------------------------------------------------------------
 
-    def ended(self, exchange: Exchange, closes: bool) -> None:
+    def ended(self, exchange: Answer, closes: bool) -> None:
         """The answer of the current exchange is written: go on with the next one, or close."""
         if self.current is not exchange:
             return
@@ -588,16 +590,3 @@ def _parse_fault(error: httptools.HttpParserError) -> GatewayError:
     if cause is not None and not isinstance(cause, httptools.HttpParserError):
         raise cause
     return GatewayError("BAD_REQUEST", f"the request is not valid HTTP/1.1 ({str(error).lower()[:100]})")
-
-
-def error_answer(error: GatewayError, request_id: bytes) -> bytes:
-    """Return a whole answer for a request that never became an exchange; the connection closes after it."""
-    body = b'{"error":"%b","code":"%b","request_id":"%b"}' % (
-        error.message.replace("\\", "/").replace('"', "'").encode("ascii", "replace"),
-        error.code.encode(),
-        request_id,
-    )
-    return (
-        b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-        b"X-Request-Id: %b\r\nConnection: close\r\n\r\n%b"
-    ) % (error.status, error.code.encode(), len(body), request_id, body)

@@ -5,6 +5,7 @@ else base64.
 """
 
 import base64
+import time
 from typing import Annotated
 
 import msgspec
@@ -12,6 +13,7 @@ import orjson
 from msgspec import Meta, Raw, Struct
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.proxy.headers import Field
 from gpuproxy.types import Usage
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -75,6 +77,48 @@ def wants_stream(envelope: Envelope) -> bool:
         return _decode_wish(envelope.body).stream
     except msgspec.MsgspecError:
         return False
+
+
+def completed_fields(
+    envelope: Envelope, fields: list[Field], replacing: list[Field], is_collected: bool
+) -> list[Field]:
+    """Return the caller's fields with a Content-Type for the body, and the wish for an answer that can be wrapped."""
+    names = {name.lower() for name, _ in (*fields, *replacing)}
+    body = bytes(envelope.body)
+    if body != b"null" and b"content-type" not in names:
+        kind = b"text/plain; charset=utf-8" if body[:1] == b'"' else b"application/json"
+        fields = [*fields, (b"Content-Type", kind)]
+    if is_collected and b"accept-encoding" not in names:
+        fields = [*fields, (b"Accept-Encoding", b"identity")]
+    return fields
+
+
+class Collected:
+    """An answer that is held until it is whole, within a bound of bytes and the envelope's own time."""
+
+    __slots__ = ("_give_up_ns", "_parts", "_size", "limit_bytes")
+
+    def __init__(self, limit_bytes: int, timeout_s: float | None, started_ns: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._give_up_ns = 0 if timeout_s is None else started_ns + int(timeout_s * 1e9)
+
+    def add(self, body: bytes) -> bool:
+        """Hold the next bytes; False when they are too many."""
+        self._parts.append(body)
+        self._size += len(body)
+        return self._size <= self.limit_bytes
+
+    def whole(self) -> bytes:
+        """Return all of it."""
+        return b"".join(self._parts)
+
+    def rest_s(self, idle_s: float) -> float:
+        """Return how long to wait for the next bytes: the rest of the envelope's time, else `idle_s`."""
+        if not self._give_up_ns:
+            return idle_s
+        return max(0.0, (self._give_up_ns - time.monotonic_ns()) / 1e9)
 
 
 def wrap(

@@ -14,12 +14,26 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from gpuproxy.errors import CODES, GatewayError
+from gpuproxy.errors import GatewayError
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.plugin import Call, Intent, ProtocolHandler, UpstreamRequest, UsageReader
+from gpuproxy.plugin import Call, UpstreamRequest
 from gpuproxy.proxy import envelope as envelopes
-from gpuproxy.proxy import tunnel
 from gpuproxy.proxy.admit import is_expired
+from gpuproxy.proxy.answer import (
+    ADMITTING,
+    COLLECTING,
+    CONNECTING,
+    CONTINUE,
+    DISCARDED_BODY_BYTES_MAX,
+    DONE,
+    JOINED_BYTES_MAX,
+    PSEUDONYM,
+    READ_BUFFER,
+    READ_UPLOAD,
+    SENT,
+    VIA_HOPS_MAX,
+    Answer,
+)
 from gpuproxy.proxy.guard import parse_target
 from gpuproxy.proxy.headers import (
     Field,
@@ -28,114 +42,20 @@ from gpuproxy.proxy.headers import (
     replace_fields,
     without_nominated,
 )
-from gpuproxy.proxy.heads import AnswerHead, RequestHead, status_line
-from gpuproxy.proxy.route import CONTROL, ENVELOPE, MOUNT, UNKNOWN, Destination, Endpoint, Route, joined_path
-from gpuproxy.types import ALL_SCOPES, Grant, Outcome, Receipt, Usage
+from gpuproxy.proxy.route import CONTROL, ENVELOPE, MOUNT, UNKNOWN, Endpoint, joined_path
+from gpuproxy.types import ALL_SCOPES, Grant
 
 if TYPE_CHECKING:
-    from gpuproxy.proxy.downstream import Downstream
     from gpuproxy.proxy.pool import Origin
     from gpuproxy.proxy.upstream import UpstreamConnection
-    from gpuproxy.proxy.worker import Plane
 
 _log = get_logger("gpuproxy.exchange")
 
-# States, in the order they are passed through.
-NEW, ADMITTING, COLLECTING, CONNECTING, SENT, DONE = range(6)
 
-# Reasons not to read from the client for now; reading goes on when none is left.
-READ_UPLOAD, READ_QUEUE, READ_BUFFER = 1, 2, 4
+class Exchange(Answer):
+    """One request and its answer on a client connection: the way there. `Answer` is the way back."""
 
-DISCARDED_BODY_BYTES_MAX = 262_144  # of a refused upload that is read to keep the connection usable
-PSEUDONYM = b"gpuproxy"
-VIA_HOPS_MAX = 2  # how often a request may pass this gateway before it is a loop
-JOINED_BYTES_MAX = 16_384  # a body up to this is copied behind its head for one write; above, two writes are cheaper
-
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-class Exchange:
-    """One request and its answer on a client connection. The connection fills in what the head says."""
-
-    __slots__ = (
-        "_answer_parts",
-        "_answer_size",
-        "_attempts",
-        "_call",
-        "_destination",
-        "_error",
-        "_first_byte_ns",
-        "_give_up_ns",
-        "_grant",
-        "_handler",
-        "_head",
-        "_idle_s",
-        "_intent",
-        "_is_answer_chunked",
-        "_is_answer_until_close",
-        "_is_body_whole",
-        "_is_paused",
-        "_needs_body",
-        "_origin",
-        "_patience_s",
-        "_reader",
-        "_response_bytes",
-        "_sending",
-        "_started_ns",
-        "_status",
-        "content_length",
-        "downstream",
-        "has_body",
-        "has_sent_head",
-        "head",
-        "held_body",
-        "is_received",
-        "keeps_alive",
-        "method",
-        "plane",
-        "request_bytes",
-        "request_id",
-        "route",
-        "state",
-        "upstream",
-    )
-
-    route: Route
-    _sending: tuple[bytes, bytes, list[Field], bytes | None, UpstreamRequest]
-
-    def __init__(self, plane: "Plane", downstream: "Downstream", head: RequestHead, content_length: int) -> None:
-        self.plane = plane
-        self.downstream = downstream
-        self.head = head
-        self.method = head.method
-        self.keeps_alive = head.keeps_alive
-        self.request_id = head.request_id
-        self.content_length = content_length  # of the request's body, -1 if not told
-        self.has_body = content_length > 0 or head.is_chunked
-        self.state = NEW
-        # the upload
-        self.is_received = self._needs_body = self._is_body_whole = False
-        self.request_bytes = 0
-        self.held_body: list[bytes] = []
-        # the way
-        self.upstream: UpstreamConnection | None = None
-        self._grant: Grant | None = None
-        self._handler: ProtocolHandler | None = None
-        self._call: Call | None = None
-        self._intent: Intent | None = None
-        self._destination: Destination | None = None
-        self._origin: Origin | None = None
-        self._head = b""
-        self._attempts = 0
-        self._patience_s = plane.timeouts.first_byte_s  # for the answer's first byte
-        self._give_up_ns = 0
-        # the answer
-        self.has_sent_head = self._is_answer_chunked = self._is_answer_until_close = self._is_paused = False
-        self._reader: UsageReader | None = None
-        self._answer_parts: list[bytes] | None = None
-        self._answer_size = self._status = self._response_bytes = self._first_byte_ns = 0
-        self._idle_s = 0.0
-        self._error = ""
+    __slots__ = ()
 
     # -- admit ------------------------------------------------------------------------------------------
 
@@ -215,7 +135,7 @@ class Exchange:
             if downstream.read_blocks:
                 downstream.unblock_reading(READ_BUFFER)
             if self.head.expects_continue and not self.held_body:
-                self._write(_CONTINUE)
+                self._write(CONTINUE)
             if self._needs_body:
                 self.state = COLLECTING
                 downstream.deadline_s = plane.now_s + plane.timeouts.body_idle_s
@@ -361,30 +281,22 @@ class Exchange:
         intent = self._intent = handler.describe(call)
         self._check_model(intent.model)
         request = handler.prepare(call, intent)
-        if (
-            content is not None
-            and call.header(b"content-type") is None
-            and not _names(request.headers, b"content-type")
-        ):
-            kind = b"text/plain; charset=utf-8" if bytes(envelope.body)[:1] == b'"' else b"application/json"
-            fields = [*fields, (b"Content-Type", kind)]
         endpoint = router.endpoint_at(target.scheme, target.host, target.port)
         if endpoint is None:
             origin = self.plane.pools.user_given(target.scheme, target.host, target.port)
             endpoint = Endpoint(origin, b"", b"", target.authority.encode())
         if not envelopes.wants_stream(envelope):
-            self._answer_parts = []
-            if call.header(b"accept-encoding") is None:
-                fields = [*fields, (b"Accept-Encoding", b"identity")]
+            limit_bytes = self.plane.limits.envelope_answer_bytes_max
+            self._collected = envelopes.Collected(limit_bytes, envelope.timeout_s, self._started_ns)
         self._handler = handler
         self.held_body = []
         self.content_length = -1 if content is None else len(content)
         self.has_body = content is not None
         if envelope.timeout_s is not None:
             self._patience_s = envelope.timeout_s
-            self._give_up_ns = self._started_ns + int(envelope.timeout_s * 1e9)
         path = request.path if request.path is not None else call.path or b"/"
         endpoint = msgspec.structs.replace(endpoint, base_path=b"")  # a target's path is whole
+        fields = envelopes.completed_fields(envelope, fields, request.headers, self._collected is not None)
         self._forward(endpoint, call.method, path, fields, content, request)
 
     # -- forward ----------------------------------------------------------------------------------------
@@ -462,7 +374,7 @@ class Exchange:
         head = self.head
         fields = [*head.fields, *head.own_fields] if head.own_fields else head.fields
         if head.expects_continue and not self.is_received:
-            self._write(_CONTINUE)
+            self._write(CONTINUE)
         self._forward(self.plane.control_endpoint, self.method, head.target, fields, None, _UNCHANGED)
 
     def _connect_to(self, origin: "Origin") -> None:
@@ -517,425 +429,9 @@ class Exchange:
         else:
             self.downstream.deadline_s = plane.now_s + plane.timeouts.body_idle_s
 
-    def _stream_idle_s(self) -> float:
-        destination = self._destination
-        return self.plane.timeouts.idle_s if destination is None else destination.idle_s
-
-    # -- relay ------------------------------------------------------------------------------------------
-
-    def relay(self, connection: "UpstreamConnection") -> None:
-        """Pass on what one read of the upstream brought: head, body bytes, the end."""
-        parts = connection.parts
-        if parts:
-            body = parts[0] if len(parts) == 1 else b"".join(parts)
-            connection.parts = []
-        else:
-            body = b""
-        if body and self._is_answer_chunked and not connection.is_complete:
-            self._relay_piece(body)
-            return
-        if self._answer_parts is not None:
-            self._collect(connection, body)
-            return
-        downstream = self.downstream
-        is_complete = connection.is_complete
-        out = b"" if self.has_sent_head else self._answer_head(connection)
-        outbox = self.plane.outbox
-        size = len(body)
-        if size:
-            self._response_bytes += size
-            if self._is_answer_chunked:
-                ending = b"0\r\n\r\n" if is_complete else b""
-                out = b"%b%x\r\n%b\r\n%b" % (out, size, body, ending)
-            elif not out:
-                out = body
-            elif size <= JOINED_BYTES_MAX:
-                out += body
-            else:
-                outbox.writes.append((downstream.transport, out))
-                out = body
-        elif is_complete and self._is_answer_chunked:
-            out += b"0\r\n\r\n"
-        if out:
-            outbox.writes.append((downstream.transport, out))
-            if not outbox.is_scheduled:
-                outbox.schedule()
-            if size > JOINED_BYTES_MAX:
-                outbox.flush()  # a peer that takes no more must stop the reading in this very turn
-        if size and self._reader is not None:
-            self._reader.feed(body)
-        if is_complete:
-            self._complete(connection)
-        else:
-            if downstream.is_write_blocked and not self._is_paused:
-                self.pause_answer()
-            downstream.deadline_s = self.plane.now_s + self._idle_s
-
-    def _relay_piece(self, body: bytes) -> None:
-        # the middle of a stream: the head is out, the end is not in sight
-        downstream = self.downstream
-        outbox = self.plane.outbox
-        size = len(body)
-        self._response_bytes += size
-        outbox.writes.append((downstream.transport, b"%x\r\n%b\r\n" % (size, body)))
-        if not outbox.is_scheduled:
-            outbox.schedule()
-        if size > JOINED_BYTES_MAX:
-            outbox.flush()  # a peer that takes no more must stop the reading in this very turn
-        if self._reader is not None:
-            self._reader.feed(body)
-        if downstream.is_write_blocked and not self._is_paused:
-            self.pause_answer()
-        downstream.deadline_s = self.plane.now_s + self._idle_s
-
-    def _answer_head(self, connection: "UpstreamConnection") -> bytes:
-        self.has_sent_head = True
-        self._first_byte_ns = time.monotonic_ns()
-        head = connection.head
-        status = self._status = head.status
-        self._head = b""
-        self.held_body = []
-        if connection.content_length >= 0 and status != 204:
-            framing = b"Content-Length: %d\r\n" % connection.content_length
-        elif status == 204 or status == 304 or self.method == b"HEAD":
-            framing = b""
-        elif self.head.is_http_1_0:
-            framing = b""
-            self.keeps_alive = False
-            self._is_answer_until_close = True
-        else:
-            framing = b"Transfer-Encoding: chunked\r\n"
-            self._is_answer_chunked = True
-        if head.kind and self._call is not None and not head.is_encoded:
-            self._reader = self._handler.reader(self._call, status, head.kind)  # type: ignore[union-attr]
-        if not connection.is_complete:
-            self._idle_s = self._stream_idle_s()
-        if not self.keeps_alive or not self.is_received or self.plane.is_draining:
-            self.keeps_alive = False  # `not is_received`: the rest of an upload that is answered early is not wanted
-            framing += b"Connection: close\r\n"
-        elif self.head.is_http_1_0:
-            framing += b"Connection: keep-alive\r\n"
-        return b"%bX-Request-Id: %b\r\n%b\r\n" % (head.start, self.request_id.encode(), framing)
-
-    def _complete(self, connection: "UpstreamConnection") -> None:
-        self.upstream = None
-        if self._is_paused:
-            connection.transport.resume_reading()
-        if self.is_received:
-            connection.release(self.plane.now_s)
-        else:
-            connection.abort()
-        self._finish("ok")
-
-    def _write(self, data: bytes) -> None:
-        self.plane.outbox.write(self.downstream.transport, data)
-
-    def relay_interim(self, head: AnswerHead) -> None:
-        """Pass on a 1xx answer (RFC 9110 §15.2) to a client that can understand it."""
-        if not self.head.is_http_1_0 and self._answer_parts is None and not self.has_sent_head:
-            self._write(head.start + b"\r\n")
-
-    def pause_answer(self) -> None:
-        """The client takes no more: stop reading the upstream."""
-        if self.upstream is not None and not self._is_paused and not self.upstream.transport.is_closing():
-            self._is_paused = True
-            self.upstream.transport.pause_reading()
-
-    def resume_answer(self) -> None:
-        """The client takes bytes again."""
-        if self._is_paused:
-            self._is_paused = False
-            self.downstream.deadline_s = self.plane.now_s + self._idle_s
-            if self.upstream is not None and not self.upstream.transport.is_closing():
-                self.upstream.transport.resume_reading()
-
-    # -- the envelope's answer ----------------------------------------------------------------------------
-
-    def _collect(self, connection: "UpstreamConnection", body: bytes) -> None:
-        parts = self._answer_parts
-        assert parts is not None
-        if not self._first_byte_ns:
-            self._first_byte_ns = time.monotonic_ns()
-        if body:
-            parts.append(body)
-            self._answer_size += len(body)
-            limit = self.plane.limits.envelope_answer_bytes_max
-            if self._answer_size > limit:
-                self.upstream_faulted(connection, f'its answer is over {limit} bytes; use "stream": true')
-                return
-        if connection.is_complete:
-            self._wrap(connection, b"".join(parts))
-        else:
-            self.downstream.deadline_s = self.plane.now_s + self._rest_s()
-
-    def _rest_s(self) -> float:
-        # a collected answer must be whole within the envelope's own time
-        if not self._give_up_ns:
-            return self._stream_idle_s()
-        return max(0.0, (self._give_up_ns - time.monotonic_ns()) / 1e9)
-
-    def _wrap(self, connection: "UpstreamConnection", body: bytes) -> None:
-        handler = self._handler
-        assert handler is not None
-        call = self._call
-        assert call is not None
-        head = connection.head
-        content_type = head.content_type
-        reader = None if head.is_encoded else handler.reader(call, head.status, head.kind)
-        usage = None
-        if reader is not None:
-            reader.feed(body)
-            usage = reader.finish()
-        content_type, body = handler.collapse(call, content_type, body)
-        answer = envelopes.wrap(
-            head.status,
-            {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in head.fields},
-            content_type,
-            body,
-            (time.monotonic_ns() - self._started_ns) // 1000,
-            self.request_id,
-            usage,
-        )
-        self._reader = _Known(usage)
-        self._write_json(200, answer, b"")
-        self._complete(connection)
-
-    def _write_json(self, status: int, body: bytes, extra_fields: bytes) -> None:
-        self.has_sent_head = True
-        self._status = status
-        self._response_bytes += len(body)
-        if not self.keeps_alive or self.plane.is_draining:
-            extra_fields += b"Connection: close\r\n"
-        elif self.head.is_http_1_0:
-            extra_fields += b"Connection: keep-alive\r\n"
-        self._write(
-            b"%bContent-Type: application/json\r\nContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b"
-            % (
-                status_line(status),
-                len(body),
-                self.request_id.encode(),
-                extra_fields,
-                b"" if self.method == b"HEAD" else body,
-            )
-        )
-
-    # -- when things go wrong ------------------------------------------------------------------------------
-
-    def refuse(self, error: GatewayError) -> None:
-        """Answer with an error in the caller's dialect; mid-answer, cut the stream visibly instead."""
-        if self.state == DONE:
-            return
-        if self.has_sent_head:
-            self._cut(error.code)
-            return
-        self._error = error.code
-        self._drop_upstream()
-        handler = self._handler
-        if handler is not None and self._answer_parts is None and self.route.kind != ENVELOPE:
-            body = handler.refuse(self.route.path, error, self.request_id)
-        else:
-            body = default_refusal(error, self.request_id)
-        if not self.is_received and self._rest_is_long():
-            self.keeps_alive = False
-        self._write_json(error.status, body, _error_fields(error))
-        self._finish("upstream_failed" if CODES[error.code].source == "upstream" else "refused")
-
-    def _rest_is_long(self) -> bool:
-        if self.head.expects_continue or self.head.is_chunked:
-            return True
-        return self.content_length - self.request_bytes > DISCARDED_BODY_BYTES_MAX
-
-    def upstream_lost(self, connection: "UpstreamConnection") -> None:
-        """The upstream closed before its answer was whole."""
-        self.upstream = None
-        if self.has_sent_head:
-            self._cut("UPSTREAM_INVALID")
-        elif connection.is_reused and connection.head_bytes == 0 and self._can_replay():
-            # it closed an idle connection while our request was on its way: ask on a new one, once
-            assert self._origin is not None
-            self._attempts += 1
-            self._connect_to(self._origin)
-        else:
-            message = f"{connection.origin.label} closed the connection before its answer was whole"
-            self.refuse(GatewayError("UPSTREAM_INVALID", message))
-
-    def _can_replay(self) -> bool:
-        is_held = self._is_body_whole or self.request_bytes <= JOINED_BYTES_MAX
-        return self.state == SENT and self.is_received and is_held
-
-    def upstream_faulted(self, connection: "UpstreamConnection", reason: str) -> None:
-        """The upstream's bytes cannot be passed on."""
-        self.refuse(GatewayError("UPSTREAM_INVALID", f"{connection.origin.label}: {reason}"))
-
-    def _cut(self, code: str) -> None:
-        # the end must not look clean: no last chunk, missing bytes, or a reset where only the end would show
-        self._error = code
-        self._drop_upstream()
-        self.keeps_alive = False
-        if self._is_answer_until_close:
-            self.downstream.abort()
-        self._finish("upstream_failed")
-
-    def client_left(self) -> None:
-        """The client is gone: stop the upstream at once and bill what was used."""
-        if self.state == DONE:
-            return
-        self._drop_upstream()
-        is_over = getattr(self._reader, "is_terminal", False)
-        self._finish("ok" if is_over else "client_gone")
-
-    def expire(self) -> None:
-        """The deadline of what this exchange waits for has passed."""
-        state = self.state
-        if state == DONE:  # the rest of a refused upload does not come
-            self.downstream.abort()
-        elif state == CONNECTING:  # bounded by the pool's own limits
-            self.downstream.deadline_s = self.plane.now_s + self.plane.timeouts.connect_s
-        elif state == SENT and self.has_sent_head and self._is_paused:
-            self.downstream.abort()  # the client stopped reading: connection_lost settles the call
-        elif state == COLLECTING or (state == SENT and self._waits_for_upload()):
-            self.refuse(GatewayError("REQUEST_TIMEOUT", "the body did not arrive in time"))
-        elif state == ADMITTING:
-            self.refuse(GatewayError("UNAVAILABLE", "keys cannot be checked at the moment; try again", 1))
-        else:
-            label = self._origin.label if self._origin is not None else "the upstream"
-            self.refuse(GatewayError("UPSTREAM_TIMEOUT", f"{label} did not answer in time"))
-
-    def _waits_for_upload(self) -> bool:
-        return not self.is_received and not self.has_sent_head and not self.downstream.is_reading_blocked(READ_UPLOAD)
-
-    def _drop_upstream(self) -> None:
-        upstream, self.upstream = self.upstream, None
-        if upstream is not None:
-            upstream.abort()
-
-    # -- tunnels --------------------------------------------------------------------------------------------
-
-    def switch_protocols(self, connection: "UpstreamConnection") -> None:
-        """The upstream agreed to switch: pass its 101 on and join both sides byte by byte."""
-        self.has_sent_head = True
-        self._status = 101
-        self._first_byte_ns = time.monotonic_ns()
-        downstream = self.downstream
-        head = connection.head
-        self._write(
-            b"%bConnection: Upgrade\r\nUpgrade: %b\r\nX-Request-Id: %b\r\n\r\n"
-            % (head.start, head.upgrade, self.request_id.encode())
-        )
-        held, downstream.after_upgrade = downstream.after_upgrade or b"", b""
-        connection.exchange = None
-        self.upstream = None
-        downstream.current = None
-        self.plane.downstreams.discard(downstream)
-        downstream.unblock_reading(READ_BUFFER)
-        self.plane.outbox.flush()
-        ends = tunnel.join(downstream.transport, connection.transport, self._end_tunnel)
-        self._answer_parts = None
-        self.plane.tunnels[self] = ends
-        connection.origin.forget(connection)
-        if held:
-            ends[0].data_received(held)
-        if connection.tunnel_bytes:
-            ends[1].data_received(connection.tunnel_bytes)
-
-    def _end_tunnel(self) -> None:
-        ends = self.plane.tunnels.pop(self, None)
-        if ends is not None:
-            self.request_bytes, self._response_bytes = ends[0].byte_count, ends[1].byte_count
-        self._finish("ok")
-
-    # -- finish ---------------------------------------------------------------------------------------------
-
-    def _finish(self, outcome: Outcome) -> None:
-        """Write the receipt and let the connection go on. Runs once."""
-        self.state = DONE
-        self.held_body = []
-        route = self.route
-        if route.kind != CONTROL:
-            plane = self.plane
-            started_ns = self._started_ns
-            first_byte_ns = self._first_byte_ns
-            request_id = self.request_id
-            grant = self._grant or NO_GRANT
-            intent = self._intent or NO_INTENT
-            handler = self._handler
-            destination = self._destination
-            reader = self._reader
-            usage = (reader.finish() if reader is not None else None) or NO_USAGE
-            receipt = Receipt(
-                plane.new_id() if self.head.request_id else request_id,
-                request_id,
-                plane.wall_offset_ns + started_ns,
-                (time.monotonic_ns() - started_ns) // 1000,
-                (first_byte_ns - started_ns) // 1000 if first_byte_ns else -1,
-                grant.user_id,
-                grant.key_id,
-                handler.name if handler is not None else "",
-                destination.name if destination is not None else "",
-                intent.model,
-                self.method.decode(),
-                route.shown,
-                self._status,
-                outcome,
-                self._error,
-                self.request_bytes,
-                self._response_bytes,
-                usage.input_tokens,
-                usage.cached_tokens,
-                usage.output_tokens,
-                usage.source,
-                self._attempts,
-                intent.is_stream,
-            )
-            plane.journal.append(receipt)
-            if not plane.outbox.is_scheduled:
-                plane.outbox.schedule()
-        if self._status != 101:
-            self.downstream.ended(self, not self.keeps_alive or (outcome == "ok" and not self.is_received))
-
 
 def _body_too_large(limit_bytes: int) -> GatewayError:
     return GatewayError("BODY_TOO_LARGE", f"the body is over {limit_bytes} bytes")
 
 
-NO_GRANT = Grant("", "")
-NO_INTENT = Intent()
-NO_USAGE = Usage(-1, -1, -1, "none")
 _UNCHANGED = UpstreamRequest()
-
-
-class _Known:
-    """Stands in for a reader whose result is known already."""
-
-    def __init__(self, usage: Usage | None) -> None:
-        self._usage = usage
-
-    def feed(self, data: bytes) -> None:
-        """Nothing more comes."""
-
-    def finish(self) -> Usage | None:
-        """Return the usage."""
-        return self._usage
-
-
-def _names(fields: list[Field], name: bytes) -> bool:
-    return any(field[0].lower() == name for field in fields)
-
-
-_encode_json = msgspec.json.Encoder().encode
-
-
-def default_refusal(error: GatewayError, request_id: str) -> bytes:
-    """Return the gateway's own error body."""
-    return _encode_json({"error": error.message, "code": error.code, "request_id": request_id})
-
-
-def _error_fields(error: GatewayError) -> bytes:
-    lines = b""
-    if error.retry_after_s is not None:
-        lines += b"Retry-After: %d\r\n" % error.retry_after_s
-    if error.code == "UNAUTHORIZED":
-        lines += b"WWW-Authenticate: Bearer\r\n"
-    if not CODES[error.code].is_retryable:
-        lines += b"x-should-retry: false\r\n"
-    return lines

@@ -26,8 +26,8 @@ from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import Registry, load_plugins
 from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
 from gpuproxy.proxy.admit import Admission
+from gpuproxy.proxy.answer import Answer
 from gpuproxy.proxy.downstream import Downstream
-from gpuproxy.proxy.exchange import Exchange
 from gpuproxy.proxy.guard import Guard
 from gpuproxy.proxy.journal import Journal, segment_name
 from gpuproxy.proxy.outbox import Outbox
@@ -61,7 +61,7 @@ class Plane:
         self.outbox = Outbox(loop, journal.flush)
         self.downstreams: set[Downstream] = set()
         self.unread: set[Downstream] = set()
-        self.tunnels: dict[Exchange, tuple[TunnelEnd, TunnelEnd]] = {}
+        self.tunnels: dict[Answer, tuple[TunnelEnd, TunnelEnd]] = {}
         self.is_draining = False
         self.wall_offset_ns = time.time_ns() - time.monotonic_ns()
         self._loop = loop

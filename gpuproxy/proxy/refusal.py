@@ -1,0 +1,41 @@
+"""How the gateway's own answers look on the wire: errors, and the JSON it writes itself."""
+
+import msgspec
+
+from gpuproxy.errors import CODES, GatewayError
+from gpuproxy.proxy.heads import status_line
+
+_encode = msgspec.json.Encoder().encode
+
+
+def body_of(error: GatewayError, request_id: str) -> bytes:
+    """Return the body that tells about `error` where no protocol has a dialect of its own."""
+    return _encode({"error": error.message, "code": error.code, "request_id": request_id})
+
+
+def fields_of(error: GatewayError) -> bytes:
+    """Return the header lines an error brings along: when to come back, how to log in, whether to retry at all."""
+    lines = b""
+    if error.retry_after_s is not None:
+        lines += b"Retry-After: %d\r\n" % error.retry_after_s
+    if error.code == "UNAUTHORIZED":
+        lines += b"WWW-Authenticate: Bearer\r\n"
+    if not CODES[error.code].is_retryable:
+        lines += b"x-should-retry: false\r\n"  # obeyed by OpenAI's and Anthropic's SDKs
+    return lines
+
+
+def json_answer(status: int, body: bytes, request_id: str, fields: bytes, has_body: bool = True) -> bytes:
+    """Return a whole answer; one to HEAD tells the length but has no body."""
+    return b"%bContent-Type: application/json\r\nContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b" % (
+        status_line(status),
+        len(body),
+        request_id.encode(),
+        fields,
+        body if has_body else b"",
+    )
+
+
+def head_refusal(error: GatewayError, request_id: str) -> bytes:
+    """Return the answer to a head that never became an exchange; the connection closes after it."""
+    return json_answer(error.status, body_of(error, request_id), request_id, b"Connection: close\r\n")
