@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from gpuproxy.cli import cli
 from gpuproxy.config import Config, Price, Upstream, load
+from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
 from gpuproxy.plugin import Call, Registry, Usage
 
@@ -71,11 +72,8 @@ def test_the_readme_names_every_command() -> None:
 
 
 def test_the_readme_names_every_path_of_the_control_plane() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "gpuproxy/control").glob("*.py"))
-    paths = re.findall(r"@routes\.\w+\(\s*\"([^\"]+)\"", source)
-    assert paths
-    for path in paths:
-        assert re.search(rf"`(GET |POST |PUT |PATCH |DELETE )?{re.escape(path)}`", README), path
+    for route in TABLE:
+        assert re.search(rf"`({route.method} )?{re.escape(route.path)}`", README), f"{route.method} {route.path}"
 
 
 def test_the_first_commands_are_the_two_a_newcomer_needs() -> None:

@@ -5,7 +5,7 @@ reads the feed and tells the workers, so it does not matter which process did it
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, func, insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from gpuproxy.access.paging import Page, after
 from gpuproxy.codec.key import SHOWN_CHARACTERS, digest_of, generate
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
@@ -116,13 +117,35 @@ async def list_users(store: Store) -> list[User]:
         return [User(**row._mapping) for row in rows]
 
 
+async def page_of_users(store: Store, page: Page) -> list[User]:
+    """Return some of all users, oldest first."""
+    async with store.reading() as connection:
+        return [User(**row._mapping) for row in await connection.execute(after(select(users), users, page))]
+
+
 async def set_active(store: Store, email: str, is_active: bool) -> User:
     """Block a user (all keys stop within a second) or let them in again. Raises GatewayError NOT_FOUND."""
     async with store.writing() as connection:
         user = await _user(connection, email)
-        await connection.execute(update(users).where(users.c.id == user.id).values(is_active=is_active))
-        await announce(connection, USER_UNBLOCKED if is_active else USER_BLOCKED, user.id)
-        return await _user(connection, email)
+        return await set_user_flags(connection, user.id, {"is_active": is_active})
+
+
+async def set_user_flags(connection: AsyncConnection, user_id: str, flags: Mapping[str, bool]) -> User:
+    """Set ``is_active``, ``is_admin`` or both, in the caller's writing transaction. Raises GatewayError NOT_FOUND."""
+    done = await connection.execute(update(users).where(users.c.id == user_id).values(**flags))
+    if done.rowcount == 0:
+        raise GatewayError("NOT_FOUND", f"no user {user_id!r}")
+    if "is_active" in flags:
+        await announce(connection, USER_UNBLOCKED if flags["is_active"] else USER_BLOCKED, user_id)
+    return await user_by_id(connection, user_id)
+
+
+async def user_by_id(connection: AsyncConnection, user_id: str) -> User:
+    """Return the user. Raises GatewayError NOT_FOUND."""
+    row = (await connection.execute(select(users).where(users.c.id == user_id))).first()
+    if row is None:
+        raise GatewayError("NOT_FOUND", f"no user {user_id!r}")
+    return User(**row._mapping)
 
 
 async def create_key(

@@ -50,6 +50,13 @@ class Attempts:
         if of_address:
             of_address.pop()
 
+    def undo(self, account: str, address: str) -> None:
+        """The attempt begun last was neither right nor wrong: count it no more."""
+        network = _network_of(address)
+        for failures in (self._accounts.get((account, network)), self._addresses.get(network)):
+            if failures:
+                failures.pop()
+
 
 def _recent(table: dict[Any, Failures], key: Any, since_s: float) -> Failures:
     failures = table.pop(key, None) or deque(maxlen=ADDRESS_FAILURES_MAX)

@@ -15,12 +15,17 @@ from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpuproxy.access.accounts import grant_for
+from gpuproxy.access.attempts import Attempts
+from gpuproxy.access.keyring import Keyring, fresh_keyring, load_keyring
+from gpuproxy.access.passwords import Hasher
 from gpuproxy.config import Config
-from gpuproxy.control import events, health, user
+from gpuproxy.control import events
 from gpuproxy.control.changes import ChangeFeed
-from gpuproxy.control.parts import SOCKETS, STOPPING, STORE
+from gpuproxy.control.parts import ATTEMPTS, CONFIG, HASHER, KEYRING, SOCKETS, STOPPING, STORE
 from gpuproxy.control.respond import errors_in_one_shape, name_server
-from gpuproxy.errors import GatewayError
+from gpuproxy.control.route import add_routes
+from gpuproxy.control.table import TABLE
+from gpuproxy.errors import ConfigError, GatewayError
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import configure_logs, get_logger
@@ -41,16 +46,21 @@ def run() -> None:
 
 
 async def serve(boot: Boot) -> int:
-    """Serve until told to stop; return the exit code, 1 for a store that cannot be used."""
+    """Serve until told to stop; return the exit code, 1 for a store or a secret that cannot be used."""
     stopping = asyncio.Event()
     on_stop(boot, stopping.set)
+    try:
+        keyring = load_keyring(boot.config.auth.jwt_secret_env, Path(boot.config.server.data_dir))
+    except (ConfigError, OSError) as error:
+        logger.error("the secret that signs tokens cannot be used", cause=str(error))
+        return 1
     try:
         store = await _opened(boot.config.store.url)
     except (SQLAlchemyError, GatewayError, ValueError, OSError) as error:
         logger.error("the store cannot be used; see [store] url", cause=fault_of(error))
         return 1
     try:
-        await _serve(boot, store, stopping)
+        await _serve(boot, store, keyring, stopping)
     finally:
         await store.close()
     return 0
@@ -67,7 +77,7 @@ async def _opened(url: str) -> Store:
     return store
 
 
-async def _serve(boot: Boot, store: Store, stopping: asyncio.Event) -> None:
+async def _serve(boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.Event) -> None:
     """Start the parts in the order they need each other; stop them the other way round, the journal last."""
     auth = boot.config.auth
     ingest = Ingest(store, journal_directory(boot.config))
@@ -76,7 +86,8 @@ async def _serve(boot: Boot, store: Store, stopping: asyncio.Event) -> None:
     await feed.start(auth.stale_grant_s)
     link.refresh = feed.poll_once
     await link.start(socket.socket(fileno=boot.link_fd))
-    runner = web.AppRunner(application(store, stopping), access_log=None, shutdown_timeout=boot.config.server.drain_s)
+    app = application(store, stopping, boot.config, keyring)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
     polling = asyncio.create_task(feed.run(stopping))
@@ -125,17 +136,27 @@ def link_server(store: Store, config: Config) -> LinkServer:
     return LinkServer(authorize, config.auth.authorize_timeout_s, config.auth.stale_grant_s)
 
 
-def application(store: Store, stopping: asyncio.Event) -> web.Application:
-    """Return the management API over `store`."""
+def application(
+    store: Store, stopping: asyncio.Event, config: Config | None = None, keyring: Keyring | None = None
+) -> web.Application:
+    """Return the management API over `store`; without a keyring its tokens end with it."""
     app = web.Application(middlewares=[errors_in_one_shape])
     app[STORE] = store
+    app[CONFIG] = config or Config()
+    app[KEYRING] = keyring or fresh_keyring()
+    app[HASHER] = Hasher()
+    app[ATTEMPTS] = Attempts()
     app[STOPPING] = stopping
     app[SOCKETS] = WeakSet()
-    for routes in (health.routes, user.routes, events.routes):
-        app.add_routes(routes)
+    add_routes(app, TABLE)
     app.on_response_prepare.append(name_server)
     app.on_shutdown.append(events.close_all)
+    app.on_cleanup.append(_close_hasher)
     return app
+
+
+async def _close_hasher(app: web.Application) -> None:
+    app[HASHER].close()
 
 
 if __name__ == "__main__":

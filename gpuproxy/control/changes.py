@@ -5,6 +5,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 from gpuproxy.access.accounts import changed_keys_after, newest_change, revoked_keys_since
+from gpuproxy.access.keys import revoke_expired_keys
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store
@@ -32,6 +33,7 @@ class ChangeFeed:
     async def poll_once(self) -> int:
         """Push what is new; return how many keys lost their right."""
         async with self._reading:
+            await revoke_expired_keys(self._store)
             changed = await changed_keys_after(self._store, self._seq)
             self._seq = changed.seq
             self._link.readmit(changed.restored)

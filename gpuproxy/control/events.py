@@ -13,8 +13,6 @@ MESSAGE_BYTES_MAX = 65_536
 CHANNELS_MAX = 32  # in one message: each is answered, and nobody needs a key here
 SHOWN_CHARACTERS = 60
 
-routes = web.RouteTableDef()
-
 
 class Message(Struct):
     """What a client sends: ``subscribe`` with channels, or ``ping``."""
@@ -27,9 +25,8 @@ _decode = msgspec.json.Decoder(Message).decode
 _encode = msgspec.json.Encoder().encode
 
 
-@routes.get("/ws")
 async def events(request: web.Request) -> web.StreamResponse:
-    """Serve one client until it leaves or the gateway stops."""
+    """Serve events over a WebSocket until the client leaves or the gateway stops."""
     socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=MESSAGE_BYTES_MAX)
     await socket.prepare(request)
     request.app[SOCKETS].add(socket)

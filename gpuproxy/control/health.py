@@ -8,6 +8,7 @@ import asyncio
 from datetime import UTC, datetime
 
 from aiohttp import web
+from msgspec import Struct
 
 from gpuproxy import __version__
 from gpuproxy.control.parts import STOPPING, STORE
@@ -17,16 +18,34 @@ from gpuproxy.store.engine import Store
 
 CHECK_TIMEOUT_S = 1.0
 
-routes = web.RouteTableDef()
+
+class About(Struct):
+    """What answers here."""
+
+    name: str
+    version: str
 
 
-@routes.get("/")
+class Status(Struct):
+    """``ok``, or ``degraded``."""
+
+    status: str
+
+
+class Health(Struct):
+    """How every part is: ``healthy``, ``unhealthy`` or ``not_configured``."""
+
+    status: str
+    timestamp: str
+    version: str
+    services: dict[str, str]
+
+
 async def about(request: web.Request) -> web.Response:
     """Say what this is."""
     return answer({"name": "gpuproxy", "version": __version__})
 
 
-@routes.get("/health")
 async def health(request: web.Request) -> web.Response:
     """Tell how every part is."""
     database = await _database(request.app[STORE])
@@ -41,13 +60,11 @@ async def health(request: web.Request) -> web.Response:
     return answer({"status": status, "timestamp": now, "version": __version__, "services": services})
 
 
-@routes.get("/health/live")
 async def live(request: web.Request) -> web.Response:
     """Answer, which is the proof."""
     return answer({"status": "ok"})
 
 
-@routes.get("/health/ready")
 async def ready(request: web.Request) -> web.Response:
     """Tell whether new calls may be sent here."""
     if request.app[STOPPING].is_set():

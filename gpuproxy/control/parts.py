@@ -1,12 +1,23 @@
-"""What handlers find in the application: the store, the configuration, the open sockets."""
+"""What handlers find in the application: the store, the configuration, the secrets, the open sockets."""
 
 import asyncio
 from weakref import WeakSet
 
 from aiohttp import web
 
+from gpuproxy.access.attempts import Attempts
+from gpuproxy.access.callers import Caller
+from gpuproxy.access.keyring import Keyring
+from gpuproxy.access.passwords import Hasher
+from gpuproxy.config import Config
 from gpuproxy.store.engine import Store
 
 STORE = web.AppKey("store", Store)
+CONFIG = web.AppKey("config", Config)
+KEYRING = web.AppKey("keyring", Keyring)
+HASHER = web.AppKey("hasher", Hasher)
+ATTEMPTS = web.AppKey("attempts", Attempts)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 SOCKETS: web.AppKey[WeakSet[web.WebSocketResponse]] = web.AppKey("sockets")
+
+CALLER = web.RequestKey("caller", Caller)  # set on every route that asks for a credential

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import msgspec
 from aiohttp import web
+from msgspec import Struct, structs
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from gpuproxy.errors import CODES, GatewayError
@@ -28,14 +29,26 @@ def answer(fields: Mapping[str, Any], status: int = 200) -> web.Response:
     return web.Response(body=_encode(fields), status=status, content_type="application/json")
 
 
-def success(data: Mapping[str, Any]) -> web.Response:
+def success(data: Mapping[str, Any] | Struct, status: int = 200) -> web.Response:
     """Return one thing: under ``data``, and its fields at the top level too, where simple clients look."""
-    return answer({**data, "data": data, "status": "success"})
+    return answer(success_fields(data), status)
+
+
+def success_fields(data: Mapping[str, Any] | Struct) -> dict[str, Any]:
+    """Return what `success` answers."""
+    fields = structs.asdict(data) if isinstance(data, Struct) else data
+    return {**fields, "data": data, "status": "success"}
 
 
 def listing(data: Sequence[Any]) -> web.Response:
     """Return several things and their count."""
     return answer({"data": data, "count": len(data), "status": "success"})
+
+
+def page_of(data: Sequence[Any], limit: int) -> web.Response:
+    """Return a part of a long list; with ``next_cursor``, the id of its last row, if more may follow."""
+    fields: dict[str, Any] = {"data": data, "count": len(data), "status": "success"}
+    return answer(fields | ({"next_cursor": data[-1].id} if len(data) == limit else {}))
 
 
 def failure(error: GatewayError, request_id: str, headers: Mapping[str, str] | None = None) -> web.Response:

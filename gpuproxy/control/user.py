@@ -1,46 +1,65 @@
-"""What customers see of themselves: their usage."""
+"""What customers see of themselves: their profile, their usage."""
 
-from datetime import UTC, datetime
-from typing import get_args
+from typing import Any, get_args
 
+import msgspec
 from aiohttp import web
+from msgspec import UNSET, Struct, UnsetType
 
-from gpuproxy.control.identify import caller
-from gpuproxy.control.parts import STORE
+from gpuproxy.access.accounts import user_by_id
+from gpuproxy.control.parts import CALLER, STORE
+from gpuproxy.control.query import count_asked, time_asked
 from gpuproxy.control.respond import listing, success
 from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.usage import CALLS_MAX, GroupBy, newest_calls, usage_summary
+from gpuproxy.store.schema import receipts
 
 CALLS_DEFAULT = 100
+USAGE_QUERY = {
+    "since": "count calls from this time on, ISO 8601",
+    "until": "and before this one",
+    "group_by": "day, model, key or upstream: adds groups",
+}
+CALLS_QUERY = {"limit": f"how many, 1 to {CALLS_MAX}; {CALLS_DEFAULT} if left out"}
 
-routes = web.RouteTableDef()
+
+CallInfo: type[Struct] = msgspec.defstruct(
+    "Call",
+    [(str(column.name), column.type.python_type) for column in receipts.c],
+    namespace={"__doc__": "One receipt."},
+)
 
 
-@routes.get("/api/v1/user/usage")
+class UsageSums(Struct):
+    """What calls used; tokens of answers that told none count as 0. `groups` is there if it was asked for."""
+
+    requests: int
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    request_bytes: int
+    response_bytes: int
+    by_model: list[dict[str, Any]]
+    groups: list[dict[str, Any]] | UnsetType = UNSET
+
+
+async def profile(request: web.Request) -> web.Response:
+    """Show the caller's account."""
+    async with request.app[STORE].reading() as connection:
+        return success(await user_by_id(connection, request[CALLER].user_id))
+
+
 async def usage(request: web.Request) -> web.Response:
-    """Sum up the caller's calls, in all and by model; ``since``, ``until``, ``group_by`` narrow and split."""
-    grant = await caller(request)
-    since, until = _time(request, "since"), _time(request, "until")
-    return success(await usage_summary(request.app[STORE], grant.user_id, since, until, _group_by(request)))
+    """Sum up the caller's calls, in all and by model."""
+    since, until = time_asked(request, "since"), time_asked(request, "until")
+    user_id = request[CALLER].user_id
+    return success(await usage_summary(request.app[STORE], user_id, since, until, _group_by(request)))
 
 
-@routes.get("/api/v1/user/usage/calls")
 async def calls(request: web.Request) -> web.Response:
-    """List the caller's newest calls, newest first; ``limit`` up to CALLS_MAX."""
-    grant = await caller(request)
-    return listing(await newest_calls(request.app[STORE], grant.user_id, _limit(request)))
-
-
-def _time(request: web.Request, name: str) -> datetime | None:
-    text = request.query.get(name)
-    if text is None:
-        return None
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        message = f"{name}={text!r} is not an ISO 8601 time; write 2024-01-12T10:30:00Z"
-        raise GatewayError("UNPROCESSABLE", message, param=name) from None
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
+    """List the caller's newest calls, newest first."""
+    limit = count_asked(request, "limit", CALLS_DEFAULT, CALLS_MAX)
+    return listing(await newest_calls(request.app[STORE], request[CALLER].user_id, limit))
 
 
 def _group_by(request: web.Request) -> GroupBy | None:
@@ -53,11 +72,3 @@ def _group_by(request: web.Request) -> GroupBy | None:
             return group
     message = f"group_by={wished!r} is unknown; known: {', '.join(known)}"
     raise GatewayError("UNPROCESSABLE", message, param="group_by")
-
-
-def _limit(request: web.Request) -> int:
-    text = request.query.get("limit", str(CALLS_DEFAULT))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= CALLS_MAX):
-        message = f"limit={text[:20]!r} is out of range; 1 to {CALLS_MAX}"
-        raise GatewayError("UNPROCESSABLE", message, param="limit")
-    return int(text)

@@ -1,0 +1,116 @@
+"""API keys of the caller's account: ``/api/v1/auth/apikey…``."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+from aiohttp import web
+from msgspec import UNSET, Meta, Struct, UnsetType, structs
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gpuproxy.access.accounts import NAME_CHARACTERS_MAX, RPM_MAX, Key, KeyTerms
+from gpuproxy.access.keys import issue_key, list_own_keys, revoke_own_key, rotate_key, terms_for
+from gpuproxy.control.once import once
+from gpuproxy.control.parts import CALLER, STORE
+from gpuproxy.control.query import page_asked
+from gpuproxy.control.respond import page_of, success
+from gpuproxy.types import ALL_SCOPES
+
+MODELS_MAX = 256
+OVERLAP_S_MAX = 604_800
+
+Model = Annotated[str, Meta(min_length=1, max_length=256)]
+Scope = Annotated[str, Meta(max_length=32)]
+
+
+class NewKey(Struct, forbid_unknown_fields=True):
+    """A key to be made. What is left out is as the credential's own that makes it; it cannot be more."""
+
+    name: Annotated[str, Meta(max_length=NAME_CHARACTERS_MAX)] = ""
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1, max_length=8)] | UnsetType = UNSET
+    models: Annotated[tuple[Model, ...], Meta(min_length=1, max_length=MODELS_MAX)] | None = None
+    expires_days: Annotated[int, Meta(ge=1, le=36_500)] | None = None
+    rpm: Annotated[int, Meta(ge=0, le=RPM_MAX, description="requests per minute; 0: no limit")] | None = None
+
+
+class Rotation(Struct, forbid_unknown_fields=True):
+    """How long the old key stays good beside the new one, in seconds."""
+
+    overlap_s: Annotated[int, Meta(ge=0, le=OVERLAP_S_MAX)] = 3_600
+
+
+class KeyInfo(Struct):
+    """What may be shown of a key; `rpm` is None where the default holds."""
+
+    id: str
+    name: str
+    prefix: str
+    scopes: tuple[str, ...]
+    models: tuple[str, ...] | None
+    rpm: int | None
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    created_at: datetime
+
+
+class MadeKey(KeyInfo, kw_only=True):
+    """A new key; `api_key` is shown this once."""
+
+    api_key: str
+
+
+class RotatedKey(MadeKey, kw_only=True):
+    """The new key, and until when the old one stays good."""
+
+    old_id: str
+    old_expires_at: datetime
+
+
+async def make(request: web.Request, body: NewKey) -> web.Response:
+    """Make an API key."""
+    caller = request[CALLER]
+    terms = terms_for(caller, _terms(body), body.scopes is not UNSET)
+
+    async def work(connection: AsyncConnection) -> MadeKey:
+        secret, key = await issue_key(connection, caller, terms)
+        return MadeKey(**_shown(key), api_key=secret)
+
+    return await once(request, body, 201, work)
+
+
+async def list_all(request: web.Request) -> web.Response:
+    """List the account's keys without their secrets, oldest first."""
+    page = page_asked(request)
+    found = await list_own_keys(request.app[STORE], request[CALLER], page)
+    return page_of([KeyInfo(**_shown(key)) for key in found], page.limit)
+
+
+async def revoke(request: web.Request) -> web.Response:
+    """Revoke a key; dead on every worker within a second."""
+    async with request.app[STORE].writing() as connection:
+        key = await revoke_own_key(connection, request[CALLER], request.match_info["id"])
+    return success(KeyInfo(**_shown(key)))
+
+
+async def rotate(request: web.Request, body: Rotation) -> web.Response:
+    """Make a key like this one, which ends after the overlap."""
+    caller, key_id = request[CALLER], request.match_info["id"]
+
+    async def work(connection: AsyncConnection) -> RotatedKey:
+        secret, fresh, old = await rotate_key(connection, caller, key_id, body.overlap_s)
+        ends_at = old.revoked_at or old.expires_at
+        assert ends_at is not None  # rotating has set it
+        return RotatedKey(**_shown(fresh), api_key=secret, old_id=old.id, old_expires_at=ends_at)
+
+    return await once(request, body, 201, work)
+
+
+def _terms(body: NewKey) -> KeyTerms:
+    days = body.expires_days
+    expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
+    scopes = ALL_SCOPES if body.scopes is UNSET else body.scopes
+    return KeyTerms(body.name, scopes, body.models, expires_at, body.rpm)
+
+
+def _shown(key: Key) -> dict[str, Any]:
+    fields = structs.asdict(key)
+    return {name: fields[name] for name in KeyInfo.__struct_fields__}

@@ -1,0 +1,45 @@
+"""Every route of the management API, in one table: what it takes and gives, and who may call it.
+
+``/openapi.json`` and ``/docs`` are made of it, and the tests call each row as everybody.
+"""
+
+from gpuproxy.access.accounts import User
+from gpuproxy.control import admin_users, auth, docs, events, health, keys, openapi, user
+from gpuproxy.control.query import PAGE
+from gpuproxy.control.route import Route
+
+AUTH = "/api/v1/auth"
+TABLE: tuple[Route, ...] = (
+    Route("POST", f"{AUTH}/register", auth.register, "anyone", auth.Credentials, auth.LoggedIn, status=201),
+    Route("POST", f"{AUTH}/login", auth.log_in, "anyone", auth.Credentials, auth.LoggedIn),
+    Route("POST", f"{AUTH}/refresh", auth.refresh, "anyone", auth.Refresh, auth.LoggedIn),
+    Route("POST", f"{AUTH}/logout", auth.log_out, "account", gives=auth.LoggedOut),
+    Route("POST", f"{AUTH}/password", auth.change_password, "account", auth.PasswordChange, auth.LoggedIn),
+    Route("POST", f"{AUTH}/apikey", keys.make, "account", keys.NewKey, keys.MadeKey, status=201, is_once=True),
+    Route("GET", f"{AUTH}/apikey", keys.list_all, "account", gives=keys.KeyInfo, shape="list", query=PAGE),
+    Route("DELETE", f"{AUTH}/apikey/{{id}}", keys.revoke, "account", gives=keys.KeyInfo),
+    Route(
+        "POST",
+        f"{AUTH}/apikey/{{id}}/rotate",
+        keys.rotate,
+        "account",
+        keys.Rotation,
+        keys.RotatedKey,
+        status=201,
+        is_once=True,
+    ),
+    Route("GET", "/api/v1/user/profile", user.profile, "key", gives=User),
+    Route("GET", "/api/v1/user/usage", user.usage, "key", gives=user.UsageSums, query=user.USAGE_QUERY),
+    Route(
+        "GET", "/api/v1/user/usage/calls", user.calls, "key", gives=user.CallInfo, shape="list", query=user.CALLS_QUERY
+    ),
+    Route("GET", "/api/v1/admin/users", admin_users.list_all, "admin", gives=User, shape="list", query=PAGE),
+    Route("PATCH", "/api/v1/admin/users/{id}", admin_users.change, "admin", admin_users.UserChange, User),
+    Route("GET", "/ws", events.events, "anyone", shape="other"),
+    Route("GET", "/", health.about, "anyone", gives=health.About, shape="plain"),
+    Route("GET", "/health", health.health, "anyone", gives=health.Health, shape="plain"),
+    Route("GET", "/health/live", health.live, "anyone", gives=health.Status, shape="plain"),
+    Route("GET", "/health/ready", health.ready, "anyone", gives=health.Status, shape="plain"),
+    Route("GET", "/openapi.json", openapi.show, "anyone", shape="other"),
+    Route("GET", "/docs", docs.show, "anyone", shape="other"),
+)
