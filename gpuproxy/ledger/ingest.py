@@ -18,7 +18,9 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy import config
-from gpuproxy.ledger.segment import Row, Segment
+from gpuproxy.ledger.pricing import Catalogue
+from gpuproxy.ledger.segment import Row, Segment, epoch_of
+from gpuproxy.ledger.settle import Call, lease_owner, priced
 from gpuproxy.ledger.syncer import Syncer
 from gpuproxy.ledger.writer import open_writer, write_storable
 from gpuproxy.observe.logs import get_logger
@@ -37,16 +39,19 @@ class Ingest:
     """Reads the journal of one data directory into one store, one pass at a time.
 
     Holds a lock on the directory from its first pass until `close`, so that a successor that is started before
-    this one has stopped waits for its turn.
+    this one has stopped waits for its turn. Calls are charged by the `catalogue`, which may be exchanged while it
+    runs; `node` names the data directory among those that share a store.
     """
 
-    def __init__(self, store: Store, directory: Path) -> None:
+    def __init__(self, store: Store, directory: Path, catalogue: Catalogue | None = None, node: str = "") -> None:
+        self.catalogue = catalogue or Catalogue()
         self.ingested_count = 0
         self.torn_count = 0
         self.damaged_count = 0
         self._store = store
         self._writer = open_writer(store)
         self._directory = directory
+        self._node = node
         self._lock_fd = -1
         self._is_waiting = False
         self._segments: dict[str, Segment] = {}
@@ -165,11 +170,18 @@ class Ingest:
     async def _commit(self, taken: list["Taken"]) -> int:
         """Store receipts and offsets in one transaction, then believe it. Return how many receipts."""
         rows = list(chain.from_iterable(part.rows for part in taken))
-        await write_storable(self._writer, rows, {part.segment.name: part.end for part in taken})
+        calls = await asyncio.to_thread(self._price, taken)
+        await write_storable(self._writer, rows, {part.segment.name: part.end for part in taken}, calls)
         for part in taken:
             part.segment.offset = part.end
         self.ingested_count += len(rows)
         return len(rows)
+
+    def _price(self, taken: list["Taken"]) -> list[Call]:
+        calls: list[Call] = []
+        for part in taken:
+            calls += priced(self.catalogue, lease_owner(self._node, epoch_of(part.segment.name)), part.rows)
+        return calls
 
     async def _finish(self) -> None:
         """Put away segments that were read to their end, or cannot be read on, if nobody writes them any more."""

@@ -2,7 +2,7 @@
 
 A price is kept per million tokens, since a nanodollar per token is too coarse for cheap models. Every meter (input,
 cached input, output, duration) is rounded up to a whole nanodollar once per call, so a call costs less than
-four nanodollars more than exact arithmetic says, and never less.
+four nanodollars more than exact arithmetic says, and never less. No call costs more than CHARGE_NANOUSD_MAX.
 """
 
 from collections.abc import Iterable
@@ -15,8 +15,9 @@ from gpuproxy.types import Usage
 
 ANY = "*"  # as the model of a price: every model
 MILLION = 1_000_000
+PRICE_NANOUSD_MAX = 10**15  # a million dollars, per million tokens or per call
 METER_MAX = 10**12  # tokens or microseconds of one call; an upstream may claim any number
-CHARGE_NANOUSD_MAX = 10**17  # a hundred million dollars for one call is a mistake; sums must fit 64 bits
+CHARGE_NANOUSD_MAX = 10**13  # ten thousand dollars; more for one call is a mistake, and sums must fit 64 bits
 
 
 class Price(Struct, frozen=True):

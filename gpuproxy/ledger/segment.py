@@ -72,6 +72,11 @@ def _take(found: Cut, payload: memoryview, check: int) -> str:
     return ""
 
 
+def epoch_of(name: str) -> str:
+    """Return which worker process wrote the segment: its name without the number and ``.log``."""
+    return name.rpartition("-")[0]
+
+
 class Segment:
     """An open segment file: how far it was read, and whether its writer is gone."""
 
