@@ -35,12 +35,15 @@ class Boot(Struct, frozen=True):
 
 
 def receive_boot() -> Boot:
-    """Read the Boot from the pipe named by the first argument and take the signals back into use."""
+    """Read the Boot from the pipe named by the first argument and take the signals back into use.
+
+    SIGTERM alone stays blocked until `on_stop`: a child told to stop while it starts must still stop in order.
+    """
     with os.fdopen(int(sys.argv[1]), "rb") as pipe:
         boot = msgspec.msgpack.decode(pipe.read(), type=Boot)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGTERM])  # kept waiting until `on_stop` can take it
     return boot
 
 
@@ -59,4 +62,5 @@ def on_stop(boot: Boot, stop: Callable[[], None]) -> None:
         stop()
 
     loop.add_signal_handler(signal.SIGTERM, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     loop.add_reader(boot.lifeline_fd, end_of_lifeline)

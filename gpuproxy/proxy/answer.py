@@ -161,7 +161,7 @@ class Answer:
             outbox.writes.append((downstream.transport, out))
             if not outbox.is_scheduled:
                 outbox.schedule()
-            if size > JOINED_BYTES_MAX:
+            if size > JOINED_BYTES_MAX and not is_complete:  # the end must wait for its receipt
                 outbox.flush()  # a peer that takes no more must stop the reading in this very turn
         if size and self._reader is not None:
             self._reader.feed(body)

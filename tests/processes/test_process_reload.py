@@ -44,7 +44,7 @@ async def test_no_call_fails_while_the_configuration_is_read_anew(
         inference.release()
         assert (await stream).body == STREAM_BODY
         await until(lambda: children(gateway.process.pid) == second, 5, "only the second generation is left")
-        assert gateway.open_files() == files
+        await until(lambda: gateway.open_files() == files, 5, "the supervisor keeps no files of the first generation")
         assert gateway.stop() == 0
     assert load.faults == {}
     assert len(second) == 3
