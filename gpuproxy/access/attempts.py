@@ -9,6 +9,7 @@ import ipaddress
 import time
 from collections import deque
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 from gpuproxy.errors import GatewayError
@@ -38,7 +39,7 @@ class Attempts:
         of_address = _recent(self._addresses, network, now_s - ADDRESS_WINDOW_S)
         wait_s = max(_account_wait_s(of_account, now_s), _address_wait_s(of_address, now_s))
         if wait_s > 0:
-            raise GatewayError("RATE_LIMITED", "too many failed attempts; wait a while", retry_after_s=int(wait_s) + 1)
+            raise GatewayError("RATE_LIMITED", "too many failed attempts; wait a while", retry_after_s=ceil(wait_s))
         of_account.append(now_s)
         of_address.append(now_s)
 

@@ -1,0 +1,89 @@
+"""People who call the management API."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient
+from argon2 import PasswordHasher
+from sqlalchemy import insert
+
+from gpuproxy.access.accounts import create_key, create_user
+from gpuproxy.access.keyring import fresh_keyring
+from gpuproxy.access.sessions import start_session
+from gpuproxy.access.tokens import claims_for, sign
+from gpuproxy.config import Config, build
+from gpuproxy.control.app import application
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import passwords
+
+Client = TestClient[web.Request, web.Application]
+KEYRING = fresh_keyring()
+PASSWORD = "correct horse battery staple"
+# As weak as Argon2 goes: most tests need a password, few need a good hash of it.
+WEAK_HASH = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash(PASSWORD)
+
+
+class Person(NamedTuple):
+    """A user with a session and a key."""
+
+    id: str
+    email: str
+    access_token: str
+    refresh_token: str
+    api_key: str
+    key_id: str
+
+    @property
+    def by_token(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.access_token}"}
+
+    @property
+    def by_key(self) -> dict[str, str]:
+        return {"X-API-Key": self.api_key}
+
+
+class Api:
+    """The management API over a store, and the people who use it."""
+
+    def __init__(self, store: Store, client: Client) -> None:
+        self.store = store
+        self.client = client
+        self._count = 0
+
+    async def person(self, is_admin: bool = False) -> Person:
+        """Add a user; their password is PASSWORD."""
+        self._count += 1
+        email = f"person{self._count}@example.com"
+        user = await create_user(self.store, email, is_admin)
+        async with self.store.writing() as connection:
+            row = {"user_id": user.id, "hash": WEAK_HASH, "changed_at": datetime.now(UTC)}
+            await connection.execute(insert(passwords).values(**row))
+            session = await start_session(connection, user.id, WEAK_HASH, 60)
+        token = sign(KEYRING, claims_for(user.id, session.id, 60))
+        secret, key = await create_key(self.store, email)
+        return Person(user.id, email, token, session.refresh_token, secret, key.id)
+
+    async def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """Call, without a Content-Type as curl would; return status and JSON body."""
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with self.client.request(method, path, data=data, headers=headers) as answer:
+            return answer.status, await answer.json(content_type=None) if answer.content_type.endswith("json") else {}
+
+
+@pytest.fixture
+async def settings() -> Config:
+    """Return the configuration; a test may bring its own."""
+    return build({})
+
+
+@pytest.fixture
+async def api(store: Store, settings: Config, aiohttp_client: Callable[[web.Application], Awaitable[Client]]) -> Api:
+    """Serve the management API."""
+    return Api(store, await aiohttp_client(application(store, asyncio.Event(), settings, KEYRING)))

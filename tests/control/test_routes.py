@@ -1,0 +1,195 @@
+"""Every route: declared, described, and open to those its rule names and nobody else."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import structs
+
+from gpuproxy.access.accounts import create_key
+from gpuproxy.control.openapi import Envelope, document
+from gpuproxy.control.route import RULES, Route
+from gpuproxy.control.table import TABLE
+from gpuproxy.errors import CODES
+from gpuproxy.proxy import envelope
+
+from .conftest import PASSWORD, Api, Person
+
+NEW_PASSWORD = "another horse battery staple"
+# What each route that takes a body is sent, by whom, about whose things.
+BODIES: dict[str, Any] = {
+    "register": lambda caller: {"email": f"new-{caller.email}", "password": PASSWORD},
+    "log_in": lambda caller: {"email": caller.email, "password": PASSWORD},
+    "refresh": lambda caller: {"refresh_token": caller.refresh_token},
+    "change_password": lambda caller: {"current_password": PASSWORD, "new_password": NEW_PASSWORD},
+    "make": lambda caller: {"name": "made"},
+    "rotate": lambda caller: {},
+    "change": lambda caller: {"is_active": True},
+}
+WHO = ("anonymous", "other account", "read-only key", "own key", "owner", "admin", "key of an admin")
+OK = 0
+
+
+def name_of(route: Route) -> str:
+    return route.handler.__name__
+
+
+def expected(route: Route, who: str) -> int:
+    """Return the status of the refusal, OK for none."""
+    is_key = who in ("read-only key", "own key", "key of an admin")
+    if route.rule == "anyone":
+        return OK
+    if who == "anonymous":
+        return 401
+    if route.rule == "key":
+        return OK
+    if route.rule == "admin":
+        return OK if who in ("admin", "key of an admin") else 403
+    if who == "read-only key" or (is_key and name_of(route) == "log_out"):
+        return 403
+    is_own = who in ("own key", "owner")
+    return 404 if "{id}" in route.path and not is_own else OK
+
+
+class World:
+    """An owner, a stranger and an admin, new for each call: calls change them."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    async def visit(self, route: Route, who: str) -> tuple[Person, int, Any]:
+        """Call `route` about the owner's things as `who`; return the owner, status and body."""
+        owner, other, admin = [await self._api.person(is_admin) for is_admin in (False, False, True)]
+        caller = {"other account": other, "admin": admin, "key of an admin": admin}.get(who, owner)
+        headers = {
+            "anonymous": {},
+            "read-only key": await self._key(owner, "read"),
+            "own key": owner.by_key,
+            "key of an admin": await self._key(admin, "inference", "account", "admin"),
+        }.get(who, caller.by_token)
+        subject = owner.id if "/users/" in route.path else owner.key_id
+        path = route.path.replace("{id}", subject)
+        body = BODIES[name_of(route)](caller) if route.takes else None
+        status, told = await self._api.call(route.method, path, body, headers)
+        return owner, status, told
+
+    async def _key(self, person: Person, *scopes: str) -> dict[str, str]:
+        secret, _ = await create_key(self._api.store, person.email, scopes=scopes)
+        return {"X-API-Key": secret}
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    """Name a SQLite database: who may call does not depend on the kind."""
+    return f"sqlite:///{tmp_path}/gpuproxy.db"
+
+
+@pytest.fixture
+def world(api: Api) -> World:
+    return World(api)
+
+
+@pytest.mark.parametrize("route", TABLE, ids=lambda route: f"{route.method} {route.path}")
+async def test_a_route_is_open_to_those_its_rule_names(world: World, route: Route) -> None:
+    for who in WHO:
+        owner, status, told = await world.visit(route, who)
+        refusal = expected(route, who)
+        if refusal == OK:
+            assert status == route.status or route.path == "/ws", (who, told)
+            assert who in ("own key", "owner", "read-only key") or is_silent_about(owner, route, told), who
+        else:
+            assert (who, status, set(told)) == (who, refusal, {"error", "code", "request_id"})
+
+
+def is_silent_about(owner: Person, route: Route, told: Any) -> bool:
+    return route.rule in ("admin", "anyone") or owner.id not in repr(told)
+
+
+@pytest.mark.parametrize("route", [route for route in TABLE if route.gives], ids=name_of)
+async def test_a_route_gives_what_it_declares(world: World, route: Route) -> None:
+    _, _, told = await world.visit(route, "admin" if route.rule == "admin" else "owner")
+    if route.shape == "plain":
+        msgspec.convert(told, route.gives)
+    elif route.shape == "list":
+        assert (told["count"], told["status"]) == (len(told["data"]), "success")
+        msgspec.convert(told["data"], list[route.gives])  # type: ignore[name-defined]
+    else:
+        assert told["status"] == "success"
+        assert told["data"] == {name: value for name, value in told.items() if name not in ("data", "status")}
+        msgspec.convert(told["data"], route.gives)
+
+
+@pytest.mark.parametrize("route", [route for route in TABLE if route.takes], ids=name_of)
+async def test_a_field_that_is_not_known_is_refused_by_name(api: Api, route: Route) -> None:
+    person = await api.person(is_admin=True)
+    for field in ("is_owner", "user_id", "credits", "role"):
+        body = {**BODIES[name_of(route)](person), field: 1}
+        status, told = await api.call(route.method, route.path.replace("{id}", "x"), body, person.by_token)
+        assert (status, told["code"]) == (422, "UNPROCESSABLE")
+        assert f"no field '{field}'" in told["error"]
+
+
+async def test_no_route_is_served_that_the_table_does_not_declare(api: Api) -> None:
+    declared = {(route.method, route.path) for route in TABLE}
+    served = {
+        ("GET" if route.method == "HEAD" else route.method, route.resource.canonical)
+        for route in api.client.app.router.routes()
+        if route.resource is not None
+    }
+    assert served == declared
+    assert len(declared) == len(TABLE)
+
+
+def test_every_route_says_what_it_does_and_for_whom() -> None:
+    for route in TABLE:
+        assert route.rule in RULES
+        assert re.fullmatch(r"\S.{10,}\.", route.summary), route.path
+        assert route.takes is None or route.takes.__struct_config__.forbid_unknown_fields, route.path
+        assert route.method != "GET" or not route.takes
+
+
+def references(part: Any) -> set[str]:
+    if isinstance(part, dict):
+        found = {part["$ref"]} if "$ref" in part else set()
+        return found.union(*(references(value) for value in part.values()))
+    return set().union(*(references(value) for value in part)) if isinstance(part, list) else set()
+
+
+async def test_the_description_holds_every_route_and_every_reference(api: Api) -> None:
+    status, told = await api.call("GET", "/openapi.json")
+    assert (status, told["openapi"]) == (200, "3.1.0")
+    for route in TABLE:
+        operation = told["paths"][route.path][route.method.lower()]
+        assert operation["security"] == ([] if route.rule == "anyone" else [{"bearer": []}, {"apiKey": []}])
+        assert ("requestBody" in operation) == (route.takes is not None)
+        assert {each["name"] for each in operation["parameters"] if each["in"] == "path"} == set(
+            re.findall(r"{(\w+)}", route.path)
+        )
+    for reference in references(told):
+        _, kind, name = reference.removeprefix("#/").split("/")
+        assert name in told["components"][kind]
+    names = [operation["operationId"] for path in told["paths"].values() for operation in path.values()]
+    assert len(names) == len(set(names))
+    assert told["components"]["schemas"]["Error"]["properties"]["code"]["enum"] == list(CODES)
+
+
+def test_the_described_envelope_is_the_one_workers_read() -> None:
+    described = {field.name: field.required for field in structs.fields(Envelope)}
+    assert described == {field.name: field.required for field in structs.fields(envelope.Envelope)}
+
+
+def test_a_body_forbids_fields_in_the_description_too() -> None:
+    schemas = document(TABLE)["components"]["schemas"]
+    assert schemas["NewKey"]["additionalProperties"] is False
+
+
+async def test_the_page_for_people_names_every_route_and_runs_nothing(api: Api) -> None:
+    async with api.client.get("/docs") as answer:
+        page = await answer.text()
+        assert answer.content_type == "text/html"
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    for route in TABLE:
+        assert f"<code>{route.method} {route.path}</code>" in page
+    assert not re.search(r"<script|https?://|\bon\w+=", page)
