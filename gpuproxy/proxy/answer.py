@@ -129,7 +129,9 @@ class Answer:
         parts = connection.parts
         if parts:
             body = parts[0] if len(parts) == 1 else b"".join(parts)
-            connection.parts = []
+            parts.clear()
+            if self.method == b"HEAD":  # a body the upstream must not send; the connection is closed after it
+                body = b""
         else:
             body = b""
         if body and self._is_answer_chunked and not connection.is_complete:

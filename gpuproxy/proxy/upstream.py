@@ -59,6 +59,7 @@ class UpstreamConnection(asyncio.Protocol):
         "is_complete",
         "is_reused",
         "is_until_close",
+        "on_body",
         "origin",
         "parts",
         "transport",
@@ -73,11 +74,12 @@ class UpstreamConnection(asyncio.Protocol):
         self.idle_until_s = 0.0
         self.is_reused = False
         self.chosen_turn = -1
+        self.parts: list[bytes] = []  # what this read brought; the exchange takes it
+        self.on_body = self.parts.append  # what the parser calls, without a frame of Python
         self._parser = httptools.HttpResponseParser(self)
         self._memory = Memory()
         # the answer at hand; `release` puts these back
         self.head = NO_HEAD
-        self.parts: list[bytes] = []
         self.content_length = -1
         self.is_complete = self.is_until_close = self.is_babbling = self.has_head = False
         self.head_bytes = self._interim_count = 0
@@ -94,7 +96,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self.head.keeps_alive and self.is_complete and not self.is_babbling and not self.transport.is_closing():
             self.is_reused = True
             self.head = NO_HEAD
-            self.parts = []
+            self.parts.clear()
             self.content_length = -1
             self.is_complete = self.is_until_close = self.has_head = False
             self.head_bytes = self._interim_count = 0
@@ -145,7 +147,7 @@ class UpstreamConnection(asyncio.Protocol):
         if exchange is None or self.chosen_turn == exchange.plane.outbox.turn:  # nobody has asked
             self._drop_unasked()
             return
-        is_start = self.head_bytes == 0 and not self.has_head
+        is_start = not self.has_head and self.head_bytes == 0
         if is_start and (body := self._memory.recall(data)) is not None and exchange.head.method != b"HEAD":
             self._take_whole(exchange, body)
             return
@@ -163,14 +165,15 @@ class UpstreamConnection(asyncio.Protocol):
             if not self.is_complete:
                 exchange.upstream_faulted(self, _reason(error))
                 return
-        if not self.has_head:
+        if self.parts or self.is_complete:
+            if is_start and self.is_complete:
+                self._learn(exchange, data)
+            exchange.relay(self)
+        elif not self.has_head:
             self.head_bytes += len(data)
             if self.head_bytes > HEAD_BYTES_MAX:
                 exchange.upstream_faulted(self, f"its head is over {HEAD_BYTES_MAX} bytes")
-            return
-        if is_start and self.is_complete:
-            self._learn(exchange, data)
-        if self.parts or self.is_complete or not exchange.has_sent_head:
+        elif not exchange.has_sent_head:
             exchange.relay(self)
 
     def _take_whole(self, exchange: "Exchange", body: bytes) -> None:
@@ -180,7 +183,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.content_length = memory.length
         self.has_head = self.is_complete = True
         if body:
-            self.parts = [body]
+            self.parts.append(body)
         exchange.relay(self)
 
     def _learn(self, exchange: "Exchange", data: bytes) -> None:
@@ -262,13 +265,6 @@ class UpstreamConnection(asyncio.Protocol):
                 head.keeps_alive = False
             elif self.content_length < 0 and not head.is_chunked and status not in (204, 304):
                 self.is_until_close = True
-
-    def on_body(self, body: bytes) -> None:
-        """Collect what this read brought; `data_received` passes it on."""
-        if not self.is_complete:
-            self.parts.append(body)
-        else:
-            self.is_babbling = True
 
     def on_message_complete(self) -> None:
         """The answer is whole, or an interim one is."""
