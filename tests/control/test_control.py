@@ -3,14 +3,14 @@
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import WSMsgType, web
 from aiohttp.test_utils import TestClient
-from sqlalchemy import text
+from sqlalchemy import text, update
 from structlog.testing import capture_logs
 
 from gpuproxy import __version__
@@ -23,6 +23,7 @@ from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.link.server import LinkServer
 from gpuproxy.proxy.journal import frame
 from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import api_keys
 from gpuproxy.types import Receipt
 
 Client = TestClient[web.Request, web.Application]
@@ -278,6 +279,17 @@ async def test_a_user_let_in_again_is_remembered_as_blocked_by_no_control(store:
     successor = LinkServer(_nobody, 1, 60)
     await ChangeFeed(store, successor).start(60)
     assert successor.remembered() == ()
+
+
+async def test_a_key_that_expires_reaches_the_link(store: Store, key: str) -> None:
+    link = LinkServer(_nobody, 1, 60)
+    feed = ChangeFeed(store, link)
+    await feed.start(60)
+    assert await feed.poll_once() == 0
+    async with store.writing() as connection:
+        await connection.execute(update(api_keys).values(expires_at=datetime.now(UTC)))
+    assert [await feed.poll_once() for _ in range(2)] == [1, 0]
+    assert len(link.remembered()) == 1
 
 
 async def test_a_new_control_knows_what_was_revoked_while_there_was_none(store: Store, key: str) -> None:

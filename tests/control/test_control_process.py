@@ -164,3 +164,19 @@ def _receipt(user_id: str) -> Receipt:
         "r1", "q", 10**18, 1, 1, user_id, "k", "https", "", "m1", "POST", "/x", 200, "ok", "", 1, 1, -1, -1, -1,
         "none", 1, False,
     )  # fmt: skip
+
+
+def test_a_secret_that_can_be_guessed_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "jwt.key").write_text("secret")
+    started = Control(tmp_path)
+    assert started.process.wait(WAIT_S) == 1
+    assert not started.was_ready
+    (line,) = started.log.read_text().splitlines()
+    assert "too short" in line
+    started.close()
+
+
+def test_control_keeps_its_secret_to_itself(control: Control) -> None:
+    path = control.directory / "data" / "jwt.key"
+    assert path.stat().st_mode & 0o777 == 0o600
