@@ -46,6 +46,7 @@ class Ingest:
     def __init__(self, store: Store, directory: Path, catalogue: Catalogue | None = None, node: str = "") -> None:
         self.catalogue = catalogue or Catalogue()
         self.ingested_count = 0
+        self.pass_count = 0  # complete ones
         self.torn_count = 0
         self.damaged_count = 0
         self._store = store
@@ -73,6 +74,7 @@ class Ingest:
         while taken := await asyncio.to_thread(_read_batch, list(self._segments.values())):
             total += await self._commit(taken)
         await self._finish()
+        self.pass_count += 1
         return total
 
     async def run(self, journal: config.Journal) -> None:

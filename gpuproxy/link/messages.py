@@ -6,20 +6,27 @@ unknown messages are a fault.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
 from gpuproxy.types import Grant
 
+LeaseKind = Literal["requests", "nanousd"]
+
 FRAME_BYTES_MAX = 1 << 20  # a Grant is under 10 KiB; anything near this is a broken stream
 
 
 class Hello(Struct, tag="hello", frozen=True):
-    """First message of a worker: which slot it fills and its process id."""
+    """First message of a worker: which slot it fills, its process id, and the name of its journal.
+
+    The name is no other worker's, ever; leases belong to it. A worker without one gets none.
+    """
 
     slot: int
     pid: int
+    epoch: str = ""
 
 
 class Authorize(Struct, tag="authorize", frozen=True):
@@ -38,7 +45,7 @@ class Authorized(Struct, tag="authorized", frozen=True):
 
 
 class Unavailable(Struct, tag="unavailable", frozen=True):
-    """Answer to Authorize when the store cannot be asked now; says nothing about the key."""
+    """Answer to Authorize or Lease when the store cannot be asked now; says nothing about the key."""
 
     id: int
 
@@ -49,8 +56,58 @@ class Revoke(Struct, tag="revoke", frozen=True):
     key_ids: tuple[str, ...]
 
 
-FromWorker = Hello | Authorize
-FromControl = Authorized | Unavailable | Revoke
+class Lease(Struct, tag="lease", frozen=True):
+    """Ask for a part of what is left: ``least`` for a call that waits (0: none does), ``wanted`` to go on with.
+
+    Requests count against the limit of the key, or of the user if ``key_id`` is empty; nanodollars always come from
+    the user's credit.
+    """
+
+    id: int
+    user_id: str
+    key_id: str
+    kind: LeaseKind
+    least: int
+    wanted: int
+
+
+class Leased(Struct, tag="leased", frozen=True):
+    """Answer to Lease: ``amount`` is 0, or at least what was needed. Spend it before ``until_ns`` (0: no end).
+
+    For requests also the limit per minute (0: none; then the amount is as wanted), what is left of it, and when
+    something comes back if nothing is. Times are monotonic nanoseconds, which all processes of a machine share.
+    """
+
+    id: int
+    amount: int
+    until_ns: int = 0
+    limit: int = 0
+    remaining: int = 0
+    reset_ns: int = 0
+
+
+class Return(Struct, tag="return", frozen=True):
+    """Give back what was not spent of the lease with this id (0: of any); ``recall_id`` answers a Recall."""
+
+    user_id: str
+    key_id: str
+    kind: LeaseKind
+    amount: int
+    lease_id: int = 0
+    recall_id: int = 0
+
+
+class Recall(Struct, tag="recall", frozen=True):
+    """Pushed: return at once what is not in use, even if that is 0; somebody else needs it."""
+
+    id: int
+    user_id: str
+    key_id: str
+    kind: LeaseKind
+
+
+FromWorker = Hello | Authorize | Lease | Return
+FromControl = Authorized | Unavailable | Revoke | Leased | Recall
 
 _encoder = msgspec.msgpack.Encoder()
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

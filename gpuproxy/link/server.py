@@ -1,4 +1,4 @@
-"""Control's end of the link: answers workers' questions about keys and pushes revocations.
+"""Control's end of the link: answers workers' questions about keys and leases and pushes revocations.
 
 A worker that was away hears on its return what was revoked meanwhile; an answer read from the store before a
 revocation but sent after it is corrected on the way out. So no worker is left with a key that was taken back.
@@ -8,7 +8,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 
@@ -17,7 +17,12 @@ from gpuproxy.link.messages import (
     Authorized,
     FrameReader,
     FromControl,
+    FromWorker,
     Hello,
+    Lease,
+    Leased,
+    Recall,
+    Return,
     Revoke,
     Unavailable,
     decode_from_worker,
@@ -36,6 +41,16 @@ COMPLAINT_S = 10.0  # between two log lines about a store that fails
 logger = get_logger(__name__)
 
 
+class Lessor(Protocol):
+    """Hands out and takes back leases of a worker, which is named by its epoch."""
+
+    async def grant(self, epoch: str, ask: Lease) -> Leased:
+        """Answer a question. May raise: then nobody knows."""
+
+    def take_back(self, epoch: str, returned: Return) -> None:
+        """Take what a worker does not need, in the order it gives."""
+
+
 class LinkServer:
     """All workers' links. `authorize` returns the grant for a digest and may raise: then nobody knows.
 
@@ -45,6 +60,7 @@ class LinkServer:
 
     def __init__(self, authorize: Authorizer, timeout_s: float, remember_s: float) -> None:
         self.links: set[WorkerLink] = set()
+        self.lessor: Lessor | None = None
         self.refresh: Callable[[], Awaitable[object]] | None = None
         self._authorize = authorize
         self._timeout_s = timeout_s
@@ -96,6 +112,40 @@ class LinkServer:
             grant = None  # the store may have been read before the key was revoked
         return Authorized(question.id, question.digest, grant)
 
+    async def lease(self, epoch: str, ask: Lease) -> Leased | Unavailable:
+        """Ask the lessor, for at most `timeout_s`; what it grants to nobody who waits goes back to it."""
+        if self.lessor is None or not epoch:
+            return Unavailable(ask.id)
+        work = asyncio.ensure_future(self.lessor.grant(epoch, ask))
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(lambda done: self._take_back(epoch, ask, done))
+            raise
+        except Exception as error:
+            work.add_done_callback(lambda done: self._take_back(epoch, ask, done))
+            self._complain(error)
+            return Unavailable(ask.id)
+
+    def push(self, epoch: str, message: Recall) -> bool:
+        """Send to the worker with this epoch; False if it is not linked."""
+        for link in self.links:
+            if link.epoch == epoch:
+                link.send(message)
+                return True
+        return False
+
+    def epochs(self) -> set[str]:
+        """Return the epochs of the workers that are linked now."""
+        return {link.epoch for link in self.links if link.epoch}
+
+    def _take_back(self, epoch: str, ask: Lease, done: "asyncio.Future[Leased]") -> None:
+        """Return what was granted too late."""
+        if done.cancelled() or done.exception() is not None or self.lessor is None:
+            return
+        self.lessor.take_back(epoch, Return(ask.user_id, ask.key_id, ask.kind, done.result().amount, ask.id))
+
     def remembered(self) -> tuple[str, ...]:
         """Return the keys revoked lately."""
         return tuple(self._revoked)
@@ -118,13 +168,14 @@ class LinkServer:
         now = time.monotonic()
         if now - self._complained_s >= COMPLAINT_S:
             self._complained_s = now
-            logger.error("keys cannot be looked up", error=f"{type(error).__name__}: {error}")
+            logger.error("workers' questions cannot be answered", error=f"{type(error).__name__}: {error}")
 
 
 class WorkerLink(asyncio.Protocol):
     """The link to one worker."""
 
     def __init__(self, server: LinkServer) -> None:
+        self.epoch = ""
         self._server = server
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
@@ -154,24 +205,30 @@ class WorkerLink(asyncio.Protocol):
     def send_revoked(self, key_ids: tuple[str, ...]) -> None:
         """Tell this worker to forget these keys."""
         for start in range(0, len(key_ids), REVOKE_KEYS_MAX):
-            self._send(Revoke(key_ids[start : start + REVOKE_KEYS_MAX]))
+            self.send(Revoke(key_ids[start : start + REVOKE_KEYS_MAX]))
 
     def close(self) -> None:
         """End the link at once."""
         if self._transport is not None:
             self._transport.abort()
 
-    def _take(self, message: Hello | Authorize) -> None:
+    def _take(self, message: FromWorker) -> None:
         match message:
             case Hello():
+                self.epoch = message.epoch
                 logger.debug("worker linked", slot=message.slot, worker_pid=message.pid)
                 self._start(self._welcome())
             case Authorize():
                 self._ask(message)
+            case Lease():
+                self._ask(message)
+            case Return():
+                if self._server.lessor is not None and self.epoch:
+                    self._server.lessor.take_back(self.epoch, message)
 
-    def _ask(self, question: Authorize) -> None:
+    def _ask(self, question: Authorize | Lease) -> None:
         if len(self._answers) >= QUESTIONS_MAX:
-            self._send(Unavailable(question.id))
+            self.send(Unavailable(question.id))
             return
         self._start(self._answer(question))
 
@@ -183,10 +240,14 @@ class WorkerLink(asyncio.Protocol):
     async def _welcome(self) -> None:
         self.send_revoked(await self._server.remembered_now())
 
-    async def _answer(self, question: Authorize) -> None:
-        self._send(await self._server.answer(question))
+    async def _answer(self, question: Authorize | Lease) -> None:
+        if isinstance(question, Authorize):
+            self.send(await self._server.answer(question))
+        else:
+            self.send(await self._server.lease(self.epoch, question))
 
-    def _send(self, message: FromControl) -> None:
+    def send(self, message: FromControl) -> None:
+        """Send, if the worker is still there; cut off one that does not read."""
         if self._transport is None:
             return
         self._transport.write(frame(message))

@@ -27,5 +27,5 @@ async def test_a_version_cannot_be_replaced(store: Store) -> None:
 
 @pytest.mark.parametrize("amount", [-1, PRICE_NANOUSD_MAX])
 async def test_an_amount_out_of_range_is_refused(store: Store, amount: int) -> None:
-    with pytest.raises(GatewayError, match="second_nanousd .* out of range"):
+    with pytest.raises(GatewayError, match=r"second_nanousd .* out of range"):
         await add_price(store, Price("m", second_nanousd=amount))

@@ -1,0 +1,289 @@
+"""Hands workers parts of limits and balances, so that both hold exactly without a question for every call.
+
+A lease of credit is a hold in the ledger: one for each worker process and customer, which grows when the worker asks,
+shrinks when it gives back and when its receipts are settled, and ends when the worker is dead and its journal
+is read to the end. The less is left the smaller the leases, down to what one call needs; before a call is refused,
+the other workers of this machine are asked to give back what they do not use.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+from uuid import uuid4
+from weakref import WeakValueDictionary
+
+from sqlalchemy import Connection, select, update
+
+from gpuproxy.ledger import holds
+from gpuproxy.ledger.rates import Window, share
+from gpuproxy.ledger.settle import lease_owner
+from gpuproxy.ledger.transfers import AMOUNT_NANOUSD_MAX, credit_account, lock
+from gpuproxy.link.messages import Lease, Leased, Recall, Return
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import holds as table
+
+SHARE = 8  # a lease is at most this part of the free credit
+EXPIRY_S = 7_200.0  # a lease whose node is gone for so long is given back; its receipts then meet free credit
+RENEW_S = 600.0  # between two times that living workers' leases are prolonged
+RECALL_S = 0.25  # how long a worker may take to give back what another needs
+LIMIT_TTL_S = 1.0  # a changed limit holds after this long
+
+LimitOf = Callable[[str, str], Awaitable[int]]
+Push = Callable[[str, Recall], bool]
+Subject = tuple[str, str]  # user id, key id or nothing
+
+logger = get_logger(__name__)
+
+
+class Leases:
+    """The leases of the workers of one data directory.
+
+    ``limit_of(user_id, key_id)`` returns requests per minute, of the user if key_id is empty; 0 is no limit.
+    ``push(epoch, message)`` sends to a worker and tells whether it is there. ``passes()`` counts how often the journal
+    was read to its end.
+    """
+
+    def __init__(
+        self, store: Store, node: str, limit_of: LimitOf, push: Push, passes: Callable[[], int] = lambda: 1 << 62
+    ) -> None:
+        self.now_ns: Callable[[], int] = time.monotonic_ns
+        self._store = store
+        self._node = node
+        self._limit_of = limit_of
+        self._push = push
+        self._passes = passes
+        self._locks: WeakValueDictionary[Subject, asyncio.Lock] = WeakValueDictionary()
+        self._windows: dict[Subject, Window] = {}
+        self._limits: dict[Subject, tuple[int, float]] = {}
+        self._owed: dict[tuple[str, str], int] = {}  # owner, user: what came back and is still held
+        self._idle: dict[tuple[str, str], int] = {}  # owner, user: the pass in which the worker had nothing left
+        self._recalls: dict[int, tuple[set[str], asyncio.Event]] = {}
+        self._recall_ids = count(1)
+        self._suspects: set[str] = set()
+        self._renewed_s = -RENEW_S
+
+    async def grant(self, epoch: str, ask: Lease) -> Leased:
+        """Answer a worker's question. Raises what the store raises."""
+        subject = (ask.user_id, ask.key_id if ask.kind == "requests" else "")
+        async with self._locks.setdefault(subject, asyncio.Lock()):
+            answer = await self._grant(epoch, ask, subject)
+            if not answer.amount and ask.least and await self._recall(epoch, ask, subject):
+                answer = await self._grant(epoch, ask, subject)
+        return answer
+
+    def take_back(self, epoch: str, returned: Return) -> None:
+        """Note what a worker gives back; credit is free again with the next grant or `flush`, within a moment.
+
+        A negative amount of nanodollars says that the worker has nothing left nor in use: whatever the ledger still
+        holds for it is given back when its receipts are settled.
+        """
+        if returned.kind == "requests":
+            window = self._windows.get((returned.user_id, returned.key_id))
+            if window is not None:
+                window.take_back((epoch, returned.lease_id), returned.amount)
+        elif returned.amount < 0:
+            self._idle[(lease_owner(self._node, epoch), returned.user_id)] = self._passes()
+        elif returned.amount:
+            key = (lease_owner(self._node, epoch), returned.user_id)
+            self._owed[key] = self._owed.get(key, 0) + returned.amount
+        self._note_answer(epoch, returned.recall_id)
+
+    async def flush(self) -> None:
+        """Free the credit that came back. Raises what the store raises; nothing is forgotten then."""
+        if not self._owed and not self._idle:
+            return
+        owed, idle = dict(self._owed), {key for key, seen in self._idle.items() if self._passes() >= seen + 2}
+        async with self._store.writing() as connection:
+            await connection.run_sync(_give_back, owed, idle)
+        self._forget(owed)
+        for key in idle:
+            self._idle.pop(key, None)
+
+    async def sweep(self, linked: Iterable[str], journaled: Iterable[str]) -> int:
+        """End the leases of workers that are neither linked nor have a journal; return how many.
+
+        Only who was missing in the sweep before as well is dead: between two segments a worker has none.
+        """
+        await self.flush()
+        living = {lease_owner(self._node, epoch) for epoch in (*linked, *journaled)}
+        self._forget_windows()
+        async with self._store.reading() as connection:
+            dead = await connection.run_sync(_owners, lease_owner(self._node, "")) - living
+        ended, self._suspects = dead & self._suspects, dead
+        if time.monotonic() - self._renewed_s >= RENEW_S:
+            await self._renew(living)
+            self._renewed_s = time.monotonic()
+        return await self._end(ended) if ended else 0
+
+    async def _end(self, owners: set[str]) -> int:
+        """Resolve the leases of workers that are gone, whose receipts are all settled."""
+        async with self._store.writing() as connection:
+            ended = sum([await connection.run_sync(_end, owner) for owner in sorted(owners)])
+        for key in [key for key in {**self._idle, **self._owed} if key[0] in owners]:
+            self._idle.pop(key, None)
+            self._owed.pop(key, None)
+        logger.info("leases of workers that are gone were given back", owners=sorted(owners), lease_count=ended)
+        return ended
+
+    async def _renew(self, owners: set[str]) -> None:
+        async with self._store.writing() as connection:
+            await connection.run_sync(_renew, owners)
+            await connection.run_sync(holds.expire, datetime.now(UTC))
+
+    async def _grant(self, epoch: str, ask: Lease, subject: Subject) -> Leased:
+        if ask.kind == "requests":
+            return await self._grant_requests(epoch, ask, subject)
+        owner = lease_owner(self._node, epoch)
+        owed = {key: amount for key, amount in self._owed.items() if key[1] == ask.user_id}
+        async with self._store.writing() as connection:
+            await connection.run_sync(_give_back, owed, ())
+            amount = await connection.run_sync(_hold, owner, ask)
+        self._forget(owed)
+        if amount:
+            self._idle.pop((owner, ask.user_id), None)
+        return Leased(ask.id, amount)
+
+    async def _grant_requests(self, epoch: str, ask: Lease, subject: Subject) -> Leased:
+        limit = await self._limit(subject)
+        if not limit:
+            return Leased(ask.id, max(ask.least, ask.wanted))
+        now_ns = self.now_ns()
+        window = self._windows.setdefault(subject, Window())
+        entry = window.grant((epoch, ask.id), limit, ask.least, ask.wanted, now_ns)
+        left, reset_ns = window.left(limit, now_ns), window.reset_ns(now_ns)
+        return Leased(ask.id, entry.amount, entry.until_ns, limit, left, reset_ns)
+
+    async def _limit(self, subject: Subject) -> int:
+        limit, until_s = self._limits.get(subject, (0, 0.0))
+        if time.monotonic() >= until_s:
+            limit = await self._limit_of(*subject)
+            self._limits[subject] = limit, time.monotonic() + LIMIT_TTL_S
+        return limit
+
+    async def _recall(self, epoch: str, ask: Lease, subject: Subject) -> bool:
+        """Ask the others to give back; True if any was there to be asked."""
+        recall_id = next(self._recall_ids)
+        message = Recall(recall_id, *subject, ask.kind)
+        missing = {other for other in await self._holders(ask, subject) if other != epoch}
+        answered = asyncio.Event()
+        self._recalls[recall_id] = missing, answered
+        try:
+            missing -= {other for other in missing if not self._push(other, message)}
+            if not missing:
+                return False
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RECALL_S):
+                    await answered.wait()
+            return True
+        finally:
+            del self._recalls[recall_id]
+
+    async def _holders(self, ask: Lease, subject: Subject) -> set[str]:
+        if ask.kind == "requests":
+            window = self._windows.get(subject)
+            return window.holders(self.now_ns()) if window is not None else set()
+        prefix = lease_owner(self._node, "")
+        chosen = (
+            (table.c.state == "pending")
+            & (table.c.account_id == credit_account(ask.user_id))
+            & (table.c.remaining_nanousd > 0)
+        )
+        async with self._store.reading() as connection:
+            owners = await connection.scalars(select(table.c.owner).where(chosen))
+            return {owner.removeprefix(prefix) for owner in owners if owner.startswith(prefix)}
+
+    def _note_answer(self, epoch: str, recall_id: int) -> None:
+        missing, answered = self._recalls.get(recall_id, (set(), None))
+        missing.discard(epoch)
+        if answered is not None and not missing:
+            answered.set()
+
+    def _forget(self, freed: dict[tuple[str, str], int]) -> None:
+        for key, amount in freed.items():
+            rest = self._owed.get(key, 0) - amount  # more may have come back meanwhile
+            if rest > 0:
+                self._owed[key] = rest
+            else:
+                self._owed.pop(key, None)
+
+    def _forget_windows(self) -> None:
+        now_ns = self.now_ns()
+        for subject, window in list(self._windows.items()):
+            window.left(0, now_ns)
+            if window.is_empty:
+                del self._windows[subject]
+        now_s = time.monotonic()
+        self._limits = {subject: held for subject, held in self._limits.items() if held[1] > now_s}
+
+
+def node_id(data_dir: Path) -> str:
+    """Return the name of a data directory, made up when first asked: it tells nodes on one store apart."""
+    path = data_dir / "node"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), path.open("x") as file:
+        file.write(uuid4().hex)
+    return path.read_text().strip()
+
+
+def journaled_epochs(directory: Path) -> set[str]:
+    """Return the worker processes that have a segment in the journal, written or being written."""
+    with suppress(FileNotFoundError):
+        return {path.stem.rpartition("-")[0] for path in directory.iterdir() if path.suffix in (".log", ".new")}
+    return set()
+
+
+def _hold(connection: Connection, owner: str, ask: Lease) -> int:
+    """Hold a part of the customer's free credit for a worker; return how much."""
+    account_id = credit_account(ask.user_id)
+    account = lock(connection, [account_id]).get(account_id)
+    amount = share(account.free_nanousd if account else 0, ask.least, ask.wanted, SHARE)
+    if not amount:
+        return 0
+    expires_at = datetime.now(UTC) + timedelta(seconds=EXPIRY_S)
+    hold = _of(connection, owner, account_id)
+    if hold is None:
+        holds.place(connection, ask.user_id, amount, f"{owner}:{uuid4()}", owner, expires_at)
+    elif not holds.extend(connection, hold.id, amount, expires_at):
+        return 0
+    return amount
+
+
+def _of(connection: Connection, owner: str, account_id: str) -> holds.Hold | None:
+    return next((hold for hold in holds.pending_of(connection, owner) if hold.account_id == account_id), None)
+
+
+def _give_back(connection: Connection, owed: dict[tuple[str, str], int], idle: Iterable[tuple[str, str]]) -> None:
+    """Free parts of holds, and all of those whose worker has nothing left."""
+    wanted = {**dict.fromkeys(idle, AMOUNT_NANOUSD_MAX), **owed}
+    lock(connection, {credit_account(user_id) for _, user_id in wanted})
+    for (owner, user_id), amount in sorted(wanted.items()):
+        hold = _of(connection, owner, credit_account(user_id))
+        if hold is not None:
+            holds.give_back(connection, hold.id, amount)
+
+
+def _owners(connection: Connection, prefix: str) -> set[str]:
+    chosen = (table.c.state == "pending") & (table.c.owner >= prefix) & (table.c.owner < prefix + "\U0010ffff")
+    return set(connection.scalars(select(table.c.owner).where(chosen).distinct()))
+
+
+def _end(connection: Connection, owner: str) -> int:
+    found = holds.pending_of(connection, owner)
+    lock(connection, {hold.account_id for hold in found})
+    for hold in found:
+        if hold.posted_nanousd:
+            holds.settle(connection, hold.id, 0, "usage")
+        else:
+            holds.void(connection, hold.id)
+    return len(found)
+
+
+def _renew(connection: Connection, owners: set[str]) -> None:
+    expires_at = datetime.now(UTC) + timedelta(seconds=EXPIRY_S)
+    chosen = (table.c.state == "pending") & table.c.owner.in_(sorted(owners))
+    connection.execute(update(table).where(chosen).values(expires_at=expires_at))
