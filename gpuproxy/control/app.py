@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gpuproxy.access.accounts import grant_for
 from gpuproxy.access.attempts import Attempts
 from gpuproxy.access.keyring import Keyring, fresh_keyring, load_keyring
+from gpuproxy.access.keys import RPM_DEFAULT
 from gpuproxy.access.passwords import Hasher
 from gpuproxy.config import Config
 from gpuproxy.control import events
@@ -27,6 +28,8 @@ from gpuproxy.control.route import add_routes
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import ConfigError, GatewayError
 from gpuproxy.ledger.ingest import Ingest
+from gpuproxy.ledger.keeper import Keeper, requests_per_minute
+from gpuproxy.ledger.leases import Leases, LimitOf, node_id
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
@@ -80,8 +83,12 @@ async def _opened(url: str) -> Store:
 async def _serve(boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.Event) -> None:
     """Start the parts in the order they need each other; stop them the other way round, the journal last."""
     auth = boot.config.auth
-    ingest = Ingest(store, journal_directory(boot.config))
+    node = node_id(Path(boot.config.server.data_dir))
+    ingest = Ingest(store, journal_directory(boot.config), node=node)
     link = link_server(store, boot.config)
+    link.lessor = leases = Leases(store, node, limits(store), link.push, lambda: ingest.pass_count)
+    keeper = Keeper(store, ingest, leases, link.epochs, journal_directory(boot.config), boot.config.prices)
+    await keeper.read_prices()
     feed = ChangeFeed(store, link)
     await feed.start(auth.stale_grant_s)
     link.refresh = feed.poll_once
@@ -92,16 +99,17 @@ async def _serve(boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.E
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
     polling = asyncio.create_task(feed.run(stopping))
     ingesting = asyncio.create_task(ingest.run(boot.config.journal))
+    keeping = asyncio.create_task(keeper.run(stopping))
     gc.freeze()  # else every full collection walks all of SQLAlchemy and aiohttp: 50 ms
     report_ready(boot)
     try:
-        await _first(stopping, polling, ingesting)
+        await _first(stopping, polling, ingesting, keeping)
     finally:
         await runner.cleanup()
         await link.close()
         stopping.set()
         ingest.stop()
-        await asyncio.gather(polling, ingesting, return_exceptions=True)
+        await asyncio.gather(polling, ingesting, keeping, return_exceptions=True)
         await _last_pass(ingest)
 
 
@@ -134,6 +142,15 @@ def link_server(store: Store, config: Config) -> LinkServer:
         return await grant_for(store, digest)
 
     return LinkServer(authorize, config.auth.authorize_timeout_s, config.auth.stale_grant_s)
+
+
+def limits(store: Store) -> LimitOf:
+    """Return the function that tells how many requests a minute a key may make."""
+
+    async def limit_of(_user_id: str, key_id: str) -> int:
+        return await requests_per_minute(store, key_id, RPM_DEFAULT)
+
+    return limit_of
 
 
 def application(

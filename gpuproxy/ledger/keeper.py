@@ -1,0 +1,78 @@
+"""What has to be done for money every moment while control runs: free what came back, end leases of the dead, read
+prices anew.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from sqlalchemy import select
+
+from gpuproxy import config
+from gpuproxy.ledger.catalogue import load_catalogue
+from gpuproxy.ledger.ingest import Ingest
+from gpuproxy.ledger.leases import Leases, journaled_epochs
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import Store, fault_of
+from gpuproxy.store.schema import api_keys
+
+FLUSH_S = 0.2
+FLUSHES_PER_SWEEP = 5  # so a new price holds, and a dead worker's lease ends, within a few seconds
+
+logger = get_logger(__name__)
+
+
+class Keeper:
+    """Runs beside the journal's reader. ``linked()`` returns the epochs of the workers that are linked now."""
+
+    def __init__(
+        self,
+        store: Store,
+        ingest: Ingest,
+        leases: Leases,
+        linked: Callable[[], Iterable[str]],
+        journal: Path,
+        prices: Sequence[config.Price],
+    ) -> None:
+        self._store = store
+        self._ingest = ingest
+        self._leases = leases
+        self._linked = linked
+        self._journal = journal
+        self._prices = prices
+
+    async def read_prices(self) -> None:
+        """Let the calls settled from now on cost what the prices say now. Raises what the store raises."""
+        self._ingest.catalogue = await load_catalogue(self._store, self._prices)
+
+    async def sweep(self) -> None:
+        """Do what is due about once a second. Raises what the store raises."""
+        await self.read_prices()
+        await self._leases.sweep(self._linked(), await asyncio.to_thread(journaled_epochs, self._journal))
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Work until `stopping` is set, through outages of the store."""
+        is_failing = False
+        turn = 0
+        while not stopping.is_set():
+            turn += 1
+            try:
+                await (self._leases.flush() if turn % FLUSHES_PER_SWEEP else self.sweep())
+                is_failing = False
+            except Exception as error:
+                if not is_failing:
+                    logger.error(
+                        "leases cannot be kept, will go on", error=f"{type(error).__name__}: {fault_of(error)}"
+                    )
+                is_failing = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_S):
+                    await stopping.wait()
+
+
+async def requests_per_minute(store: Store, key_id: str, default: int) -> int:
+    """Return the limit of a key, 0 for none; of a key without one of its own, or no key, the default."""
+    async with store.reading() as connection:
+        limit: int | None = await connection.scalar(select(api_keys.c.rpm).where(api_keys.c.id == key_id))
+    return default if limit is None else limit
