@@ -18,6 +18,7 @@ class Grant(Struct, array_like=True):
     """What a worker may know of one API key.
 
     ``models`` is None when every model is allowed. ``expires_ns`` is unix time in nanoseconds, 0 for never.
+    ``rpm`` is the key's own limit of requests per minute, 0 for none.
     ``revoked`` is set in place by a push from control, so that whoever still holds the grant sees it.
     """
 
@@ -27,6 +28,7 @@ class Grant(Struct, array_like=True):
     models: tuple[str, ...] | None = None
     expires_ns: int = 0
     revoked: bool = False
+    rpm: int = 0
 
 
 class Usage(Struct, array_like=True, gc=False):

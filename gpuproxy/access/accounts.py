@@ -207,7 +207,7 @@ async def grant_for(store: Store, digest: bytes) -> Grant | None:
     if row is None or (row.expires_at is not None and row.expires_at <= datetime.now(UTC)):
         return None
     models = None if row.models is None else tuple(row.models)
-    return Grant(row.id, row.user_id, tuple(row.scopes), models, _unix_ns(row.expires_at))
+    return Grant(row.id, row.user_id, tuple(row.scopes), models, _unix_ns(row.expires_at), rpm=row.rpm or 0)
 
 
 async def newest_change(store: Store) -> int:
@@ -266,13 +266,14 @@ async def announce(connection: AsyncConnection, kind: str, subject_id: str) -> N
     await connection.execute(insert(changes).values(kind=kind, subject_id=subject_id, at=datetime.now(UTC)))
 
 
-def _grant_query() -> Select[tuple[str, str, list[str], list[str] | None, datetime | None]]:
+def _grant_query() -> Select[tuple[str, str, list[str], list[str] | None, datetime | None, int | None]]:
     may_call: ColumnElement[bool] = and_(
         api_keys.c.digest == bindparam("wanted"), api_keys.c.revoked_at.is_(None), users.c.is_active
     )
     joined = api_keys.join(users, users.c.id == api_keys.c.user_id)
-    shown = (api_keys.c.id, api_keys.c.user_id, api_keys.c.scopes, api_keys.c.models, api_keys.c.expires_at)
-    return select(*shown).select_from(joined).where(may_call)
+    key = api_keys.c
+    shown = select(key.id, key.user_id, key.scopes, key.models, key.expires_at, key.rpm)
+    return shown.select_from(joined).where(may_call)
 
 
 _GRANT = _grant_query()

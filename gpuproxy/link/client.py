@@ -9,6 +9,11 @@ from gpuproxy.link.messages import (
     Authorized,
     FrameReader,
     Hello,
+    Lease,
+    Leased,
+    LeaseKind,
+    Recall,
+    Return,
     Revoke,
     Unavailable,
     decode_from_control,
@@ -23,6 +28,7 @@ RECONNECT_S = 0.2
 QUESTIONS_MAX = 10_000  # open at once; control answers a question in under a millisecond
 
 Answer = Callable[[Grant | None, bool], None]
+LeaseAnswer = Callable[[Leased | None], None]
 
 
 class LinkClient(asyncio.Protocol):
@@ -31,12 +37,14 @@ class LinkClient(asyncio.Protocol):
     def __init__(self, path: str, hello: Hello) -> None:
         self.on_revoke: Callable[[tuple[str, ...]], None] = lambda key_ids: None
         self.on_reconnect: Callable[[], None] = lambda: None
+        self.on_recall: Callable[[Recall], None] = lambda recall: None
         self.connected = asyncio.Event()
         self._path = path
         self._hello = hello
         self._transport: asyncio.Transport | None = None
         self._reader = FrameReader()
         self._questions: dict[int, tuple[bytes, Answer]] = {}
+        self._leases: dict[int, LeaseAnswer] = {}
         self._next_id = 0
         self._lost = asyncio.Event()
 
@@ -63,6 +71,20 @@ class LinkClient(asyncio.Protocol):
             self._transport.write(frame(Authorize(self._next_id, digest)))
         return self._next_id
 
+    def lease(self, user_id: str, key_id: str, kind: LeaseKind, least: int, wanted: int, answer: LeaseAnswer) -> None:
+        """Ask for a lease; `answer` gets None, later, when control is away or cannot tell."""
+        if self._transport is None or len(self._leases) >= QUESTIONS_MAX:
+            asyncio.get_running_loop().call_soon(answer, None)  # never from within the question
+            return
+        self._next_id += 1
+        self._leases[self._next_id] = answer
+        self._transport.write(frame(Lease(self._next_id, user_id, key_id, kind, least, wanted)))
+
+    def send(self, message: Return) -> None:
+        """Tell control something that needs no answer; while it is away it is told nothing, and lets leases expire."""
+        if self._transport is not None:
+            self._transport.write(frame(message))
+
     def give_up(self, question: int) -> None:
         """Stop waiting for an answer and report that control could not tell."""
         self._answer(question, None, False)
@@ -86,14 +108,26 @@ class LinkClient(asyncio.Protocol):
                     self._answer(message.id, message.grant, True)
                 case Unavailable():
                     self._answer(message.id, None, False)
+                    self._leased(message.id, None)
+                case Leased():
+                    self._leased(message.id, message)
+                case Recall():
+                    self.on_recall(message)
                 case Revoke():
                     self.on_revoke(message.key_ids)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Keep what is open for the next connection."""
+        """Keep questions about keys for the next connection; leases nobody can promise any more."""
         self._transport = None
+        for question in list(self._leases):
+            self._leased(question, None)
         self.connected.clear()
         self._lost.set()
+
+    def _leased(self, question: int, leased: Leased | None) -> None:
+        answer = self._leases.pop(question, None)
+        if answer is not None:
+            answer(leased)
 
     def _answer(self, question: int, grant: Grant | None, is_known: bool) -> None:
         _, answer = self._questions.pop(question, (b"", None))

@@ -218,6 +218,8 @@ class Answer:
             framing += b"Connection: close\r\n"
         elif self.head.is_http_1_0:
             framing += b"Connection: keep-alive\r\n"
+        if self._grant is not None and self._grant.rpm:
+            framing += self.plane.limits_by_key.fields(self._grant)
         return b"%bX-Request-Id: %b\r\n%b\r\n" % (head.start, self.request_id.encode(), framing)
 
     def _complete(self, connection: "UpstreamConnection") -> None:
@@ -301,6 +303,8 @@ class Answer:
         self.has_sent_head = True
         self._status = status
         self._response_bytes += len(body)
+        if self._grant is not None and self._grant.rpm:
+            extra_fields += self.plane.limits_by_key.fields(self._grant)
         if not self.keeps_alive or self.plane.is_draining:
             extra_fields += b"Connection: close\r\n"
         elif self.head.is_http_1_0:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Call, UpstreamRequest
 from gpuproxy.proxy import envelope as envelopes
@@ -131,6 +132,29 @@ class Exchange(Answer):
         except GatewayError as error:
             self.refuse(error)
             return
+        if grant.rpm and not plane.limits_by_key.take(grant, self.counted):
+            downstream.deadline_s = plane.now_s + plane.config.auth.authorize_timeout_s + 1
+            return
+        self._go_on()
+
+    def counted(self, outcome: LeaseOutcome) -> None:
+        """Control has told whether one more request of this key may pass, or could not."""
+        grant = self._grant
+        assert grant is not None
+        if outcome == "taken":
+            self.plane.limits_by_key.taken(grant)
+        if self.state != ADMITTING:
+            return
+        if outcome == "taken":
+            self._go_on()
+        elif outcome == "refused":
+            self.refuse(self.plane.limits_by_key.refusal(grant))
+        else:
+            self.refuse(GatewayError("UNAVAILABLE", "limits cannot be checked at the moment; try again", 1))
+
+    def _go_on(self) -> None:
+        plane = self.plane
+        downstream = self.downstream
         if not self.is_received:
             if downstream.read_blocks:
                 downstream.unblock_reading(READ_BUFFER)

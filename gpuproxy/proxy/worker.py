@@ -30,6 +30,7 @@ from gpuproxy.proxy.answer import Answer
 from gpuproxy.proxy.downstream import Downstream
 from gpuproxy.proxy.guard import Guard
 from gpuproxy.proxy.journal import Journal, segment_name
+from gpuproxy.proxy.limits import Limits
 from gpuproxy.proxy.outbox import Outbox
 from gpuproxy.proxy.pool import ConnectPolicy, OriginKey, Pools
 from gpuproxy.proxy.route import Endpoint, Router
@@ -79,6 +80,7 @@ class Plane:
         self.pools = Pools(policy, UpstreamConnection, self.timeouts.upstream_keepalive_s, config.egress.ca_file)
         self.router = Router(config, registry, self.pools, os.environ)
         self.admission = Admission(config.auth, link, loop.time)
+        self.limits_by_key = Limits(link)
         link.on_revoke = self.admission.revoke
         link.on_reconnect = self.admission.refresh_all
         control = OriginKey("http", "control", 0, unix_path=control_path)
@@ -155,6 +157,7 @@ async def _sweep_forever(plane: Plane) -> None:
         await asyncio.sleep(SWEEP_S)
         try:
             plane.sweep()
+            plane.limits_by_key.sweep()
             plane.journal.measure()
         except Exception:
             _log.exception("sweep failed")
@@ -165,8 +168,9 @@ async def serve(boot: Boot) -> None:
     loop = asyncio.get_running_loop()
     config = boot.config
     registry = load_plugins(config.plugins.enabled)
-    link = LinkClient(boot.link_path, Hello(boot.slot, os.getpid()))
-    journal = Journal(Path(config.server.data_dir) / "journal", segment_name(boot.slot), config.journal)
+    epoch = segment_name(boot.slot)
+    link = LinkClient(boot.link_path, Hello(boot.slot, os.getpid(), epoch))
+    journal = Journal(Path(config.server.data_dir) / "journal", epoch, config.journal)
     plane = Plane(config, registry, link, journal, boot.control_path)
     stopping = asyncio.Event()
     on_stop(boot, stopping.set)
@@ -184,6 +188,7 @@ async def serve(boot: Boot) -> None:
     await stopping.wait()
     server.close()
     await plane.drain()
+    plane.limits_by_key.close()
     for task in background:
         task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
