@@ -25,6 +25,7 @@ from gpuproxy.types import Grant
 _log = get_logger("gpuproxy.link")
 
 RECONNECT_S = 0.2
+RETRY_S = 0.2
 QUESTIONS_MAX = 10_000  # open at once; control answers a question in under a millisecond
 
 Answer = Callable[[Grant | None, bool], None]
@@ -107,7 +108,7 @@ class LinkClient(asyncio.Protocol):
                 case Authorized():
                     self._answer(message.id, message.grant, True)
                 case Unavailable():
-                    self._answer(message.id, None, False)
+                    asyncio.get_running_loop().call_later(RETRY_S, self._repeat, message.id)
                     self._leased(message.id, None)
                 case Leased():
                     self._leased(message.id, message)
@@ -123,6 +124,11 @@ class LinkClient(asyncio.Protocol):
             self._leased(question, None)
         self.connected.clear()
         self._lost.set()
+
+    def _repeat(self, question: int) -> None:
+        # a control that is being replaced or has lost its store for a moment: whoever waits has time until `give_up`
+        if question in self._questions and self._transport is not None:
+            self._transport.write(frame(Authorize(question, self._questions[question][0])))
 
     def _leased(self, question: int, leased: Leased | None) -> None:
         answer = self._leases.pop(question, None)

@@ -12,6 +12,19 @@ from cryptography.x509.oid import NameOID
 DAY = datetime.timedelta(days=1)
 
 
+_CA_USAGE = x509.KeyUsage(  # Python 3.13 verifies strictly: an authority must say that it is one
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+
+
 class Authority:
     """Signs certificates; ``ca_file`` is what clients have to trust."""
 
@@ -19,7 +32,7 @@ class Authority:
         self._directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "CA of the tests")])
-        certificate = self._sign(self._name, self._key.public_key(), x509.BasicConstraints(True, None))
+        certificate = self._sign(self._name, self._key.public_key(), x509.BasicConstraints(True, None), _CA_USAGE)
         self.ca_file = directory / "ca.pem"
         self.ca_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 

@@ -126,10 +126,22 @@ async def test_a_key_nobody_holds_is_a_503_while_control_is_away(gateway: Gatewa
 async def test_a_store_that_fails_is_a_503_and_no_401(gateway: Gateway) -> None:
     key = gateway.keys.add()
     gateway.keys.is_broken = True
-    status, body, _ = await _refused(gateway, request(b"GET " + RAW + b"/x", key=key))
-    assert (status, body["code"]) == (503, "UNAVAILABLE")
+    client = await gateway.ask(request(b"GET " + RAW + b"/x", key=key))
+    await gateway.turn()
+    gateway.passes(gateway.config.auth.authorize_timeout_s)
+    refused = await client.answer()
+    assert (refused.status, refused.json()["code"]) == (503, "UNAVAILABLE")
     gateway.keys.is_broken = False
     client = await gateway.ask(request(b"GET " + RAW + b"/x", key=key))
+    await gateway.answer_one(gateway.raw)
+    assert (await client.answer()).status == 200
+
+
+async def test_a_store_that_fails_for_a_moment_is_not_noticed(gateway: Gateway) -> None:
+    gateway.keys.is_broken = True
+    client = await gateway.ask(request(b"GET " + RAW + b"/x", key=gateway.keys.add()))
+    await gateway.turn()
+    gateway.keys.is_broken = False
     await gateway.answer_one(gateway.raw)
     assert (await client.answer()).status == 200
 
