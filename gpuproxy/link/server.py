@@ -72,7 +72,8 @@ class LinkServer:
     async def start(self, listener: socket.socket) -> None:
         """Accept workers on a listening Unix socket."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: WorkerLink(self), sock=listener)
+        # not create_unix_server: since Python 3.13 that removes the path at its end, and a successor listens on it
+        self._server = await loop.create_server(lambda: WorkerLink(self), sock=listener)
 
     def revoke(self, key_ids: Iterable[str]) -> None:
         """Tell every worker, now and on its return, to forget these keys."""
