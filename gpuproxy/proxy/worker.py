@@ -42,7 +42,7 @@ _log = get_logger("gpuproxy.worker")
 SWEEP_S = 0.5  # how late a deadline may be noticed
 UNREAD_S = 0.05  # how often connections we do not read from are asked whether the client left
 LINK_START_S = 5.0  # how long the start waits for the link; keys cannot be checked without it
-FRESH_S = 1.0  # how long a drain waits for the first request of a connection just opened
+FRESH_S = 3.0  # how long a drain waits for the first request of a connection just opened, on a busy machine too
 CONTROL_KEEPALIVE_S = 30.0  # below the control server's own 75 s
 
 
