@@ -21,7 +21,6 @@ from gpuproxy.types import Receipt
 
 _log = get_logger("gpuproxy.journal")
 
-FRAME_HEAD_BYTES = 8
 _encode = msgspec.msgpack.Encoder().encode
 
 

@@ -16,7 +16,7 @@ from gpuproxy.plugin import Intent, ProtocolHandler, Registry
 from gpuproxy.proxy.pool import Origin, OriginKey, Pools, tls_context
 
 PREFIX = b"/api/v1/gpu/proxy"
-ALIAS = b"v1"  # /v1/... is short for PREFIX/v1/...
+ALIAS = b"/v1/"  # /v1/... is short for PREFIX/v1/...
 ROUTES_MAX = 4096  # targets remembered
 
 CONTROL, ENVELOPE, MOUNT, UPSTREAM, UNKNOWN = range(5)
@@ -120,7 +120,7 @@ class Router:
     def _classify(self, target: bytes) -> Route:
         path = target.partition(b"?")[0]
         shown = path[:200].decode("latin-1")
-        if path.startswith(b"/v1/"):
+        if path.startswith(ALIAS):
             return self._mount(target, shown)
         if path in (PREFIX, PREFIX + b"/"):
             return Route(ENVELOPE, shown=shown)
