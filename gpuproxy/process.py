@@ -1,7 +1,8 @@
 """What the supervisor hands to a child process, and the child's side of it.
 
-A child gets its `Boot` as MessagePack on a pipe. It tells that it is ready with one byte on ``ready_fd``, and
-stops when the supervisor does: either by SIGTERM or because ``lifeline_fd`` reads end of file.
+A child gets its `Boot` as MessagePack on a pipe. It tells on ``report_fd``, with one byte each, that it is ready and
+that it takes no new calls any more. It stops when the supervisor does: either by SIGTERM or because ``lifeline_fd``
+reads end of file.
 """
 
 import asyncio
@@ -9,11 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 from msgspec import Struct
 
 from gpuproxy.config import Config
+
+READY, DRAINING = b"1", b"2"
 
 
 class Boot(Struct, frozen=True):
@@ -30,7 +34,7 @@ class Boot(Struct, frozen=True):
     link_fd: int
     link_path: str
     control_path: str
-    ready_fd: int
+    report_fd: int
     lifeline_fd: int
 
 
@@ -49,8 +53,13 @@ def receive_boot() -> Boot:
 
 def report_ready(boot: Boot) -> None:
     """Tell the supervisor that this child serves."""
-    os.write(boot.ready_fd, b"1")
-    os.close(boot.ready_fd)
+    os.write(boot.report_fd, READY)
+
+
+def report_draining(boot: Boot) -> None:
+    """Tell the supervisor, if it is still there, that whoever calls from now on is served by a successor."""
+    with suppress(BrokenPipeError):
+        os.write(boot.report_fd, DRAINING)
 
 
 def on_stop(boot: Boot, stop: Callable[[], None]) -> None:

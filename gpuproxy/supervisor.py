@@ -25,12 +25,13 @@ from gpuproxy.config import Config, load
 from gpuproxy.errors import ConfigError, PluginError
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import load_plugins
-from gpuproxy.process import Boot
+from gpuproxy.process import DRAINING, READY, Boot
 
 _log = get_logger("gpuproxy.supervisor")
 
 BACKLOG = 4096
 START_S = 30.0  # a child that is not ready by then is killed
+HANDOVER_S = 5.0  # how long a replaced worker may take to stop taking calls, on a busy machine
 STOP_GRACE_S = 15.0  # on top of drain_s, before what is left is killed
 RESTART_PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # by the number of deaths in the last minute
 CONTROL = -1
@@ -40,23 +41,23 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 class Child:
-    """A running child process and our end of the pipe on which it says that it is ready."""
+    """A running child process and our end of the pipe on which it reports."""
 
-    def __init__(self, slot: int, process: subprocess.Popen[bytes], ready_fd: int) -> None:
+    def __init__(self, slot: int, process: subprocess.Popen[bytes], report_fd: int) -> None:
         self.slot = slot
         self.process = process
-        self._ready = os.fdopen(ready_fd, "rb", 0)  # stays open: a child that cannot say its word fails
+        self._reports = os.fdopen(report_fd, "rb", 0)  # stays open: a child that cannot say its word fails
 
-    def await_ready(self, deadline_s: float) -> bool:
-        """Wait until the child reports ready; False if it died or took too long."""
-        readable, _, _ = select.select([self._ready], [], [], max(0.0, deadline_s - time.monotonic()))
-        return bool(readable) and self._ready.read(1) == b"1"
+    def await_report(self, report: bytes, deadline_s: float) -> bool:
+        """Wait for the child's next report; False if it died or took too long."""
+        readable, _, _ = select.select([self._reports], [], [], max(0.0, deadline_s - time.monotonic()))
+        return bool(readable) and self._reports.read(1) == report
 
     def is_dead(self) -> bool:
         """Tell whether the process has ended; if so it leaves nothing behind here."""
         if self.process.poll() is None:
             return False
-        self._ready.close()
+        self._reports.close()
         return True
 
 
@@ -111,7 +112,7 @@ class Supervisor:
         for slot in slots:
             self._children[slot] = self._spawn(slot)
         for slot in slots:
-            if not self._children[slot].await_ready(deadline_s):
+            if not self._children[slot].await_report(READY, deadline_s):
                 _log.error("child did not start", child=_name(slot))
                 return False
         return True
@@ -119,7 +120,7 @@ class Supervisor:
     def _spawn(self, slot: int) -> Child:
         is_control = slot == CONTROL
         boot_read, boot_write = os.pipe()
-        ready_read, ready_write = os.pipe()
+        report_read, report_write = os.pipe()
         listen_fd = self._control_socket.fileno() if is_control else self._sockets[slot].fileno()
         link_fd = self._link_socket.fileno() if is_control else -1
         boot = Boot(
@@ -129,18 +130,18 @@ class Supervisor:
             link_fd,
             str(self._directory / "link.sock"),
             str(self._directory / "control.sock"),
-            ready_write,
+            report_write,
             self._lifeline_read,
         )
-        inherited = [fd for fd in (boot_read, ready_write, self._lifeline_read, listen_fd, link_fd) if fd >= 0]
+        inherited = [fd for fd in (boot_read, report_write, self._lifeline_read, listen_fd, link_fd) if fd >= 0]
         process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", _CHILD_MODULES[is_control], str(boot_read)], pass_fds=inherited
         )
         os.close(boot_read)
-        os.close(ready_write)
+        os.close(report_write)
         with suppress(BrokenPipeError), os.fdopen(boot_write, "wb") as pipe:  # broken: it is dead, and will be seen so
             pipe.write(msgspec.msgpack.encode(boot))
-        return Child(slot, process, ready_read)
+        return Child(slot, process, report_read)
 
     def _reap(self) -> None:
         self._leaving = [child for child in self._leaving if not child.is_dead()]
@@ -187,7 +188,7 @@ class Supervisor:
     def _replace(self, slot: int) -> None:
         old = self._children[slot]
         new = self._spawn(slot)
-        if not new.await_ready(time.monotonic() + START_S):
+        if not new.await_report(READY, time.monotonic() + START_S):
             _log.error("new child did not start, the old one stays", child=_name(slot))
             new.process.kill()
             new.process.wait()
@@ -196,6 +197,8 @@ class Supervisor:
         self._children[slot] = new
         self._leaving.append(old)
         old.process.terminate()
+        if slot != CONTROL:  # until then it takes calls and answers by the old configuration
+            old.await_report(DRAINING, time.monotonic() + HANDOVER_S)
 
     def _stop_all(self) -> None:
         for listening in self._sockets:  # else new connections would wait in a backlog nobody serves any more

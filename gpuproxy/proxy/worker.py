@@ -24,7 +24,7 @@ from gpuproxy.link.client import LinkClient
 from gpuproxy.link.messages import Hello
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import Registry, load_plugins
-from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
+from gpuproxy.process import Boot, on_stop, receive_boot, report_draining, report_ready
 from gpuproxy.proxy.admit import Admission
 from gpuproxy.proxy.answer import Answer
 from gpuproxy.proxy.downstream import Downstream
@@ -132,14 +132,17 @@ class Plane:
         self.admission.sweep()
         self.wall_offset_ns = time.time_ns() - time.monotonic_ns()
 
-    async def drain(self) -> None:
-        """Let calls in flight end, for at most ``drain_s``; then cut the rest."""
+    def begin_drain(self) -> None:
+        """Take no more calls on connections that are idle, and no second one on the others."""
         self.is_draining = True
         for downstream in list(self.downstreams):
             if downstream.is_fresh:
                 downstream.deadline_s = min(downstream.deadline_s, self.now_s + FRESH_S)
             elif downstream.current is None:
                 downstream.close_gently()
+
+    async def drain(self) -> None:
+        """Let calls in flight end, for at most ``drain_s``; then cut the rest."""
         deadline_s = self._time() + self.config.server.drain_s
         while (self.downstreams or self.tunnels) and self._time() < deadline_s:
             self.sweep()
@@ -187,6 +190,8 @@ async def serve(boot: Boot) -> None:
     gc.set_threshold(50_000, 20, 100)
     await stopping.wait()
     server.close()
+    plane.begin_drain()
+    report_draining(boot)
     await plane.drain()
     plane.limits_by_key.close()
     for task in background:

@@ -41,7 +41,7 @@ class Control:
         self.process = self._start()
         os.close(self._ready)
         with os.fdopen(ready, "rb") as pipe:
-            self.was_ready = pipe.read() == b"1"
+            self.was_ready = pipe.read(1) == b"1"
 
     def get(self, path: str, key: str = "") -> dict[str, Any]:
         """GET over the Unix socket and return the JSON body."""
@@ -91,7 +91,7 @@ class Control:
         )  # fmt: skip
         os.write(writing, msgspec.msgpack.encode(boot))
         os.close(writing)
-        handed = (reading, boot.listen_fd, boot.link_fd, boot.ready_fd, boot.lifeline_fd)
+        handed = (reading, boot.listen_fd, boot.link_fd, boot.report_fd, boot.lifeline_fd)
         line = [sys.executable, "-W", "error", "-m", "gpuproxy.control.app", str(reading)]
         with self.log.open("wb") as errors:
             process = subprocess.Popen(line, pass_fds=handed, stderr=errors)

@@ -124,7 +124,7 @@ def _create_ledger() -> None:
         sa.Column("held_nanousd", sa.BigInteger, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_accounts"),
         sa.ForeignKeyConstraint(["owner_user_id"], ["users.id"], name="fk_accounts_owner_user_id"),
-        sa.CheckConstraint("held_nanousd >= 0", name="ck_accounts_held_is_not_negative"),
+        sa.CheckConstraint("held_nanousd >= 0", name=op.f("ck_accounts_held_is_not_negative")),
     )
     op.create_index("ix_accounts_owner_user_id", "accounts", ["owner_user_id"])
     op.create_table(
@@ -140,8 +140,8 @@ def _create_ledger() -> None:
         sa.UniqueConstraint("idempotency_key", name="uq_transfers_idempotency_key"),
         sa.ForeignKeyConstraint(["debit_account_id"], ["accounts.id"], name="fk_transfers_debit_account_id"),
         sa.ForeignKeyConstraint(["credit_account_id"], ["accounts.id"], name="fk_transfers_credit_account_id"),
-        sa.CheckConstraint("amount_nanousd > 0", name="ck_transfers_amount_is_positive"),
-        sa.CheckConstraint("debit_account_id <> credit_account_id", name="ck_transfers_accounts_differ"),
+        sa.CheckConstraint("amount_nanousd > 0", name=op.f("ck_transfers_amount_is_positive")),
+        sa.CheckConstraint("debit_account_id <> credit_account_id", name=op.f("ck_transfers_accounts_differ")),
     )
     op.create_index("ix_transfers_debit_account_id", "transfers", ["debit_account_id"])
     op.create_index("ix_transfers_credit_account_id", "transfers", ["credit_account_id"])

@@ -1,0 +1,41 @@
+"""The tables, in SQLAlchemy Core, portable between SQLite and PostgreSQL; one module for each part that owns them.
+
+Money is integers of nanodollars in BIGINT columns. Times of accounts are UTC timestamps; times of receipts
+are unix nanoseconds, as workers write them. The migrations create these tables; a test compares the two.
+"""
+
+from gpuproxy.store.schema.accounts import (
+    api_keys,
+    audit,
+    changes,
+    idempotency,
+    passwords,
+    refresh_tokens,
+    sessions,
+    users,
+)
+from gpuproxy.store.schema.base import NAMES, Sequence, UtcTime, metadata
+from gpuproxy.store.schema.events import events
+from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, prices, receipts, transfers
+
+__all__ = [
+    "NAMES",
+    "Sequence",
+    "UtcTime",
+    "accounts",
+    "api_keys",
+    "audit",
+    "changes",
+    "events",
+    "holds",
+    "idempotency",
+    "journal_segments",
+    "metadata",
+    "passwords",
+    "prices",
+    "receipts",
+    "refresh_tokens",
+    "sessions",
+    "transfers",
+    "users",
+]

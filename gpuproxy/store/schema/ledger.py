@@ -1,0 +1,106 @@
+"""What calls used and what is owed: receipts, accounts, transfers, holds, prices."""
+
+from typing import Any
+
+import msgspec
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, Table, Text
+from sqlalchemy.types import TypeEngine
+
+from gpuproxy.store.schema.base import UtcTime, metadata
+from gpuproxy.types import Receipt
+
+
+def _receipt_columns() -> list[Column[Any]]:
+    kinds: dict[Any, TypeEngine[Any]] = {int: BigInteger(), bool: Boolean()}
+    return [
+        Column(field.name, kinds.get(field.type, Text()), nullable=False, primary_key=field.name == "id")
+        for field in msgspec.structs.fields(Receipt)
+    ]
+
+
+receipts = Table(
+    "receipts",
+    metadata,
+    *_receipt_columns(),
+    Column("cost_nanousd", BigInteger, nullable=False, server_default="0"),
+    Column("charge_id", Text, nullable=False, server_default=""),  # named by the transfers that pay it
+    Index(None, "user_id", "started_ns"),
+)
+
+# How far each journal segment has been read; moves in the transaction that stores its receipts.
+journal_segments = Table(
+    "journal_segments",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("offset", BigInteger, nullable=False),
+)
+
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner_user_id", Text, ForeignKey("users.id"), index=True),
+    Column("kind", Text, nullable=False),
+    Column("posted_nanousd", BigInteger, nullable=False),
+    Column("held_nanousd", BigInteger, nullable=False),
+    Column("overdraft_nanousd", BigInteger, nullable=False, server_default="0"),
+    CheckConstraint("held_nanousd >= 0", name="held_is_not_negative"),
+    CheckConstraint(
+        "kind <> 'credit' OR posted_nanousd - held_nanousd >= -overdraft_nanousd", name="credit_is_not_overspent"
+    ),
+)
+
+# Immutable: triggers made by the migration refuse UPDATE and DELETE.
+transfers = Table(
+    "transfers",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("debit_account_id", Text, ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("credit_account_id", Text, ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("amount_nanousd", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("idempotency_key", Text, nullable=False, unique=True),
+    Column("created_at", UtcTime, nullable=False),
+    Column("charge_id", Text, nullable=False, server_default=""),  # names the receipts it pays
+    CheckConstraint("amount_nanousd > 0", name="amount_is_positive"),
+    CheckConstraint("debit_account_id <> credit_account_id", name="accounts_differ"),
+)
+
+# Credit set aside: of ``amount`` in all, ``posted`` was charged, ``remaining`` is still held, the rest went back.
+holds = Table(
+    "holds",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("account_id", Text, ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("owner", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("amount_nanousd", BigInteger, nullable=False),
+    Column("remaining_nanousd", BigInteger, nullable=False),
+    Column("posted_nanousd", BigInteger, nullable=False),
+    Column("idempotency_key", Text, nullable=False, unique=True),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime),
+    Column("resolved_at", UtcTime),
+    CheckConstraint(
+        "remaining_nanousd >= 0 AND posted_nanousd >= 0 AND posted_nanousd + remaining_nanousd <= amount_nanousd",
+        name="parts_fit",
+    ),
+    CheckConstraint("state = 'pending' OR remaining_nanousd = 0", name="nothing_remains"),
+    Index(None, "state", "expires_at"),
+    Index(None, "state", "owner"),
+)
+
+# Prices set while running; those of the configuration stand behind them.
+prices = Table(
+    "prices",
+    metadata,
+    Column("model", Text, primary_key=True),
+    Column("upstream", Text, primary_key=True),
+    Column("valid_from_ns", BigInteger, primary_key=True),
+    Column("input_nanousd_per_million", BigInteger, nullable=False),
+    Column("cached_input_nanousd_per_million", BigInteger, nullable=False),
+    Column("output_nanousd_per_million", BigInteger, nullable=False),
+    Column("request_nanousd", BigInteger, nullable=False),
+    Column("second_nanousd", BigInteger, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+)
