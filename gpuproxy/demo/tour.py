@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -250,14 +250,25 @@ def _receipt(url: str, key: str) -> dict[str, Any]:
 
 def _follow(screen: Screen, gateway: Gateway) -> None:
     """Show what the gateway logs until Ctrl-C. Raises DemoError if it ends by itself."""
-    with gateway.log.open() as lines:
+    with gateway.log.open() as lines, _end_of(gateway.process) as end:
         lines.seek(0, os.SEEK_END)
-        while gateway.process.poll() is None:
+        while not select.select([end], [], [], LOOK_S)[0]:
             for line in lines:
                 screen.say(line, end="", style="dim")
-            with suppress(subprocess.TimeoutExpired):
-                gateway.process.wait(LOOK_S)
     raise DemoError(f"the gateway ended. Its last words:\n{_last_words(gateway.log)}")
+
+
+@contextmanager
+def _end_of(process: "subprocess.Popen[str]") -> Iterator[int]:
+    """Yield a descriptor that is readable once the process has ended.
+
+    Popen's own waiting takes a lock that an interrupt can leave taken, and the next wait would never end.
+    """
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _last_words(log: Path) -> str:
