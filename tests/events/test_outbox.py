@@ -23,9 +23,12 @@ async def test_an_event_keeps_its_order_and_data(store: Store) -> None:
 
 
 async def test_an_event_whose_cause_fails_never_was(store: Store) -> None:
-    with pytest.raises(RuntimeError):
+    async def fail() -> None:
         async with store.writing() as connection:
             await connection.run_sync(record, "payment.failed", None, {})
             raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await fail()
     async with store.reading() as connection:
         assert await connection.scalar(select(func.count()).select_from(events)) == 0
