@@ -66,6 +66,29 @@ def test_the_commented_prices_of_the_shipped_file_are_valid(tmp_path: Path) -> N
     assert (price.model, price.input_usd_per_million, price.per_second_usd) == ("my-model", "0.15", "")
 
 
+def test_the_commented_provider_of_the_shipped_file_is_valid(tmp_path: Path) -> None:
+    config = load(write(tmp_path, commented("rent GPUs at. Repeat the block for each one.\n#\n")), {})
+    assert [provider.name for provider in config.providers] == ["vast.ai"]
+    (said,) = warnings(config, {})
+    assert said.startswith("providers[0].api_key_env: VAST_API_KEY is not set")
+    assert warnings(config, {"VAST_API_KEY": "x"}) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('name = "vast.ai"', '"vast.ai" is the name of providers[0]; rename one'),
+        ('name = "x"\napi_key_env = "sk-12345"', "is no variable name"),
+        ('name = "x"\nbase_url = "ftp://host"', "is neither http nor https"),
+        ('name = "x"\nspacing_s = -1', "does not fit: expected float >= 0"),
+        ('name = "x"\noptions = { seed = 1 }', "options.seed: expected a string"),
+    ],
+)
+def test_a_wrong_provider_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
+    (fault,) = faults(tmp_path, f'[[providers]]\nname = "vast.ai"\n[[providers]]\n{line}')
+    assert complaint in fault
+
+
 @pytest.mark.parametrize("text", ["-1", "1e3", "0.1234567891", "1000000", " 1", "$1", "nan", "1_000", ".5", "\u0661"])
 def test_what_is_no_price_is_refused(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, f'[[prices]]\nmodel = "m"\nper_request_usd = "{text}"')

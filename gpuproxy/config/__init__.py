@@ -28,6 +28,7 @@ Level = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_LEVELS)})]
 Format = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_FORMATS)})]
 Connections = Annotated[dict[str, str], Meta(extra={"check": checks.connection})]
 Headers = Annotated[dict[str, str], Meta(extra={"check": checks.header, "secret": True})]
+Options = Annotated[dict[str, str], Meta(extra={"check": checks.option})]
 BaseUrls = Annotated[tuple[BaseUrl, ...], Meta(extra={"required": "http://HOST[:PORT][/PATH]"})]
 
 
@@ -158,6 +159,22 @@ class Price(Struct, forbid_unknown_fields=True, frozen=True):
     per_second_usd: Usd = ""
 
 
+class Provider(Struct, forbid_unknown_fields=True, frozen=True):
+    """A marketplace to rent GPUs at, by the name of an enabled plugin's provider.
+
+    ``api_key_env`` names the environment variable with the credential. ``spacing_s`` is the least time between two
+    calls of one kind. ``options`` are what only this provider knows.
+    """
+
+    name: Text
+    api_key_env: VariableName = ""
+    base_url: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
+    spacing_s: Annotated[float, Meta(ge=0, le=60)] = 1.0
+    timeout_s: PositiveSeconds = 30.0
+    enabled: bool = True
+    options: Options = {}
+
+
 class Config(Struct, forbid_unknown_fields=True, frozen=True):
     """The whole of config.toml."""
 
@@ -172,11 +189,12 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     plugins: Plugins = Plugins()
     upstreams: tuple[Upstream, ...] = ()
     prices: tuple[Price, ...] = ()
+    providers: tuple[Provider, ...] = ()
 
 
 PREFIX = "GPUPROXY_"
 CONVENTIONAL = {"LOG_LEVEL": ("log", "level"), "LOG_FORMAT": ("log", "format")}  # names other programs share
-BLOCKS = ("upstreams", "prices")  # of which there may be several
+BLOCKS = ("upstreams", "prices", "providers")  # of which there may be several
 SECTIONS: dict[str, type[Struct]] = {
     field.name: field.type for field in msgspec.structs.fields(Config) if field.name not in BLOCKS
 }
@@ -198,7 +216,8 @@ def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
     """Turn plain values, as tomllib gives them, into a Config. Raises ConfigError with every fault."""
     faults = faults or Faults()
     config = read_struct(Config, tree, (), faults)
-    _check_names_differ(tree.get("upstreams"), faults)
+    _check_names_differ("upstreams", tree.get("upstreams"), faults)
+    _check_names_differ("providers", tree.get("providers"), faults)
     _check_prices_differ(tree.get("prices"), faults)
     faults.raise_if_any()
     assert config is not None  # a reader that returns None has noted a fault
@@ -214,6 +233,10 @@ def warnings(config: Config, environment: Mapping[str, str]) -> list[str]:
             said.append(f"{place}.api_key_env: {variable} is not set, so no credential is sent; export it")
         if not upstream.verify_tls:
             said.append(f"{place}.verify_tls: any certificate is believed; name the right one in ca_file instead")
+    for index, provider in enumerate(config.providers):
+        variable = provider.api_key_env
+        if provider.enabled and variable and not environment.get(variable):
+            said.append(f"providers[{index}].api_key_env: {variable} is not set, so nothing can be rented; export it")
     return said
 
 
@@ -282,13 +305,13 @@ def _from_text(kind: Any, text: str) -> Any:
         return text  # refused by the reader, which names the variable
 
 
-def _check_names_differ(upstreams: Any, faults: Faults) -> None:
+def _check_names_differ(block: str, items: Any, faults: Faults) -> None:
     names: dict[str, int] = {}
-    for index, upstream in enumerate(upstreams if isinstance(upstreams, list) else ()):
-        name = upstream.get("name") if isinstance(upstream, dict) else None
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        name = item.get("name") if isinstance(item, dict) else None
         if isinstance(name, str) and names.setdefault(name, index) != index:
-            place = ("upstreams", index, "name")
-            faults.add(place, f"{checks.show(name)} is the name of upstreams[{names[name]}]; rename one")
+            place = (block, index, "name")
+            faults.add(place, f"{checks.show(name)} is the name of {block}[{names[name]}]; rename one")
 
 
 def _check_prices_differ(prices: Any, faults: Faults) -> None:

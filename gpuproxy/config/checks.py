@@ -70,6 +70,16 @@ def base_url(value: str) -> str | None:
     return None
 
 
+def optional_base_url(value: str) -> str | None:
+    """Accept a base URL, or nothing."""
+    return base_url(value) if value else None
+
+
+def option(name: str, value: str) -> str | None:
+    """Accept a provider's option; what it may say only its plugin knows."""
+    return text(name) or (text(value) if value else None)
+
+
 def store_url(value: str) -> str | None:
     """Accept a database URL of a known scheme."""
     scheme, separator, rest = value.partition("://")

@@ -7,6 +7,7 @@ and nothing else of gpuproxy. A wrong one stops the start with its name and the 
 
 from gpuproxy.codec.sse import TAIL_BYTES, EventFilter, event_payloads
 from gpuproxy.errors import CODES, Code, GatewayError, PluginError
+from gpuproxy.plugin.offers import best_offers, is_fitting, is_same_model, short_model
 from gpuproxy.plugin.protocol import (
     Call,
     HeaderList,
@@ -15,6 +16,32 @@ from gpuproxy.plugin.protocol import (
     UpstreamRequest,
     UsageReader,
 )
+from gpuproxy.plugin.provider import (
+    Basis,
+    ChargeKind,
+    InstanceSpec,
+    InstanceState,
+    Offer,
+    OfferQuery,
+    Phase,
+    ProviderAdapter,
+    ProviderCharge,
+    ProviderInstance,
+    ProviderSettings,
+)
+from gpuproxy.plugin.provider_errors import (
+    CapacityGone,
+    InstanceGone,
+    InsufficientFunds,
+    InvalidAnswer,
+    NotSupported,
+    ProviderError,
+    ProviderUnavailable,
+    RateLimited,
+    SpecRefused,
+    Unauthorized,
+)
+from gpuproxy.plugin.providers import build_providers
 from gpuproxy.plugin.registry import GROUP, Registry, load_plugins
 from gpuproxy.types import Usage
 
@@ -22,18 +49,44 @@ __all__ = [
     "CODES",
     "GROUP",
     "TAIL_BYTES",
+    "Basis",
     "Call",
+    "CapacityGone",
+    "ChargeKind",
     "Code",
     "EventFilter",
     "GatewayError",
     "HeaderList",
+    "InstanceGone",
+    "InstanceSpec",
+    "InstanceState",
+    "InsufficientFunds",
     "Intent",
+    "InvalidAnswer",
+    "NotSupported",
+    "Offer",
+    "OfferQuery",
+    "Phase",
     "PluginError",
     "ProtocolHandler",
+    "ProviderAdapter",
+    "ProviderCharge",
+    "ProviderError",
+    "ProviderInstance",
+    "ProviderSettings",
+    "ProviderUnavailable",
+    "RateLimited",
     "Registry",
+    "SpecRefused",
+    "Unauthorized",
     "UpstreamRequest",
     "Usage",
     "UsageReader",
+    "best_offers",
+    "build_providers",
     "event_payloads",
+    "is_fitting",
+    "is_same_model",
     "load_plugins",
+    "short_model",
 ]

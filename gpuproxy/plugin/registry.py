@@ -6,6 +6,7 @@ from typing import Any
 
 from gpuproxy.errors import PluginError
 from gpuproxy.plugin.protocol import ProtocolHandler
+from gpuproxy.plugin.provider import ProviderAdapter
 
 GROUP = "gpuproxy.plugins"
 
@@ -16,6 +17,8 @@ class Registry:
     def __init__(self) -> None:
         self.protocols: dict[str, ProtocolHandler] = {}
         self.mounts: dict[str, ProtocolHandler] = {}
+        self.providers: dict[str, type[ProviderAdapter]] = {}  # by name
+        self.provider_names: dict[str, type[ProviderAdapter]] = {}  # by name and alias
         self._plugin = "?"
 
     def protocol(self, handler: ProtocolHandler) -> None:
@@ -30,6 +33,19 @@ class Registry:
                 raise PluginError(f"plugin {self._plugin!r}: mount {mount!r} is taken; choose another")
         self.protocols[handler.name] = handler
         self.mounts.update(dict.fromkeys(handler.mounts, handler))
+
+    def provider(self, adapter: type[ProviderAdapter]) -> None:
+        """Add a kind of GPU provider: the class, which is made later, in control, if the configuration names it."""
+        if lacking := sorted(name for name in _members(ProviderAdapter) if not hasattr(adapter, name)):
+            raise PluginError(f"plugin {self._plugin!r}: its provider adapter lacks {', '.join(lacking)}")
+        names = (adapter.name, *adapter.aliases)
+        for name in names:
+            if name in self.provider_names or name == "all":
+                raise PluginError(f"plugin {self._plugin!r}: provider name {name!r} is taken; choose another")
+        if adapter.id_prefix in (known.id_prefix for known in self.providers.values()):
+            raise PluginError(f"plugin {self._plugin!r}: id prefix {adapter.id_prefix!r} is taken; choose another")
+        self.providers[adapter.name] = adapter
+        self.provider_names.update(dict.fromkeys(names, adapter))
 
     def run(self, name: str, register: Callable[["Registry"], None]) -> None:
         """Let the plugin `name` register itself; any failure names it."""
