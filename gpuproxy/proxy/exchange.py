@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.guard import parse_target
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Call, UpstreamRequest
@@ -35,7 +36,6 @@ from gpuproxy.proxy.answer import (
     VIA_HOPS_MAX,
     Answer,
 )
-from gpuproxy.proxy.guard import parse_target
 from gpuproxy.proxy.headers import (
     Field,
     checked_fields,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.guard import Guard
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.proxy.guard import Guard
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection

@@ -20,6 +20,7 @@ from typing import Any
 import uvloop
 
 from gpuproxy.config import Config
+from gpuproxy.guard import Guard
 from gpuproxy.link.client import LinkClient
 from gpuproxy.link.messages import Hello
 from gpuproxy.observe.logs import configure_logs, get_logger
@@ -28,7 +29,6 @@ from gpuproxy.process import Boot, on_stop, receive_boot, report_draining, repor
 from gpuproxy.proxy.admit import Admission
 from gpuproxy.proxy.answer import Answer
 from gpuproxy.proxy.downstream import Downstream
-from gpuproxy.proxy.guard import Guard
 from gpuproxy.proxy.journal import Journal, segment_name
 from gpuproxy.proxy.limits import Limits
 from gpuproxy.proxy.outbox import Outbox

@@ -1,4 +1,5 @@
-"""The guard for user-given targets: one parser, one table of refused networks, the address dialled is the one judged.
+"""The guard for user-given targets (``target_url``, webhooks): one parser, one table of refused networks, the address
+dialled is the one judged.
 
 Refused are all addresses that are not public unicast, every IPv6 form that embeds an IPv4 address, and
 whatever `ipaddress.is_global` wrongly lets through (its answer differs between Python releases, so the
@@ -74,22 +75,22 @@ class Target(NamedTuple):
     path: str
 
 
-def parse_target(url: str) -> Target:
-    """Parse a user-given URL. Raises GatewayError BAD_REQUEST naming what is wrong."""
+def parse_target(url: str, param: str = "target_url") -> Target:
+    """Parse a user-given URL. Raises GatewayError BAD_REQUEST naming `param` and what is wrong."""
     without_fragment = url.split("#", 1)[0]
     match = _TARGET.match(without_fragment)
     if match is None or "\\" in url:
         raise GatewayError(
             "BAD_REQUEST",
-            f"target_url {url[:200]!r} is not a plain http(s) URL; write http(s)://HOST[:PORT][/PATH], no user info, "
+            f"{param} {url[:200]!r} is not a plain http(s) URL; write http(s)://HOST[:PORT][/PATH], no user info, "
             "no spaces, non-ASCII percent-encoded",
-            param="target_url",
+            param=param,
         )
     scheme = match["scheme"].lower()
     default_port = 443 if scheme == "https" else 80
     port = int(match["port"] or default_port)
     if port > 65_535 or port in _DENIED_PORTS:
-        raise GatewayError("TARGET_FORBIDDEN", f"target_url: port {port} is not allowed", param="target_url")
+        raise GatewayError("TARGET_FORBIDDEN", f"{param}: port {port} is not allowed", param=param)
     host = match["host"].lower()
     authority = host if port == default_port else f"{host}:{port}"
     path = (match["path"] or "") + (match["query"] or "")
@@ -109,12 +110,12 @@ class Guard:
             return True
         return not any(judged in network for network in _DENIED if network.version == judged.version)
 
-    def check(self, host: str, addresses: Iterable[str]) -> None:
+    def check(self, host: str, addresses: Iterable[str], param: str = "target_url") -> None:
         """Refuse the target if any of its addresses is refused (no picking: a mixed answer is an attack)."""
         for address in addresses:
             if not self.is_allowed(address):
                 raise GatewayError(
                     "TARGET_FORBIDDEN",
-                    f"target_url: {host} is not a public address; ask the operator to list it in [egress] allow",
-                    param="target_url",
+                    f"{param}: {host} is not a public address; ask the operator to list it in [egress] allow",
+                    param=param,
                 )
