@@ -87,7 +87,9 @@ async def _serve(boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.E
     ingest = Ingest(store, journal_directory(boot.config), node=node)
     link = link_server(store, boot.config)
     link.lessor = leases = Leases(store, node, limits(store), link.push, lambda: ingest.pass_count)
-    keeper = Keeper(store, ingest, leases, link.epochs, journal_directory(boot.config), boot.config.prices)
+    keeper = Keeper(
+        store, ingest, leases, link.epochs, journal_directory(boot.config), boot.config.prices, link.publish
+    )
     await keeper.read_prices()
     feed = ChangeFeed(store, link)
     await feed.start(auth.stale_grant_s)

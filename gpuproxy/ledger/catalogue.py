@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from gpuproxy import config
 from gpuproxy.errors import GatewayError
-from gpuproxy.ledger.pricing import PRICE_NANOUSD_MAX, Catalogue, Price, from_config
+from gpuproxy.pricing import PRICE_NANOUSD_MAX, Catalogue, Price, from_config
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import prices
 

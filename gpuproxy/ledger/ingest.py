@@ -18,12 +18,12 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy import config
-from gpuproxy.ledger.pricing import Catalogue
 from gpuproxy.ledger.segment import Row, Segment, epoch_of
 from gpuproxy.ledger.settle import Call, lease_owner, priced
 from gpuproxy.ledger.syncer import Syncer
 from gpuproxy.ledger.writer import open_writer, write_storable
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.pricing import Catalogue
 from gpuproxy.store.engine import Store, fault_of
 from gpuproxy.store.schema import journal_segments
 

@@ -3,6 +3,7 @@ prices anew.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from gpuproxy.ledger.catalogue import load_catalogue
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.leases import Leases, journaled_epochs
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.pricing import Price
 from gpuproxy.store.engine import Store, fault_of
 from gpuproxy.store.schema import api_keys
 
@@ -24,7 +26,9 @@ logger = get_logger(__name__)
 
 
 class Keeper:
-    """Runs beside the journal's reader. ``linked()`` returns the epochs of the workers that are linked now."""
+    """Runs beside the journal's reader. ``linked()`` returns the epochs of the workers that are linked now;
+    ``publish`` tells them the prices.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class Keeper:
         linked: Callable[[], Iterable[str]],
         journal: Path,
         prices: Sequence[config.Price],
+        publish: Callable[[Iterable[Price]], None] = lambda prices: None,
     ) -> None:
         self._store = store
         self._ingest = ingest
@@ -41,10 +46,12 @@ class Keeper:
         self._linked = linked
         self._journal = journal
         self._prices = prices
+        self._publish = publish
 
     async def read_prices(self) -> None:
-        """Let the calls settled from now on cost what the prices say now. Raises what the store raises."""
-        self._ingest.catalogue = await load_catalogue(self._store, self._prices)
+        """Let calls cost what the prices say now. Raises what the store raises."""
+        self._ingest.catalogue = catalogue = await load_catalogue(self._store, self._prices)
+        self._publish(catalogue.from_now_on(time.time_ns()))
 
     async def sweep(self) -> None:
         """Do what is due about once a second. Raises what the store raises."""

@@ -11,10 +11,10 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, bindparam, select, update
 
-from gpuproxy.ledger.pricing import Catalogue, charge
 from gpuproxy.ledger.transfers import REVENUE, WRITE_OFF, Account, Transfer, credit_account, lock, post
+from gpuproxy.pricing import Catalogue, cost_of
 from gpuproxy.store.schema import accounts, holds, receipts
-from gpuproxy.types import Receipt, Usage
+from gpuproxy.types import Receipt
 
 IDS_AT_ONCE = 1_000  # parameters of one query
 Row = tuple[Any, ...]
@@ -46,17 +46,12 @@ def priced(catalogue: Catalogue, owner: str, rows: Iterable[Row]) -> list[Call]:
     """Return the calls that cost something. About 2 µs for each row, nothing if there is no price."""
     if not catalogue:
         return []
-    costs = ((row, cost_of(Receipt(*row), catalogue)) for row in rows)
+    costs = ((row, _cost(Receipt(*row), catalogue)) for row in rows)
     return [Call(row[_ID], owner, row[_USER], cost) for row, cost in costs if cost]
 
 
-def cost_of(receipt: Receipt, catalogue: Catalogue) -> int:
-    """Return what a call costs in nanodollars: refused ones nothing, failed ones only the tokens they delivered."""
-    if receipt.outcome == "refused" or not receipt.user_id:
-        return 0
-    price = catalogue.find(receipt.model, receipt.upstream, receipt.started_ns)
-    usage = Usage(receipt.input_tokens, receipt.cached_tokens, receipt.output_tokens)
-    return charge(usage, price, receipt.duration_us, _is_served(receipt))
+def _cost(receipt: Receipt, catalogue: Catalogue) -> int:
+    return cost_of(receipt, catalogue.find(receipt.model, receipt.upstream, receipt.started_ns))
 
 
 def settle(connection: Connection, calls: Sequence[Call]) -> dict[str, str]:
@@ -85,13 +80,6 @@ def settle(connection: Connection, calls: Sequence[Call]) -> dict[str, str]:
     _take_from_leases(connection, drawn, leases)
     post(connection, transfers)
     return charge_ids
-
-
-def _is_served(receipt: Receipt) -> bool:
-    """Tell whether the upstream did what was asked, or the client left while it did."""
-    if receipt.outcome == "client_gone":
-        return receipt.first_byte_us >= 0
-    return receipt.outcome == "ok" and receipt.status < 400
 
 
 def _unknown(connection: Connection, calls: Sequence[Call]) -> dict[str, Call]:

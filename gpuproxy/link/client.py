@@ -12,6 +12,7 @@ from gpuproxy.link.messages import (
     Lease,
     Leased,
     LeaseKind,
+    Prices,
     Recall,
     Return,
     Revoke,
@@ -20,6 +21,7 @@ from gpuproxy.link.messages import (
     frame,
 )
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
 
 _log = get_logger("gpuproxy.link")
@@ -39,6 +41,7 @@ class LinkClient(asyncio.Protocol):
         self.on_revoke: Callable[[tuple[str, ...]], None] = lambda key_ids: None
         self.on_reconnect: Callable[[], None] = lambda: None
         self.on_recall: Callable[[Recall], None] = lambda recall: None
+        self.on_prices: Callable[[list[Price]], None] = lambda prices: None
         self.connected = asyncio.Event()
         self._path = path
         self._hello = hello
@@ -46,6 +49,7 @@ class LinkClient(asyncio.Protocol):
         self._reader = FrameReader()
         self._questions: dict[int, tuple[bytes, Answer]] = {}
         self._leases: dict[int, LeaseAnswer] = {}
+        self._prices: list[Price] = []  # of the messages so far
         self._next_id = 0
         self._lost = asyncio.Event()
 
@@ -116,6 +120,8 @@ class LinkClient(asyncio.Protocol):
                     self.on_recall(message)
                 case Revoke():
                     self.on_revoke(message.key_ids)
+                case Prices():
+                    self._take_prices(message)
 
     def connection_lost(self, error: Exception | None) -> None:
         """Keep questions about keys for the next connection; leases nobody can promise any more."""
@@ -124,6 +130,11 @@ class LinkClient(asyncio.Protocol):
             self._leased(question, None)
         self.connected.clear()
         self._lost.set()
+
+    def _take_prices(self, message: Prices) -> None:
+        self._prices = [*([] if message.is_first else self._prices), *message.prices]
+        if message.is_last:
+            self.on_prices(self._prices)
 
     def _repeat(self, question: int) -> None:
         # a control that is being replaced or has lost its store for a moment: whoever waits has time until `give_up`

@@ -1,7 +1,7 @@
 """What worker and control say to each other over the link: length-prefixed MessagePack.
 
 A frame is a 4-byte big-endian length and one message. Control answers `Authorize` with `Authorized` of the
-same ``id``; `Revoke` and `Drain` are pushed. Both ends are of one version (one supervisor starts both), so
+same ``id``; `Revoke` and `Prices` are pushed. Both ends are of one version (one supervisor starts both), so
 unknown messages are a fault.
 """
 
@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
 
 LeaseKind = Literal["requests", "nanousd"]
@@ -54,6 +55,14 @@ class Revoke(Struct, tag="revoke", frozen=True):
     """Pushed: forget these keys at once."""
 
     key_ids: tuple[str, ...]
+
+
+class Prices(Struct, tag="prices", frozen=True):
+    """Pushed at connect, before any other message, and on change: all prices, in as many messages as they need."""
+
+    prices: tuple[Price, ...]
+    is_first: bool = True
+    is_last: bool = True
 
 
 class Lease(Struct, tag="lease", frozen=True):
@@ -107,7 +116,7 @@ class Recall(Struct, tag="recall", frozen=True):
 
 
 FromWorker = Hello | Authorize | Lease | Return
-FromControl = Authorized | Unavailable | Revoke | Leased | Recall
+FromControl = Authorized | Unavailable | Revoke | Prices | Leased | Recall
 
 _encoder = msgspec.msgpack.Encoder()
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

@@ -21,6 +21,7 @@ from gpuproxy.link.messages import (
     Hello,
     Lease,
     Leased,
+    Prices,
     Recall,
     Return,
     Revoke,
@@ -29,6 +30,7 @@ from gpuproxy.link.messages import (
     frame,
 )
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
 
 Authorizer = Callable[[bytes], Awaitable[Grant | None]]
@@ -36,6 +38,7 @@ Authorizer = Callable[[bytes], Awaitable[Grant | None]]
 QUESTIONS_MAX = 4_096  # open at once per worker; more are answered Unavailable
 UNSENT_BYTES_MAX = 4 << 20  # of a worker that does not read; it is cut off and will come back
 REVOKE_KEYS_MAX = 1_000  # in one message: 40 KB
+PRICES_AT_ONCE = 1_000  # in one message: up to 600 KB
 COMPLAINT_S = 10.0  # between two log lines about a store that fails
 
 logger = get_logger(__name__)
@@ -66,6 +69,7 @@ class LinkServer:
         self._timeout_s = timeout_s
         self._remember_s = remember_s
         self._revoked: dict[str, float] = {}  # key id to monotonic time, oldest first
+        self._prices: tuple[Price, ...] = ()
         self._server: asyncio.Server | None = None
         self._complained_s = -COMPLAINT_S
 
@@ -90,6 +94,18 @@ class LinkServer:
         """Forget that these keys were revoked: they are good again."""
         for key_id in key_ids:
             self._revoked.pop(key_id, None)
+
+    def publish(self, prices: Iterable[Price]) -> None:
+        """Tell every worker, now if they have changed and each on its return, what calls cost."""
+        before, self._prices = self._prices, tuple(prices)
+        if self._prices != before:
+            for link in list(self.links):
+                link.send_prices(self._prices)
+
+    @property
+    def prices(self) -> tuple[Price, ...]:
+        """Return what was published last."""
+        return self._prices
 
     async def close(self) -> None:
         """Stop accepting and end every link."""
@@ -208,6 +224,12 @@ class WorkerLink(asyncio.Protocol):
         for start in range(0, len(key_ids), REVOKE_KEYS_MAX):
             self.send(Revoke(key_ids[start : start + REVOKE_KEYS_MAX]))
 
+    def send_prices(self, prices: tuple[Price, ...]) -> None:
+        """Tell this worker what calls cost, even if that is nothing."""
+        for start in range(0, max(1, len(prices)), PRICES_AT_ONCE):
+            end = start + PRICES_AT_ONCE
+            self.send(Prices(prices[start:end], start == 0, end >= len(prices)))
+
     def close(self) -> None:
         """End the link at once."""
         if self._transport is not None:
@@ -218,6 +240,7 @@ class WorkerLink(asyncio.Protocol):
             case Hello():
                 self.epoch = message.epoch
                 logger.debug("worker linked", slot=message.slot, worker_pid=message.pid)
+                self.send_prices(self._server.prices)  # before any grant: no call may pass unpriced
                 self._start(self._welcome())
             case Authorize():
                 self._ask(message)

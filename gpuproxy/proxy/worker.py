@@ -33,6 +33,7 @@ from gpuproxy.proxy.journal import Journal, segment_name
 from gpuproxy.proxy.limits import Limits
 from gpuproxy.proxy.outbox import Outbox
 from gpuproxy.proxy.pool import ConnectPolicy, OriginKey, Pools
+from gpuproxy.proxy.prices import Prices
 from gpuproxy.proxy.route import Endpoint, Router
 from gpuproxy.proxy.tunnel import TunnelEnd
 from gpuproxy.proxy.upstream import UpstreamConnection
@@ -81,6 +82,8 @@ class Plane:
         self.router = Router(config, registry, self.pools, os.environ)
         self.admission = Admission(config.auth, link, loop.time)
         self.limits_by_key = Limits(link)
+        self.prices = Prices()
+        link.on_prices = self.prices.replace
         link.on_revoke = self.admission.revoke
         link.on_reconnect = self.admission.refresh_all
         control = OriginKey("http", "control", 0, unix_path=control_path)

@@ -5,7 +5,7 @@ import pytest
 from gpuproxy import config
 from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.catalogue import add_price, list_prices, load_catalogue
-from gpuproxy.ledger.pricing import PRICE_NANOUSD_MAX, Price
+from gpuproxy.pricing import PRICE_NANOUSD_MAX, Price
 from gpuproxy.store.engine import Store
 
 

@@ -14,9 +14,9 @@ from gpuproxy.ledger.catalogue import add_price
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.keeper import Keeper, requests_per_minute
 from gpuproxy.ledger.leases import Leases
-from gpuproxy.ledger.pricing import Price
 from gpuproxy.ledger.verify import verify
 from gpuproxy.link.messages import Lease, Return
+from gpuproxy.pricing import Price
 from gpuproxy.store.engine import Store
 
 
@@ -33,7 +33,16 @@ class Control:
         self.journal.mkdir()
         self.ingest = Ingest(store, self.journal, node="here")
         self.leases = Leases(store, "here", no_limit, lambda *_: False, lambda: self.ingest.pass_count)
-        self.keeper = Keeper(store, self.ingest, self.leases, lambda: self.linked, self.journal, prices)
+        self.published: list[list[Price]] = []
+        self.keeper = Keeper(
+            store,
+            self.ingest,
+            self.leases,
+            lambda: self.linked,
+            self.journal,
+            prices,
+            lambda told: self.published.append(list(told)),
+        )
 
 
 @pytest.fixture
@@ -67,6 +76,7 @@ async def test_a_new_price_holds_after_the_next_sweep(store: Store, tmp_path: Pa
     assert not control.ingest.catalogue
     await control.keeper.sweep()
     assert control.ingest.catalogue.find("m1", "", 1).request_nanousd == 5
+    assert [price.request_nanousd for price in control.published[-1]] == [5]
 
 
 async def test_the_keeper_goes_on_through_an_outage(store: Store, tmp_path: Path, user_id: str) -> None:

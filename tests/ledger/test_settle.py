@@ -11,9 +11,9 @@ from gpuproxy.access.accounts import create_user
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import balance, credit
 from gpuproxy.ledger.ingest import Ingest
-from gpuproxy.ledger.pricing import Catalogue, Price
-from gpuproxy.ledger.settle import cost_of, lease_owner
+from gpuproxy.ledger.settle import lease_owner
 from gpuproxy.ledger.verify import verify
+from gpuproxy.pricing import Catalogue, Price, cost_of
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import accounts, receipts, transfers
 from gpuproxy.types import Receipt
@@ -120,4 +120,5 @@ async def test_without_prices_nothing_is_charged(store: Store, tmp_path: Path, u
 )
 def test_a_call_is_billed_for_what_was_delivered(changes: dict[str, object], cost: int) -> None:
     price = Price("m1", "", 10**6, 10**6, 10**6, 10, valid_from_ns=5)
-    assert cost_of(receipt(1, **changes), Catalogue([price])) == cost
+    call = receipt(1, **changes)
+    assert cost_of(call, Catalogue([price]).find(call.model, call.upstream, call.started_ns)) == cost

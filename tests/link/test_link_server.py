@@ -17,6 +17,7 @@ from gpuproxy.link.messages import (
     Hello,
     Lease,
     Leased,
+    Prices,
     Recall,
     Return,
     Revoke,
@@ -24,7 +25,8 @@ from gpuproxy.link.messages import (
     decode_from_control,
     frame,
 )
-from gpuproxy.link.server import QUESTIONS_MAX, REVOKE_KEYS_MAX, LinkServer
+from gpuproxy.link.server import PRICES_AT_ONCE, QUESTIONS_MAX, REVOKE_KEYS_MAX, LinkServer
+from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
 
 DIGEST = bytes(range(32))
@@ -32,12 +34,13 @@ GRANT = Grant("k1", "u1")
 
 
 class Worker:
-    """A worker's end: says messages, hears messages."""
+    """A worker's end: says messages, hears messages; those that tell prices it keeps apart."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._frames = FrameReader()
         self._heard: list[FromControl] = []
+        self.prices: list[Prices] = []
 
     def say(self, *messages: FromWorker) -> None:
         self._writer.write(b"".join(frame(message) for message in messages))
@@ -52,7 +55,9 @@ class Worker:
                 data = await self._reader.read(65_536)
                 if not data:
                     raise EOFError
-                self._heard += map(decode_from_control, self._frames.feed(data))
+                messages = list(map(decode_from_control, self._frames.feed(data)))
+                self.prices += [message for message in messages if isinstance(message, Prices)]
+                self._heard += [message for message in messages if not isinstance(message, Prices)]
         return self._heard.pop(0)
 
     async def leave(self) -> None:
@@ -103,6 +108,30 @@ async def test_a_question_is_answered_with_its_number_and_digest(site: Site) -> 
     worker = await site.worker()
     worker.say(Authorize(7, DIGEST))
     assert await worker.hear() == Authorized(7, DIGEST, GRANT)
+
+
+async def test_a_worker_knows_the_prices_before_the_first_grant(site: Site) -> None:
+    site.server.publish([Price("m", request_nanousd=1)])
+    worker = await site.worker()
+    assert worker.prices == [Prices((Price("m", request_nanousd=1),))]
+
+
+async def test_every_worker_hears_of_prices_that_change_and_of_no_others(site: Site) -> None:
+    workers = [await site.worker() for _ in range(2)]
+    for nanousd in (1, 1, 2):
+        site.server.publish([Price("m", request_nanousd=nanousd)])
+    for worker in workers:
+        worker.say(Authorize(7, DIGEST))
+        await worker.hear()
+        assert [[price.request_nanousd for price in told.prices] for told in worker.prices] == [[], [1], [2]]
+
+
+async def test_many_prices_go_in_bounded_messages(site: Site) -> None:
+    prices = [Price("m" * 256, str(number), *[10**15] * 5, number) for number in range(PRICES_AT_ONCE + 1)]
+    site.server.publish(prices)
+    worker = await site.worker()
+    assert [(told.is_first, told.is_last) for told in worker.prices] == [(True, False), (False, True)]
+    assert [price for told in worker.prices for price in told.prices] == prices
 
 
 async def test_an_unknown_key_is_answered_with_no_grant(site: Site) -> None:

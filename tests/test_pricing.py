@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpuproxy import config
 from gpuproxy.ledger.book import format_usd
-from gpuproxy.ledger.pricing import (
+from gpuproxy.pricing import (
     CHARGE_NANOUSD_MAX,
     FREE,
     METER_MAX,

@@ -1,4 +1,7 @@
-"""What a call costs: prices in whole nanodollars, and the only divisions of the ledger.
+"""What a call costs: prices in whole nanodollars, and the only divisions of money.
+
+Workers reserve by it before a call and settle by it after; the ledger charges by it. All must agree to the nanodollar,
+so there is one copy, below both.
 
 A price is kept per million tokens, since a nanodollar per token is too coarse for cheap models. Every meter (input,
 cached input, output, duration) is rounded up to a whole nanodollar once per call, so a call costs less than
@@ -11,12 +14,13 @@ from decimal import Decimal
 from msgspec import Struct
 
 from gpuproxy import config
-from gpuproxy.types import Usage
+from gpuproxy.types import Receipt, Usage
 
 ANY = "*"  # as the model of a price: every model
 MILLION = 1_000_000
 PRICE_NANOUSD_MAX = 10**15  # a million dollars, per million tokens or per call
 METER_MAX = 10**12  # tokens or microseconds of one call; an upstream may claim any number
+NEVER_NS = 1 << 63  # after every time the store can hold
 CHARGE_NANOUSD_MAX = 10**13  # ten thousand dollars; more for one call is a mistake, and sums must fit 64 bits
 
 
@@ -34,6 +38,14 @@ class Price(Struct, frozen=True):
     request_nanousd: int = 0
     second_nanousd: int = 0
     valid_from_ns: int = 0
+
+    @property
+    def is_free(self) -> bool:
+        """Tell whether no call can cost anything."""
+        tokens = (
+            self.input_nanousd_per_million or self.cached_input_nanousd_per_million or self.output_nanousd_per_million
+        )
+        return not (tokens or self.request_nanousd or self.second_nanousd)
 
 
 FREE = Price(ANY)
@@ -54,6 +66,21 @@ def charge(usage: Usage, price: Price, duration_us: int = 0, is_served: bool = T
     if is_served:
         cost += price.request_nanousd + _part(_bounded(duration_us), price.second_nanousd)
     return min(cost, CHARGE_NANOUSD_MAX)
+
+
+def cost_of(receipt: Receipt, price: Price) -> int:
+    """Return what a call costs in nanodollars: refused ones nothing, failed ones only the tokens they delivered."""
+    if receipt.outcome == "refused" or not receipt.user_id:
+        return 0
+    usage = Usage(receipt.input_tokens, receipt.cached_tokens, receipt.output_tokens)
+    return charge(usage, price, receipt.duration_us, _is_served(receipt))
+
+
+def _is_served(receipt: Receipt) -> bool:
+    """Tell whether the upstream did what was asked, or the client left while it did."""
+    if receipt.outcome == "client_gone":
+        return receipt.first_byte_us >= 0
+    return receipt.outcome == "ok" and receipt.status < 400
 
 
 def upper_bound(price: Price, input_tokens: int, output_tokens_max: int, duration_us_max: int = 0) -> int:
@@ -115,6 +142,21 @@ class Catalogue:
                 if price.valid_from_ns <= at_ns:
                     return price
         return FREE
+
+    def from_now_on(self, now_ns: int) -> list[Price]:
+        """Return what holds at a time, for each model and upstream, and everything that will later."""
+        return [price for versions in self._prices.values() for price in _until_past(versions, now_ns)]
+
+    def next_change_ns(self, now_ns: int) -> int:
+        """Return when the next version begins to hold, NEVER_NS if none will."""
+        starts = (price.valid_from_ns for versions in self._prices.values() for price in versions)
+        return min((start_ns for start_ns in starts if start_ns > now_ns), default=NEVER_NS)
+
+
+def _until_past(versions: list[Price], now_ns: int) -> list[Price]:
+    """Return those of the versions, newest first, that no newer one has replaced."""
+    current = next((at for at, price in enumerate(versions) if price.valid_from_ns <= now_ns), len(versions))
+    return versions[: current + 1]
 
 
 def _bounded(count: int) -> int:
