@@ -163,13 +163,13 @@ class Provider(Struct, forbid_unknown_fields=True, frozen=True):
     """A marketplace to rent GPUs at, by the name of an enabled plugin's provider.
 
     ``api_key_env`` names the environment variable with the credential. ``spacing_s`` is the least time between two
-    calls of one kind. ``options`` are what only this provider knows.
+    calls of one kind, None what the provider asks for. ``options`` are what only this provider knows.
     """
 
     name: Text
     api_key_env: VariableName = ""
     base_url: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
-    spacing_s: Annotated[float, Meta(ge=0, le=60)] = 1.0
+    spacing_s: Annotated[float, Meta(ge=0, le=60)] | None = None
     timeout_s: PositiveSeconds = 30.0
     enabled: bool = True
     options: Options = {}

@@ -17,7 +17,7 @@ from typing import Literal, Protocol, runtime_checkable
 from msgspec import Struct
 
 Basis = Literal["per_second", "prepaid"]
-InstanceState = Literal["pending", "running", "stopped", "gone", "failed"]
+InstanceState = Literal["pending", "running", "stopped", "failed", "destroying", "gone"]
 ChargeKind = Literal["gpu", "storage", "traffic", "prepaid", "other"]
 Phase = Literal["search", "create", "read", "start", "stop", "destroy", "logs", "charges", "check"]
 
@@ -25,13 +25,14 @@ Phase = Literal["search", "create", "read", "start", "stop", "destroy", "logs", 
 class ProviderSettings(Struct, frozen=True):
     """What a `[[providers]]` block says, with its credential read from the environment.
 
-    An empty ``base_url`` is the provider's own. ``spacing_s`` is the least time between two calls of one kind.
-    ``options`` are what only this provider knows; an adapter refuses those it does not with ValueError.
+    An empty ``base_url`` is the provider's own. ``spacing_s`` is the least time between two calls of one kind, None
+    what the provider asks for. ``options`` are what only this provider knows; an adapter refuses those it does not
+    with ValueError.
     """
 
     api_key: str = ""
     base_url: str = ""
-    spacing_s: float = 1.0
+    spacing_s: float | None = None
     timeout_s: float = 30.0
     options: dict[str, str] = {}
 
@@ -109,7 +110,9 @@ class ProviderInstance(Struct, frozen=True, kw_only=True):
     ``tag`` is what `create` was given, empty for what is not ours. ``ports`` lead from a port inside to the one
     outside on ``ip`` (a name or an address), and are empty until it runs. ``price_nanousd_per_hour`` is what it costs
     while running, 0 if not told. ``started_ns`` is 0 before it ran. ``message`` is the provider's, for people.
-    ``paid_nanousd`` is what a prepaid one has cost already.
+    ``is_tls`` tells that the ports outside speak TLS. ``is_interrupted``: stopped because another bid more.
+    ``is_reachable`` False: the provider has lost sight of it, and ``state`` is the last known. ``paid_nanousd`` is what
+    a prepaid one has cost already.
     """
 
     id: str
@@ -122,7 +125,9 @@ class ProviderInstance(Struct, frozen=True, kw_only=True):
     storage_nanousd_per_hour: int = 0
     started_ns: int = 0
     message: str = ""
+    is_tls: bool = False
     is_interrupted: bool = False
+    is_reachable: bool = True
     paid_nanousd: int = 0
 
 

@@ -1,0 +1,66 @@
+"""The worlds the provider contract is tried in: an adapter, the market it speaks to, and that market's clock."""
+
+from gpuproxy_plugins.simulated import Simulated
+
+from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderAdapter, ProviderInstance, ProviderSettings
+
+START_S = 1_790_000_000.0
+HOUR_S = 3_600.0
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = START_S
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def now_ns(self) -> int:
+        return round(self.now_s * 1e9)
+
+
+class World:
+    """What every world has."""
+
+    adapter: ProviderAdapter
+    has_stop = True
+    has_spot = True
+    boot_s = 60.0  # after so long every instance runs
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    async def start(self) -> None:
+        """Bring the market up."""
+
+    async def close(self) -> None:
+        """Take it down."""
+        await self.adapter.close()
+
+    async def rented(self, tag: str = "gp-1", **fields: object) -> ProviderInstance:
+        """Rent the cheapest offer."""
+        offers = await self.adapter.offers(OfferQuery(limit=1))
+        spec = InstanceSpec(**{"image": "vllm/vllm-openai:latest", "ports": (8000,), **fields})  # type: ignore[arg-type]
+        return await self.adapter.create(offers[0].id, spec, tag)
+
+    async def running(self, tag: str = "gp-1", **fields: object) -> ProviderInstance:
+        """Rent and wait until it runs."""
+        made = await self.rented(tag, **fields)
+        self.clock.now_s += self.boot_s
+        seen = await self.adapter.get(made.id)
+        assert seen is not None
+        assert seen.state == "running"
+        return seen
+
+
+class SimulatedWorld(World):
+    """The marketplace inside gpuproxy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter = Simulated(ProviderSettings(), self.clock.now_ns)
+
+
+WORLDS: dict[str, type[World]] = {"simulated": SimulatedWorld}
