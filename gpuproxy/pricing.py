@@ -18,6 +18,7 @@ from gpuproxy.types import Receipt, Usage
 
 ANY = "*"  # as the model of a price: every model
 MILLION = 1_000_000
+US_PER_HOUR = 3_600_000_000
 PRICE_NANOUSD_MAX = 10**15  # a million dollars, per million tokens or per call
 METER_MAX = 10**12  # tokens or microseconds of one call; an upstream may claim any number
 NEVER_NS = 1 << 63  # after every time the store can hold
@@ -115,6 +116,36 @@ def nanousd_of(text: str) -> int:
     if complaint := config.checks.usd(text):
         raise ValueError(complaint)
     return int(Decimal(text or "0").scaleb(9))
+
+
+class Accrued(Struct, frozen=True):
+    """What has come together over time: whole nanodollars, and a rest in 3,600,000,000ths of one.
+
+    Nothing is rounded on the way, so it does not matter in how many steps an hour was counted.
+    """
+
+    nanousd: int = 0
+    rest: int = 0
+
+    def after(self, nanousd_per_hour: int, elapsed_us: int) -> "Accrued":
+        """Return the sum after so many more microseconds at this rate."""
+        whole, rest = divmod(self.rest + nanousd_per_hour * elapsed_us, US_PER_HOUR)
+        return Accrued(self.nanousd + whole, rest)
+
+    @property
+    def due_nanousd(self) -> int:
+        """Return the sum rounded up to a whole nanodollar: the one rounding there is."""
+        return self.nanousd + (1 if self.rest else 0)
+
+
+def with_markup(nanousd: int, percent_thousandths: int) -> int:
+    """Return an amount with so many thousandths of a percent on top, rounded up to a whole nanodollar."""
+    return -(-nanousd * (100_000 + percent_thousandths) // 100_000)
+
+
+def seconds_paid(nanousd: int, nanousd_per_hour: int) -> int:
+    """Return for how many whole seconds this much lasts at this rate; a rate of 0 lasts for ever."""
+    return nanousd * 3_600 // nanousd_per_hour if nanousd_per_hour > 0 else METER_MAX
 
 
 class Catalogue:

@@ -16,6 +16,7 @@ from gpuproxy.store.schema.accounts import (
 )
 from gpuproxy.store.schema.base import NAMES, Sequence, UtcTime, metadata
 from gpuproxy.store.schema.events import events
+from gpuproxy.store.schema.fleet import installations, rentals
 from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, prices, receipts, transfers
 
 __all__ = [
@@ -29,12 +30,14 @@ __all__ = [
     "events",
     "holds",
     "idempotency",
+    "installations",
     "journal_segments",
     "metadata",
     "passwords",
     "prices",
     "receipts",
     "refresh_tokens",
+    "rentals",
     "sessions",
     "transfers",
     "users",

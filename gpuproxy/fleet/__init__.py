@@ -1,0 +1,1 @@
+"""Rented machines: offers, their lives from intent to proof that they are gone, what they cost whom."""

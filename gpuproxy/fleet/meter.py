@@ -1,0 +1,155 @@
+"""What a rental costs: the customer's price and the provider's cost, counted apart, exact to the nanodollar.
+
+Both grow with time at the rates in force since ``metered_at``; a move to another state meters first and then sets the
+rates of the new one. A running machine is metered up to when the provider last said that it is there, so nobody pays
+for a machine that is lost. The customer's meter stops with their wish to stop, the provider's when the machine is
+proven to be gone. What the customer owes comes out of the rental's hold, which runs ahead of it.
+"""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from gpuproxy.fleet.rentals import Rental, change, living_of, microseconds
+from gpuproxy.fleet.states import State
+from gpuproxy.ledger import holds
+from gpuproxy.ledger.transfers import PROVIDER_COST, REVENUE, WRITE_OFF, Transfer, credit_account, lock, post
+from gpuproxy.pricing import Accrued, seconds_paid
+
+PREPAID = "prepaid"
+AHEAD_S = 1_200  # what a hold is kept filled to: over the first warning
+WARNINGS_S = (900, 300)  # this much money left is told, once each
+
+
+def payable(provider: str) -> str:
+    """Return the account of what a provider is owed."""
+    return f"payable.{provider}"
+
+
+def rates_in(rental: Rental, state: State) -> dict[str, int]:
+    """Return the rates of a rental in a state, as columns.
+
+    Storage costs from the first byte on, but the customer pays for it only once the machine has run.
+    """
+    storage = rental.storage_price_nanousd_per_hour if rental.running_at else 0
+    rate = {"running": rental.price_nanousd_per_hour, "stopping": storage, "stopped": storage, "provisioning": storage}
+    cost = {
+        "provisioning": rental.storage_cost_nanousd_per_hour,
+        "running": rental.cost_nanousd_per_hour,
+        "stopping": rental.cost_nanousd_per_hour,
+        "stopped": rental.storage_cost_nanousd_per_hour,
+        "destroying": rental.cost_rate_nanousd_per_hour,  # as before, until it is gone
+    }
+    cost_rate = 0 if rental.basis == PREPAID else cost.get(state, 0)
+    return {"rate_nanousd_per_hour": rate.get(state, 0), "cost_rate_nanousd_per_hour": cost_rate}
+
+
+def meter(connection: Connection, rental: Rental, until: datetime) -> Rental:
+    """Charge what has come together since the rental was last metered; a time before that changes nothing."""
+    elapsed_us = microseconds(rental.metered_at, until)
+    if not elapsed_us:
+        return rental
+    price = Accrued(rental.accrued_nanousd, rental.accrued_rest).after(rental.rate_nanousd_per_hour, elapsed_us)
+    cost = Accrued(rental.cost_accrued_nanousd, rental.cost_accrued_rest)
+    cost = cost.after(rental.cost_rate_nanousd_per_hour, elapsed_us)
+    spent = {
+        "running": {"running_us": rental.running_us + elapsed_us},
+        "stopped": {"stopped_us": rental.stopped_us + elapsed_us},
+    }.get(rental.state, {})
+    return settle(connection, rental, price, cost, metered_at=until, **spent)
+
+
+def settle(connection: Connection, rental: Rental, price: Accrued, cost: Accrued, **values: Any) -> Rental:
+    """Post what is due and not posted yet, of price and cost; write both to the rental with other columns."""
+    charged, written_off = _charge(connection, rental, price.due_nanousd)
+    return change(
+        connection,
+        rental,
+        accrued_nanousd=price.nanousd,
+        accrued_rest=price.rest,
+        cost_accrued_nanousd=cost.nanousd,
+        cost_accrued_rest=cost.rest,
+        charged_nanousd=rental.charged_nanousd + charged,
+        written_off_nanousd=rental.written_off_nanousd + written_off,
+        cost_posted_nanousd=rental.cost_posted_nanousd + _owe(connection, rental, cost.due_nanousd),
+        **values,
+    )
+
+
+def commit_cost(connection: Connection, rental: Rental) -> Rental:
+    """Owe the provider all that is paid beforehand, from the moment it has taken the order."""
+    price = Accrued(rental.accrued_nanousd, rental.accrued_rest)
+    return settle(connection, rental, price, Accrued(rental.committed_hours * rental.cost_nanousd_per_hour))
+
+
+def charge_commitment(connection: Connection, rental: Rental) -> Rental:
+    """Charge the customer the rest of the hours they ordered: the provider has been paid for them."""
+    whole = rental.committed_hours * rental.price_nanousd_per_hour
+    price = Accrued(max(whole, rental.accrued_nanousd), 0 if whole >= rental.accrued_nanousd else rental.accrued_rest)
+    cost = Accrued(rental.cost_accrued_nanousd, rental.cost_accrued_rest)
+    return settle(connection, rental, price, cost)
+
+
+def release(connection: Connection, rental: Rental) -> None:
+    """Give the rest of the hold back: nothing more will be charged. Again changes nothing."""
+    hold = holds.get(connection, rental.hold_id)
+    if hold is None or hold.state != "pending":
+        return
+    if hold.posted_nanousd:
+        holds.settle(connection, hold.id, 0, "rental")
+    else:
+        holds.void(connection, hold.id)
+
+
+def top_up(connection: Connection, rental: Rental, now: datetime) -> int:
+    """Fill the hold to AHEAD_S as far as there is credit; return for how many seconds from `now` the money lasts.
+
+    Of free credit, a user's other rentals take their part too, by their rates.
+    """
+    rate = rental.rate_nanousd_per_hour
+    if not rate:
+        return seconds_paid(0, 0)
+    unposted = Accrued().after(rate, microseconds(rental.metered_at, now)).due_nanousd
+    wanted = unposted + Accrued().after(rate, AHEAD_S * 1_000_000).due_nanousd
+    remaining = _filled(connection, rental, wanted)
+    free = lock(connection, [credit_account(rental.user_id)])[credit_account(rental.user_id)].free_nanousd
+    rates = sum(each.rate_nanousd_per_hour for each in living_of(connection, rental.user_id))
+    return seconds_paid(max(0, remaining - unposted), rate) + seconds_paid(free, max(rate, rates))
+
+
+def _charge(connection: Connection, rental: Rental, due_nanousd: int) -> tuple[int, int]:
+    """Charge up to `due_nanousd` in all; what the customer has not is written off. Return both."""
+    owed = due_nanousd - rental.charged_nanousd - rental.written_off_nanousd
+    if owed <= 0:
+        return 0, 0
+    key = f"rental:{rental.id}:{due_nanousd}"
+    charged = min(owed, _filled(connection, rental, owed))
+    if charged:
+        holds.draw(connection, rental.hold_id, charged, "rental", key)
+    if owed > charged:
+        post(connection, [Transfer(WRITE_OFF, REVENUE, owed - charged, "write_off", f"{key}:write_off")])
+    return charged, owed - charged
+
+
+def _owe(connection: Connection, rental: Rental, due_nanousd: int) -> int:
+    owed = due_nanousd - rental.cost_posted_nanousd
+    if owed > 0:
+        key = f"rental_cost:{rental.id}:{due_nanousd}"
+        post(connection, [Transfer(PROVIDER_COST, payable(rental.provider), owed, "rental_cost", key)])
+    return max(0, owed)
+
+
+def _filled(connection: Connection, rental: Rental, wanted_nanousd: int) -> int:
+    """Let the hold have `wanted_nanousd` as far as there is credit; return what it has."""
+    hold = holds.get(connection, rental.hold_id)
+    if hold is None or hold.state != "pending":
+        return 0
+    lacking = wanted_nanousd - hold.remaining_nanousd
+    if lacking <= 0:
+        return hold.remaining_nanousd
+    account_id = credit_account(rental.user_id)
+    lacking = min(lacking, lock(connection, [account_id])[account_id].free_nanousd)
+    if lacking > 0 and holds.extend(connection, hold.id, lacking):
+        return hold.remaining_nanousd + lacking
+    return hold.remaining_nanousd

@@ -1,0 +1,71 @@
+"""What is rented: one row for each rental, kept for ever, and the name this installation signs its rentals with."""
+
+from sqlalchemy import JSON, BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, Integer, Table, Text
+
+from gpuproxy.store.schema.base import UtcTime, metadata
+
+# One row: the prefix of every tag this store has given out, by which providers' lists are read.
+installations = Table(
+    "installations",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("prefix", Text, nullable=False),
+    CheckConstraint("id = 1", name="there_is_one"),
+)
+
+# `id` is the contract and the tag the provider was given. Money in nanodollars; "rest" is a part of one nanodollar,
+# in 3,600,000,000ths, so that no second is ever rounded twice. Rates are those in force since `metered_at`.
+rentals = Table(
+    "rentals",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("user_id", Text, ForeignKey("users.id"), nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("offer_id", Text, nullable=False),
+    Column("native_id", Text, nullable=False),  # the provider's; empty until it is known
+    Column("instance_id", Text, nullable=False),  # the same with the provider's prefix, as people know it
+    Column("state", Text, nullable=False),
+    Column("reason", Text, nullable=False),  # why it stopped, ended or failed
+    Column("has_failed", Boolean, nullable=False),  # it ends as failed
+    Column("label", Text, nullable=False),
+    Column("gpu_model", Text, nullable=False),
+    Column("gpu_count", Integer, nullable=False),
+    Column("region", Text, nullable=False),
+    Column("spec", JSON, nullable=False),  # what was asked for, without anything that may be a secret
+    Column("ip", Text, nullable=False),
+    Column("ports", JSON, nullable=False),  # {"8000": 40800}: inside to outside
+    Column("basis", Text, nullable=False),
+    Column("price_nanousd_per_hour", BigInteger, nullable=False),
+    Column("storage_price_nanousd_per_hour", BigInteger, nullable=False),
+    Column("cost_nanousd_per_hour", BigInteger, nullable=False),
+    Column("storage_cost_nanousd_per_hour", BigInteger, nullable=False),
+    Column("committed_hours", Integer, nullable=False),  # paid beforehand; 0 for what is billed as it runs
+    Column("rate_nanousd_per_hour", BigInteger, nullable=False),
+    Column("cost_rate_nanousd_per_hour", BigInteger, nullable=False),
+    Column("metered_at", UtcTime, nullable=False),
+    Column("running_us", BigInteger, nullable=False),
+    Column("stopped_us", BigInteger, nullable=False),
+    Column("accrued_nanousd", BigInteger, nullable=False),
+    Column("accrued_rest", BigInteger, nullable=False),
+    Column("cost_accrued_nanousd", BigInteger, nullable=False),
+    Column("cost_accrued_rest", BigInteger, nullable=False),
+    Column("charged_nanousd", BigInteger, nullable=False),
+    Column("written_off_nanousd", BigInteger, nullable=False),
+    Column("cost_posted_nanousd", BigInteger, nullable=False),
+    Column("hold_id", Text, ForeignKey("holds.id"), nullable=False),
+    Column("warned_s", Integer, nullable=False),  # the last warning of low balance: how many seconds were left; 0: none
+    Column("request_key", Text, unique=True),  # of the Idempotency-Key that asked for it
+    Column("request_hash", Text, nullable=False),
+    Column("group_id", Text, nullable=False),  # of a reservation: all of them or none
+    Column("seen_at", UtcTime),  # when the provider last said it is there
+    Column("missing_count", Integer, nullable=False),  # complete lists without it, one after another
+    Column("created_at", UtcTime, nullable=False),
+    Column("running_at", UtcTime),
+    Column("moved_at", UtcTime, nullable=False),
+    Column("ended_at", UtcTime),
+    Column("expires_at", UtcTime),
+    Index(None, "user_id", "created_at"),
+    Index(None, "state"),
+    Index(None, "provider", "native_id"),
+    Index(None, "group_id"),
+)

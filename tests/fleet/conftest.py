@@ -1,0 +1,78 @@
+"""A customer with money, a rental, and a clock that goes when it is told to."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import pytest
+
+from gpuproxy.access.accounts import create_user
+from gpuproxy.fleet.rentals import Rental, add, new_id, prefix_of
+from gpuproxy.ledger import holds
+from gpuproxy.ledger.book import NANOUSD, credit
+from gpuproxy.store.engine import Store
+
+T = TypeVar("T")
+NOON = datetime(2026, 1, 12, 12, tzinfo=UTC)
+
+
+class Clock:
+    """The time, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> datetime:
+        self.now += timedelta(seconds=seconds)
+        return self.now
+
+
+class Books:
+    """A store with one customer."""
+
+    def __init__(self, store: Store, user_id: str, clock: Clock) -> None:
+        self.store = store
+        self.user_id = user_id
+        self.clock = clock
+
+    async def do(self, work: Callable[..., T], *words: Any, **more: Any) -> T:
+        """Do `work` in a writing transaction."""
+        async with self.store.writing() as connection:
+            return await connection.run_sync(work, *words, **more)
+
+    async def give(self, usd: float) -> None:
+        await credit(self.store, self.user_id, int(usd * NANOUSD), f"gift {self.clock.now} {usd}")
+
+    async def rental(self, **values: Any) -> Rental:
+        """Store a rental that is pending, with its first hour held."""
+
+        def work(connection: Any) -> Rental:
+            rental_id = new_id(prefix_of(connection))
+            price = values.get("price_nanousd_per_hour", NANOUSD)
+            hold = holds.place(connection, self.user_id, price, f"rental:{rental_id}", f"rental:{rental_id}")
+            now = self.clock()
+            fields: dict[str, Any] = {
+                "id": rental_id, "user_id": self.user_id, "provider": "simulated", "offer_id": "1", "state": "pending",
+                "gpu_model": "RTX 4090", "gpu_count": 1, "spec": {}, "basis": "per_second", "hold_id": hold.id,
+                "price_nanousd_per_hour": NANOUSD, "cost_nanousd_per_hour": NANOUSD // 2,
+                "metered_at": now, "created_at": now, "moved_at": now,
+            }  # fmt: skip
+            rental = Rental(**{**fields, **values})
+            assert add(connection, rental)
+            return rental
+
+        return await self.do(work)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def books(store: Store, clock: Clock) -> Books:
+    user = await create_user(store, "renter@example.com")
+    return Books(store, user.id, clock)
