@@ -16,14 +16,15 @@ from gpuproxy.control.identify import identify
 from gpuproxy.control.parts import CALLER
 from gpuproxy.errors import GatewayError
 
-Rule = Literal["anyone", "key", "account", "admin"]
+Rule = Literal["anyone", "key", "read", "account", "admin"]
 RULES: dict[Rule, str] = {
     "anyone": "needs no credential",
     "key": "any valid API key or access token; shows the caller's own account",
+    "read": "an access token, or a key with the scope read or account; shows the caller's own account",
     "account": "an access token, or a key with the scope account; concerns the caller's own account",
     "admin": "an admin's access token, or an admin's key with the scope admin",
 }
-SCOPE_BY_RULE: dict[Rule, str] = {"account": "account", "admin": ADMIN_SCOPE}
+SCOPE_BY_RULE: dict[Rule, str] = {"read": "read", "account": "account", "admin": ADMIN_SCOPE}
 Shape = Literal["object", "list", "plain", "other"]
 
 Handler = Callable[..., Awaitable[web.StreamResponse]]
@@ -80,6 +81,7 @@ def _served(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespons
 
 def _check_scope(route: Route, request: web.Request) -> None:
     scope = SCOPE_BY_RULE.get(route.rule)
-    if scope is not None and scope not in request[CALLER].scopes:
+    held = request[CALLER].scopes
+    if scope is not None and scope not in held and not (scope == "read" and "account" in held):
         message = f"{route.method} {route.path} needs the scope {scope!r}"
         raise GatewayError("FORBIDDEN", message if scope != ADMIN_SCOPE else f"{message} of an admin")

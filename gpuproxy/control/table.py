@@ -4,7 +4,7 @@
 """
 
 from gpuproxy.access.accounts import User
-from gpuproxy.control import admin_users, auth, docs, events, health, keys, openapi, user
+from gpuproxy.control import admin_users, auth, credits, docs, events, health, keys, openapi, user
 from gpuproxy.control.query import PAGE
 from gpuproxy.control.route import Route
 
@@ -32,6 +32,25 @@ TABLE: tuple[Route, ...] = (
     Route("GET", "/api/v1/user/usage", user.usage, "key", gives=user.UsageSums, query=user.USAGE_QUERY),
     Route(
         "GET", "/api/v1/user/usage/calls", user.calls, "key", gives=user.CallInfo, shape="list", query=user.CALLS_QUERY
+    ),
+    Route("GET", "/api/v1/user/credits", credits.show, "key", gives=credits.CreditsInfo),
+    Route(
+        "GET",
+        "/api/v1/user/transactions",
+        credits.transactions,
+        "read",
+        gives=credits.TransactionInfo,
+        shape="list",
+        query=PAGE,
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/credits/add",
+        credits.add_credits,
+        "admin",
+        credits.CreditGift,
+        credits.CreditGiven,
+        is_once=True,
     ),
     Route("GET", "/api/v1/admin/users", admin_users.list_all, "admin", gives=User, shape="list", query=PAGE),
     Route("PATCH", "/api/v1/admin/users/{id}", admin_users.change, "admin", admin_users.UserChange, User),

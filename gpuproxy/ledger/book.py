@@ -1,6 +1,7 @@
 """Customers' credit: dollars as people write them, credit given, what is left."""
 
-from decimal import Decimal, InvalidOperation
+import re
+from decimal import Decimal
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -10,18 +11,19 @@ from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import accounts
 
 NANOUSD = 1_000_000_000  # in one dollar
+USD_CHARACTERS_MAX = 40
+
+_matches_usd = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?").fullmatch  # a number as JSON writes it
 
 
-def parse_usd(text: str) -> int:
-    """Return a positive amount of dollars such as ``12.50`` in nanodollars, exactly. Raises ValueError."""
-    try:
-        amount = Decimal(text)
-    except InvalidOperation:
-        amount = Decimal("nan")
-    if not amount.is_finite():
-        raise ValueError(f"{text!r} is not an amount in dollars; write it like 12.50")
-    if not 0 < amount <= AMOUNT_NANOUSD_MAX // NANOUSD:  # first: bounds the digits below
-        raise ValueError(f"{text} is out of range; an amount is over 0 and up to 1000000000 dollars")
+def parse_usd(text: str, lowest_nanousd: int = 1) -> int:
+    """Return an amount of dollars such as ``12.50`` in nanodollars, exactly. Raises ValueError."""
+    if len(text) > USD_CHARACTERS_MAX or not _matches_usd(text):
+        raise ValueError(f"{text[:USD_CHARACTERS_MAX]!r} is not an amount in dollars; write it like 12.50")
+    amount = Decimal(text)
+    if not lowest_nanousd <= amount * NANOUSD <= AMOUNT_NANOUSD_MAX:  # first: bounds the digits below
+        lowest = "over 0" if lowest_nanousd else "0"
+        raise ValueError(f"{text} is out of range; an amount is {lowest} and up to 1000000000 dollars")
     exact = amount.quantize(Decimal("1e-9"))
     if exact != amount:
         raise ValueError(f"{text} has more than 9 decimals; a nanodollar is the least amount")

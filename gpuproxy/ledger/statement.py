@@ -4,6 +4,7 @@ from datetime import datetime
 
 from msgspec import Struct
 from sqlalchemy import BigInteger, and_, case, cast, func, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.ledger.transfers import credit_account
 from gpuproxy.store.engine import Store
@@ -36,14 +37,19 @@ class Transaction(Struct, frozen=True):
 
 async def credits_of(store: Store, user_id: str) -> Credits:
     """Return a customer's account; one that never had credit has nothing."""
+    async with store.reading() as connection:
+        return await credits_within(connection, user_id)
+
+
+async def credits_within(connection: AsyncConnection, user_id: str) -> Credits:
+    """Return what `credits_of` returns, as the caller's transaction sees it."""
     account_id = credit_account(user_id)
     income = select(cast(func.coalesce(func.sum(transfers.c.amount_nanousd), 0), BigInteger)).where(
         transfers.c.credit_account_id == account_id
     )
     remaining = accounts.c.posted_nanousd - accounts.c.held_nanousd
     query = select(remaining, income.scalar_subquery(), accounts.c.held_nanousd, accounts.c.overdraft_nanousd)
-    async with store.reading() as connection:
-        row = (await connection.execute(query.where(accounts.c.id == account_id))).first()
+    row = (await connection.execute(query.where(accounts.c.id == account_id))).first()
     return Credits(*row) if row is not None else Credits()
 
 

@@ -1,0 +1,114 @@
+"""What an account has and what moved it: ``/api/v1/user/credits``, ``/user/transactions``, ``/admin/credits/add``."""
+
+from datetime import datetime
+from typing import Annotated
+from uuid import uuid4
+
+from aiohttp import web
+from msgspec import Meta, Struct
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gpuproxy.access.accounts import user_by_id
+from gpuproxy.access.audit import note
+from gpuproxy.control.money import GivenUsd, Usd, nanousd_given, usd
+from gpuproxy.control.once import HEADER, once
+from gpuproxy.control.parts import CALLER, STORE
+from gpuproxy.control.query import page_asked
+from gpuproxy.control.respond import page_of, success
+from gpuproxy.errors import GatewayError
+from gpuproxy.ledger.book import format_usd
+from gpuproxy.ledger.statement import Credits, Transaction, credits_of, credits_within, transactions_of
+from gpuproxy.ledger.transfers import ADJUSTMENTS, Transfer, credit_account, post
+
+UserId = Annotated[str, Meta(max_length=64, examples=["3f0c8d1e-6c1b-4f5a-9f57-0e6f1c2f8a11"])]
+
+
+class CreditsInfo(Struct):
+    """An account: `held` is set aside for running calls; `overage` is how far it is below 0, `cap` how far it may."""
+
+    credits_remaining: Usd
+    credits_total: Usd
+    held: Usd
+    overage: Usd
+    cap: Usd
+    credits_remaining_nanousd: int
+    credits_total_nanousd: int
+    held_nanousd: int
+    overage_nanousd: int
+    cap_nanousd: int
+    auto_renew: bool = False
+
+
+class TransactionInfo(Struct):
+    """What moved an account; `amount` is over 0 when it came in. Calls appear as one for each batch."""
+
+    id: str
+    kind: str
+    amount: Usd
+    amount_nanousd: int
+    created_at: datetime
+    charge_id: str
+
+
+class CreditGift(Struct, forbid_unknown_fields=True):
+    """Credit for a user."""
+
+    user_id: UserId
+    amount: GivenUsd
+
+
+class CreditGiven(Struct):
+    """What was added, and what the user has now."""
+
+    user_id: str
+    transaction_id: str
+    amount: Usd
+    amount_nanousd: int
+    credits_remaining: Usd
+    credits_remaining_nanousd: int
+
+
+async def show(request: web.Request) -> web.Response:
+    """Show what the caller's account has."""
+    return success(credits_info(await credits_of(request.app[STORE], request[CALLER].user_id)))
+
+
+async def transactions(request: web.Request) -> web.Response:
+    """List what moved the caller's account, newest first."""
+    page = page_asked(request)
+    found = await transactions_of(request.app[STORE], request[CALLER].user_id, page.limit, page.cursor)
+    return page_of([transaction_info(each) for each in found], page.limit)
+
+
+async def add_credits(request: web.Request, body: CreditGift) -> web.Response:
+    """Add credit to a user's account."""
+    amount_nanousd = nanousd_given(body.amount, "amount")
+    caller, key = request[CALLER], request.headers.get(HEADER)
+    # beyond the day that answers are kept a repetition still finds its transfer, and pays nothing
+    transfer_key = f"credits-add:{caller.user_id}:{key}" if key else f"credits-add:{uuid4()}"
+
+    async def work(connection: AsyncConnection) -> CreditGiven:
+        user_id = (await user_by_id(connection, body.user_id)).id
+        given = Transfer(ADJUSTMENTS, credit_account(user_id), amount_nanousd, "adjustment", transfer_key)
+        if not await connection.run_sync(post, [given]):
+            raise GatewayError("CONFLICT", f"{HEADER} {key!r} has added this amount before, over a day ago")
+        detail = {"amount_usd": format_usd(amount_nanousd), "transaction_id": given.id}
+        await note(connection, caller, "credits.add", user_id, detail)
+        left = (await credits_within(connection, user_id)).remaining_nanousd
+        return CreditGiven(user_id, given.id, usd(amount_nanousd), amount_nanousd, usd(left), left)
+
+    return await once(request, body, 200, work)
+
+
+def credits_info(found: Credits) -> CreditsInfo:
+    """Return a customer's account as the API shows it."""
+    remaining, total, held = found.remaining_nanousd, found.total_nanousd, found.held_nanousd
+    overage, cap = max(0, -remaining), found.overdraft_nanousd
+    shown = usd(remaining), usd(total), usd(held), usd(overage), usd(cap)
+    return CreditsInfo(*shown, remaining, total, held, overage, cap)
+
+
+def transaction_info(found: Transaction) -> TransactionInfo:
+    """Return a transfer as the API shows it."""
+    amount = found.amount_nanousd
+    return TransactionInfo(found.id, found.kind, usd(amount), amount, found.created_at, found.charge_id)
