@@ -1,11 +1,15 @@
 """The worlds the provider contract is tried in: an adapter, the market it speaks to, and that market's clock."""
 
 from gpuproxy_plugins.simulated import Simulated
+from gpuproxy_plugins.vast import Vast
+from simulators.vast import KEY as VAST_KEY
+from simulators.vast import VastSimulator
 
 from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderAdapter, ProviderInstance, ProviderSettings
 
 START_S = 1_790_000_000.0
 HOUR_S = 3_600.0
+TIMEOUT_S = 20.0  # only tests of a silent provider wait for it, and shorten it
 
 
 class Clock:
@@ -63,4 +67,23 @@ class SimulatedWorld(World):
         self.adapter = Simulated(ProviderSettings(), self.clock.now_ns)
 
 
-WORLDS: dict[str, type[World]] = {"simulated": SimulatedWorld}
+class VastWorld(World):
+    """vast.ai, simulated over HTTP."""
+
+    simulator: VastSimulator
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.simulator = VastSimulator(self.clock)
+
+    async def start(self) -> None:
+        url = await self.simulator.start()
+        settings = ProviderSettings(api_key=VAST_KEY, base_url=url, spacing_s=0.0, timeout_s=TIMEOUT_S)
+        self.adapter = Vast(settings, self.clock)
+
+    async def close(self) -> None:
+        await super().close()
+        await self.simulator.close()
+
+
+WORLDS: dict[str, type[World]] = {"simulated": SimulatedWorld, "vast": VastWorld}
