@@ -18,11 +18,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gpuproxy.access.paging import Page, after
 from gpuproxy.codec.key import SHOWN_CHARACTERS, digest_of, generate
 from gpuproxy.errors import GatewayError
+from gpuproxy.store.cursor import Cursor
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import api_keys, changes, users
 from gpuproxy.types import ALL_SCOPES, Grant
 
 KEY_REVOKED = "key_revoked"  # changes.kind; the subject is a key
+CHANGES_AT_ONCE = 1_000
 USER_BLOCKED = "user_blocked"  # changes.kind; the subject is a user
 USER_UNBLOCKED = "user_unblocked"
 ADMIN_SCOPE = "admin"
@@ -224,6 +226,15 @@ async def changed_keys_after(store: Store, seq: int) -> ChangedKeys:
         if newest is None:
             return ChangedKeys(seq)
         return await _changed(connection, newest, and_(changes.c.seq > seq, changes.c.seq <= newest))
+
+
+async def unread_changes(store: Store, cursor: Cursor) -> tuple[list[int], ChangedKeys]:
+    """Read what is new in the change feed; return the numbers of its rows too, for `cursor.advance`."""
+    query = select(changes.c.seq).where(cursor.unread(changes.c.seq)).order_by(changes.c.seq).limit(CHANGES_AT_ONCE)
+    async with store.reading() as connection:
+        rows = list(await connection.scalars(query))
+        newest = max([cursor.seq, *rows])
+        return rows, await _changed(connection, newest, changes.c.seq.in_(rows)) if rows else ChangedKeys(newest)
 
 
 async def revoked_keys_since(store: Store, since: datetime) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ from gpuproxy.access.passwords import Hasher
 from gpuproxy.config import Config
 from gpuproxy.control import events
 from gpuproxy.control.changes import ChangeFeed
-from gpuproxy.control.parts import ATTEMPTS, CONFIG, HASHER, KEYRING, SOCKETS, STOPPING, STORE
+from gpuproxy.control.nodes import Nodes
+from gpuproxy.control.parts import ATTEMPTS, BUS, CONFIG, HASHER, KEYRING, LEADER, SOCKETS, STOPPING, STORE
 from gpuproxy.control.respond import errors_in_one_shape, name_server
 from gpuproxy.control.route import add_routes
 from gpuproxy.control.table import TABLE
@@ -91,27 +92,30 @@ async def _serve(boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.E
         store, ingest, leases, link.epochs, journal_directory(boot.config), boot.config.prices, link.publish
     )
     await keeper.read_prices()
+    nodes = Nodes(store)
     feed = ChangeFeed(store, link)
+    nodes.bus.on("changes", feed.wake)
     await feed.start(auth.stale_grant_s)
     link.refresh = feed.poll_once
     await link.start(socket.socket(fileno=boot.link_fd))
-    app = application(store, stopping, boot.config, keyring)
+    app = application(store, stopping, boot.config, keyring, nodes)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
     polling = asyncio.create_task(feed.run(stopping))
     ingesting = asyncio.create_task(ingest.run(boot.config.journal))
     keeping = asyncio.create_task(keeper.run(stopping))
+    linking = asyncio.create_task(nodes.run(stopping))
     gc.freeze()  # else every full collection walks all of SQLAlchemy and aiohttp: 50 ms
     report_ready(boot)
     try:
-        await _first(stopping, polling, ingesting, keeping)
+        await _first(stopping, polling, ingesting, keeping, linking)
     finally:
         await runner.cleanup()
         await link.close()
         stopping.set()
         ingest.stop()
-        await asyncio.gather(polling, ingesting, keeping, return_exceptions=True)
+        await asyncio.gather(polling, ingesting, keeping, linking, return_exceptions=True)
         await _last_pass(ingest)
 
 
@@ -156,11 +160,17 @@ def limits(store: Store) -> LimitOf:
 
 
 def application(
-    store: Store, stopping: asyncio.Event, config: Config | None = None, keyring: Keyring | None = None
+    store: Store,
+    stopping: asyncio.Event,
+    config: Config | None = None,
+    keyring: Keyring | None = None,
+    nodes: Nodes | None = None,
 ) -> web.Application:
     """Return the management API over `store`; without a keyring its tokens end with it."""
     app = web.Application(middlewares=[errors_in_one_shape])
+    nodes = nodes or Nodes(store)
     app[STORE] = store
+    app[BUS], app[LEADER] = nodes.bus, nodes.leader
     app[CONFIG] = config or Config()
     app[KEYRING] = keyring or fresh_keyring()
     app[HASHER] = Hasher()

@@ -1,16 +1,21 @@
-"""Reads the store's change feed and tells workers over the link, whichever process made the change."""
+"""Reads the store's change feed and tells workers over the link, whichever process on whichever node made the change.
+
+A word on the bus makes it look at once; without one it looks every POLL_S.
+"""
 
 import asyncio
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
-from gpuproxy.access.accounts import changed_keys_after, newest_change, revoked_keys_since
+from gpuproxy.access.accounts import newest_change, revoked_keys_since, unread_changes
 from gpuproxy.access.keys import revoke_expired_keys
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.cursor import Cursor
 from gpuproxy.store.engine import Store
 
 POLL_S = 0.3  # a revoked key must be dead everywhere within a second
+REREAD = 100  # rows before the newest, read again at the start: transactions with lower numbers may be open
 
 logger = get_logger(__name__)
 
@@ -21,21 +26,26 @@ class ChangeFeed:
     def __init__(self, store: Store, link: LinkServer) -> None:
         self._store = store
         self._link = link
-        self._seq = 0
+        self._cursor = Cursor(0)
         self._reading = asyncio.Lock()
+        self._woken = asyncio.Event()
 
     async def start(self, remember_s: float) -> None:
         """Begin at the feed's end, but with what workers that outlived the last control may have missed."""
-        self._seq = await newest_change(self._store)
+        self._cursor = Cursor(max(0, await newest_change(self._store) - REREAD))
         since = datetime.now(UTC) - timedelta(seconds=remember_s)
         self._link.revoke(await revoked_keys_since(self._store, since))
+
+    def wake(self, _text: str = "") -> None:
+        """Let `run` look at once."""
+        self._woken.set()
 
     async def poll_once(self) -> int:
         """Push what is new; return how many keys lost their right."""
         async with self._reading:
             await revoke_expired_keys(self._store)
-            changed = await changed_keys_after(self._store, self._seq)
-            self._seq = changed.seq
+            rows, changed = await unread_changes(self._store, self._cursor)
+            self._cursor.advance(rows)
             self._link.readmit(changed.restored)
             if changed.lost:
                 logger.info("keys revoked", key_ids=changed.lost)
@@ -43,7 +53,7 @@ class ChangeFeed:
         return len(changed.lost)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Poll until `stopping` is set, through outages of the store."""
+        """Poll until `stopping` is set (within POLL_S), through outages of the store."""
         is_failing = False
         while not stopping.is_set():
             try:
@@ -55,4 +65,5 @@ class ChangeFeed:
                 is_failing = True
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
-                    await stopping.wait()
+                    await self._woken.wait()
+            self._woken.clear()

@@ -30,14 +30,16 @@ PRAGMAS = (
     f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}",
     "PRAGMA journal_size_limit=67108864",
 )
+KEEPALIVE = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
 class Store:
     """An open database. Transactions commit when their block ends and roll back when it raises."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, ssl_mode: str = "") -> None:
         self.engine = engine
+        self.ssl_mode = ssl_mode  # of PostgreSQL
         self.is_sqlite = engine.dialect.name == "sqlite"
         self._writing = engine.execution_options(gpuproxy_writes=True)
 
@@ -88,7 +90,13 @@ def open_store(url: str) -> Store:
     parsed = _parse(url)
     if parsed.get_backend_name() == "sqlite":
         return Store(_sqlite_engine(parsed))
-    return Store(_postgresql_engine(parsed))
+    query = dict(parsed.query)
+    ssl_mode = query.pop("sslmode", "prefer")
+    if ssl_mode not in SSL_MODES:
+        raise ValueError(f"store url has sslmode={ssl_mode!r}; known: {', '.join(SSL_MODES)}")
+    if query:
+        raise ValueError(f"store url has the parameters {', '.join(sorted(query))}; only sslmode is understood")
+    return Store(_postgresql_engine(parsed, str(ssl_mode)), str(ssl_mode))
 
 
 def _parse(url: str) -> URL:
@@ -177,22 +185,24 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _postgresql_engine(url: URL) -> AsyncEngine:
-    query = dict(url.query)
-    mode = query.pop("sslmode", "prefer")
-    if mode not in SSL_MODES:
-        raise ValueError(f"store url has sslmode={mode!r}; known: {', '.join(SSL_MODES)}")
-    if query:
-        raise ValueError(f"store url has the parameters {', '.join(sorted(query))}; only sslmode is understood")
-    try:
-        return create_async_engine(
-            url.set(drivername="postgresql+asyncpg", query={}),
-            pool_size=POOL_CONNECTIONS,
-            max_overflow=0,
-            hide_parameters=True,
-            connect_args={"ssl": mode, "timeout": BUSY_TIMEOUT_MS / 1_000},
-        )
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"PostgreSQL needs the package {error.name}; install it: pip install 'gpuproxy[postgresql]'"
-        ) from None
+async def connect_postgresql(store: Store) -> Any:
+    """Return an asyncpg connection of its own to a PostgreSQL store, for what a pool cannot do: LISTEN, locks that
+    last. The server notices within half a minute that this machine has gone.
+    """
+    import asyncpg  # type: ignore[import-untyped]  # 50 ms that a SQLite store does not need
+
+    url = store.engine.url
+    return await asyncpg.connect(
+        host=url.host, port=url.port, user=url.username, password=url.password, database=url.database,
+        ssl=store.ssl_mode, timeout=BUSY_TIMEOUT_MS / 1_000, server_settings=KEEPALIVE,
+    )  # fmt: skip
+
+
+def _postgresql_engine(url: URL, ssl_mode: str) -> AsyncEngine:
+    return create_async_engine(
+        url.set(drivername="postgresql+asyncpg", query={}),
+        pool_size=POOL_CONNECTIONS,
+        max_overflow=0,
+        hide_parameters=True,
+        connect_args={"ssl": ssl_mode, "timeout": BUSY_TIMEOUT_MS / 1_000},
+    )

@@ -35,7 +35,6 @@ def test_the_error_for_a_bad_url_does_not_tell_the_password() -> None:
 
 
 async def test_the_postgresql_url_of_the_guide_is_taken_as_written() -> None:
-    pytest.importorskip("asyncpg")
     opened = open_store("postgresql://user:password@host:5432/gpuproxy?sslmode=disable")
     assert (opened.engine.url.drivername, opened.engine.url.database) == ("postgresql+asyncpg", "gpuproxy")
     await opened.close()

@@ -1,0 +1,126 @@
+"""Words between the nodes on one PostgreSQL (LISTEN, NOTIFY): there is something new in the store, give back a lease.
+
+A word is a topic and a text. It is a hint and may be lost, with the connection or with a pooler in between that
+passes no LISTEN: whoever acts on words also looks at the store now and then. Triggers tell of new rows in `changes`
+and `events` when their transaction commits, whoever wrote them; the topic is the name of the table, the text empty.
+
+On SQLite one control process is all there is, so `tell` reaches its own listeners and nobody else.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import Store, connect_postgresql, fault_of
+
+CHANNEL = "gpuproxy"
+TELL_S = 1.0
+CHECK_S = 5.0  # between two looks whether the connection is alive
+RECONNECT_S = 0.5
+TEXT_BYTES_MAX = 7_000  # PostgreSQL takes 8,000 with the topic
+
+Heard = Callable[[str], None]
+
+logger = get_logger(__name__)
+
+
+class Bus:
+    """One process's ear and voice. Add listeners with `on` before `run`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._listeners: dict[str, list[Heard]] = {}
+        self._connection: Any = None
+        self._speaking = asyncio.Lock()  # asyncpg takes one statement at a time
+        self._lost = asyncio.Event()
+
+    def on(self, topic: str, heard: Heard) -> None:
+        """Call `heard` with the text of every word of this topic, and with "" whenever some may have been missed."""
+        self._listeners.setdefault(topic, []).append(heard)
+
+    async def tell(self, topic: str, text: str = "") -> bool:
+        """Tell every node, this one too; False if the word cannot get out now."""
+        if len(text.encode()) > TEXT_BYTES_MAX:
+            raise ValueError(f"a word of {len(text)} characters on {topic!r} is too long for {TEXT_BYTES_MAX} bytes")
+        if self._store.is_sqlite:
+            asyncio.get_running_loop().call_soon(self._hear, topic, text)
+            return True
+        return await self._say("SELECT pg_notify($1, $2)", CHANNEL, f"{topic} {text}")
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Listen until `stopping` is set, through outages."""
+        if self._store.is_sqlite:
+            await stopping.wait()
+            return
+        is_failing = False
+        while not stopping.is_set():
+            try:
+                await self._connect()
+                is_failing = False
+                await self._listen(stopping)
+            except Exception as error:
+                if not is_failing:
+                    logger.warning("cannot listen to other nodes, will go on", error=fault_of(error))
+                is_failing = True
+            finally:
+                self._drop()
+            await _pause(stopping, RECONNECT_S)
+
+    async def _connect(self) -> None:
+        self._lost.clear()
+        connection = await connect_postgresql(self._store)
+        connection.add_termination_listener(lambda _: self._lost.set())
+        self._connection = connection
+        await connection.add_listener(CHANNEL, self._notified)
+        for topic in self._listeners:
+            self._hear(topic, "")
+
+    async def _listen(self, stopping: asyncio.Event) -> None:
+        while not stopping.is_set() and not self._lost.is_set():
+            await _first(CHECK_S, stopping, self._lost)
+            if not await self._say("SELECT 1"):
+                return
+
+    async def _say(self, statement: str, *words: str) -> bool:
+        """Run a statement on the connection, for at most TELL_S; a connection that fails is given up."""
+        try:
+            async with asyncio.timeout(TELL_S), self._speaking:
+                if self._connection is None:
+                    return False
+                await self._connection.execute(statement, *words)
+        except Exception as error:  # asyncpg raises errors of its own, of the system, and of its own faults
+            logger.debug("word is lost", error=fault_of(error))
+            self._lost.set()
+            return False
+        return True
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+        self._connection = None
+
+    def _notified(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
+        topic, _, text = payload.partition(" ")
+        self._hear(topic, text)
+
+    def _hear(self, topic: str, text: str) -> None:
+        for heard in self._listeners.get(topic, ()):
+            heard(text)
+
+
+async def _first(seconds: float, *events: asyncio.Event) -> None:
+    """Wait for one of the events, for so long at most."""
+    tasks = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _pause(stopping: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await stopping.wait()
