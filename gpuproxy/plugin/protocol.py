@@ -17,7 +17,8 @@ class Call(Struct, gc=False):
     (``/v1/chat/completions?x=1``, ``/mcp/tools``); for an envelope or ``/upstreams/{name}`` call it is the
     target's own path, empty when the target URL has none. ``headers`` are the client's end-to-end fields in
     order, names as sent. ``body`` is the whole body, or None while (or because) it is streamed.
-    ``is_envelope`` tells that the answer will be wrapped in JSON.
+    ``body_bytes`` is its size also when it is not kept any more. ``is_envelope`` tells that the answer will be wrapped
+    in JSON.
     """
 
     method: bytes
@@ -25,6 +26,7 @@ class Call(Struct, gc=False):
     headers: HeaderList
     body: bytes | None = None
     is_envelope: bool = False
+    body_bytes: int = 0
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of the field `name` (lower case), or None."""

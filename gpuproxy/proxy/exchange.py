@@ -267,6 +267,7 @@ class Exchange(Answer):
                 self._check_model(intent.model)
             request = handler.prepare(call, intent)
             call.body = None
+            call.body_bytes = self.request_bytes
             path = request.path
             if path is None:
                 path = route.path if intent.path is None else intent.path
@@ -301,7 +302,9 @@ class Exchange(Answer):
         fields = checked_fields(envelope.headers or {})
         content = envelope.content()
         method = (envelope.method or "GET").encode()
-        call = self._call = Call(method, target.path.encode(), fields, content, is_envelope=True)
+        call = self._call = Call(
+            method, target.path.encode(), fields, content, is_envelope=True, body_bytes=len(content or b"")
+        )
         intent = self._intent = handler.describe(call)
         self._check_model(intent.model)
         request = handler.prepare(call, intent)

@@ -23,7 +23,8 @@ from gpuproxy_plugins.openinference_intent import (
 )
 from gpuproxy_plugins.openinference_refusal import refusal
 from gpuproxy_plugins.openinference_shape import completed_path
-from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader, StreamUsageReader
+from gpuproxy_plugins.openinference_stream import GENERATE, StreamUsageReader, TgiStreamReader, marker_of
+from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader
 
 _LINES = (b"application/x-ndjson", b"application/jsonl")
 
@@ -66,7 +67,7 @@ class OpenInference:
         if content_type.startswith(b"application/json"):
             return JsonUsageReader()
         if content_type.startswith(b"text/event-stream"):
-            return StreamUsageReader()
+            return _stream_reader(call)
         return LinesUsageReader() if content_type.startswith(_LINES) else None
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
@@ -76,6 +77,12 @@ class OpenInference:
     def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
         """Return the error in the dialect of the path."""
         return refusal(path, error, request_id)
+
+
+def _stream_reader(call: Call) -> UsageReader:
+    marker = marker_of(call.path)
+    kind = TgiStreamReader if marker is GENERATE else StreamUsageReader
+    return kind(marker, call.body_bytes)
 
 
 def _may_tell_usage(method: bytes, path: bytes) -> bool:

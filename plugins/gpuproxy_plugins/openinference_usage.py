@@ -9,24 +9,14 @@ import json
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Raw, Struct
 
-from gpuproxy.plugin import TAIL_BYTES, EventFilter, Usage, UsageReader
+from gpuproxy.plugin import TAIL_BYTES, Usage, UsageReader
 
 _TOKENS_MAX = 1 << 40  # beyond any context window; keeps a babbling upstream out of the ledger
 _CANDIDATES_MAX = 16  # how many "usage" keys of a tail are tried, last first
-_WORD = b'"usage"'
-_UNREADABLE = (ValueError, RecursionError)
-_END_MARKERS = (
-    b"data: [DONE]",
-    b'"message_stop"',
-    b'"response.completed"',
-    b'"response.incomplete"',
-    b'"response.failed"',
-)
-_MARKER_BYTES_MAX = (
-    65_536  # of the last piece that are searched; a Responses stream repeats its whole answer at the end
-)
+WORD = b'"usage"'
+UNREADABLE = (ValueError, RecursionError)
 
 
 class Details(Struct, gc=False):
@@ -48,30 +38,23 @@ class Counts(Struct, gc=False):
     cache_creation_input_tokens: int | None = None
 
 
+class TgiDetails(Struct, gc=False):
+    """What Text Generation Inference tells of an answer; ``prefill`` has an item for each token of the input."""
+
+    generated_tokens: int | None = None
+    prefill: list[Raw] = []
+
+
 class Answer(Struct, gc=False):
-    """A whole JSON answer; the last two are Ollama's own."""
+    """A whole JSON answer; the counts at the top are Ollama's own, ``details`` are TGI's."""
 
     usage: Counts | None = None
     prompt_eval_count: int | None = None
     eval_count: int | None = None
-
-
-class Carrier(Struct, gc=False):
-    """An object within an event that carries usage."""
-
-    usage: Counts | None = None
-
-
-class Event(Struct, gc=False):
-    """A stream's event: usage at the top, in ``response`` (Responses API) or in ``message`` (Anthropic)."""
-
-    usage: Counts | None = None
-    response: Carrier | None = None
-    message: Carrier | None = None
+    details: TgiDetails | None = None
 
 
 _decode_answer = msgspec.json.Decoder(Answer).decode
-_decode_event = msgspec.json.Decoder(Event).decode
 _scan_value = json.JSONDecoder().raw_decode
 
 
@@ -85,17 +68,18 @@ def usage_of(counts: Counts | None) -> Usage | None:
     if counts.prompt_tokens is not None:
         details = counts.prompt_tokens_details
         cached = (details.cached_tokens or 0) if details is not None else 0
-        return _usage(counts.prompt_tokens, cached, counts.completion_tokens or 0)
+        return tokens(counts.prompt_tokens, cached, counts.completion_tokens or 0)
     if counts.input_tokens is None and counts.output_tokens is None:
         return None
     details = counts.input_tokens_details
     read = counts.cache_read_input_tokens or 0
     total = (counts.input_tokens or 0) + read + (counts.cache_creation_input_tokens or 0)
     cached = read or ((details.cached_tokens or 0) if details is not None else 0)
-    return _usage(total, cached, counts.output_tokens or 0)
+    return tokens(total, cached, counts.output_tokens or 0)
 
 
-def _usage(total: int, cached: int, output: int) -> Usage | None:
+def tokens(total: int, cached: int, output: int) -> Usage | None:
+    """Return the numbers as Usage, None if they are impossible."""
     if 0 <= total <= _TOKENS_MAX and 0 <= output <= _TOKENS_MAX and cached >= 0:
         return Usage(total, cached if cached <= total else total, output)
     return None
@@ -105,7 +89,9 @@ def _usage_of_answer(data: bytes) -> Usage | None:
     """Return the usage of one JSON text. Raises ValueError or RecursionError if it is none."""
     answer = _decode_answer(data)
     if answer.usage is None and answer.eval_count is not None:
-        return _usage(answer.prompt_eval_count or 0, 0, answer.eval_count)
+        return tokens(answer.prompt_eval_count or 0, 0, answer.eval_count)
+    if answer.usage is None and answer.details is not None and answer.details.generated_tokens is not None:
+        return tokens(len(answer.details.prefill), 0, answer.details.generated_tokens)
     return usage_of(answer.usage)
 
 
@@ -117,7 +103,7 @@ def last_counts(tail: bytes) -> Counts | None:
         at = text.rfind('"usage"', 0, at)
         if at < 0:
             return None
-        if (counts := _counts_after(text[at + len(_WORD) :].lstrip())) is not None:
+        if (counts := _counts_after(text[at + len(WORD) :].lstrip())) is not None:
             return counts
     return None
 
@@ -129,7 +115,7 @@ def _counts_after(text: str) -> Counts | None:
     try:
         value: Any = _scan_value(text[1:].lstrip())[0]
         return msgspec.convert(value, Counts) if isinstance(value, dict) else None
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 
@@ -176,7 +162,7 @@ class JsonUsageReader(_TailReader):
                 return usage_of(last_counts(tail))
         try:
             return _usage_of_answer(tail)
-        except _UNREADABLE:
+        except UNREADABLE:
             return None
 
 
@@ -190,60 +176,11 @@ class LinesUsageReader(_TailReader):
         for line in reversed(self._tail().splitlines()[-_CANDIDATES_MAX:]):
             try:
                 usage = _usage_of_answer(line)
-            except _UNREADABLE:
+            except UNREADABLE:
                 continue
             if usage is not None:
                 return usage
         return None
 
 
-class StreamUsageReader(EventFilter):
-    """Usage of an event stream."""
-
-    __slots__ = ("_counts",)
-
-    word = _WORD
-    dull = b'"usage":null'  # on every event of a stream whose usage comes at the end
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._counts: Counts | None = None
-
-    @property
-    def is_terminal(self) -> bool:
-        """Tell whether the stream's own end marker has just passed: SDKs hang up at it, and have it all."""
-        return any(marker in self._last[-_MARKER_BYTES_MAX:] for marker in _END_MARKERS)
-
-    def take(self, data: bytes) -> None:
-        """Read one event that mentions usage."""
-        try:
-            event = _decode_event(data)
-        except _UNREADABLE:
-            self._merge(last_counts(data))  # foreign fields of these names, or text that merely looks like it
-            return
-        if event.usage is not None:
-            self._merge(event.usage)
-        elif event.response is not None:
-            self._merge(event.response.usage)
-        elif event.message is not None:
-            self._merge(event.message.usage)
-
-    def take_tail(self, tail: bytes) -> None:
-        """Read the end of an event too long to be held."""
-        self._merge(last_counts(tail))
-
-    def finish(self) -> Usage | None:
-        """Return what was used, None if the stream told nothing."""
-        self.flush()
-        return usage_of(self._counts)
-
-    def _merge(self, counts: Counts | None) -> None:
-        if self._counts is None or counts is None:
-            self._counts = counts or self._counts
-            return
-        for field in Counts.__struct_fields__:
-            if (value := getattr(counts, field)) is not None:
-                setattr(self._counts, field, value)
-
-
-_: list[type[UsageReader]] = [JsonUsageReader, LinesUsageReader, StreamUsageReader]
+_: list[type[UsageReader]] = [JsonUsageReader, LinesUsageReader]

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from gpuproxy.plugin import TAIL_BYTES, Call, Usage
 
 OPEN = OpenInference()
-CALL = Call(b"POST", b"/v1/chat/completions", [], b"{}")
+CALL = Call(b"POST", b"/v1/chat/completions", [], None)
 JSON = b"application/json; charset=utf-8"
 SSE = b"text/event-stream"
 
 
-def read(content_type: bytes, *chunks: bytes) -> Usage | None:
-    reader = OPEN.reader(CALL, 200, content_type)
+def read(content_type: bytes, *chunks: bytes, path: bytes = b"/v1/chat/completions") -> Usage | None:
+    reader = OPEN.reader(Call(b"POST", path, [], None, body_bytes=60), 200, content_type)
     assert reader is not None
     for chunk in chunks:
         reader.feed(chunk)
@@ -93,7 +93,7 @@ STREAMS: list[tuple[list[Any], Usage | None]] = [
     ([{"usage": {"prompt_tokens": 0, "completion_tokens": 0}}], Usage(0, 0, 0)),
     ([token("a"), b"[DONE]"], None),
     ([{"error": {"message": "x"}}, b"[DONE]"], None),
-    ([{"usage": "much"}, {"usage": {}}, b'{"usage":{"prompt_tokens":1'], None),
+    ([{"usage": "much"}, {"usage": {}}, b'{"usage":{"prompt_tokens":1'], Usage(10, 0, 2, "estimated")),
 ]
 
 
@@ -118,6 +118,50 @@ def test_a_stream_tells_the_same_under_any_splitting(events: list[Any], end: byt
     body = stream(*events, end=end)
     borders = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
     assert read(SSE, *(body[start:stop] for start, stop in pairwise(borders))) == read(SSE, body)
+
+
+ROLE = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+END = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+CHAT = [ROLE, *[token("data: [DONE]")] * 7, END, b"[DONE]"]
+DELTAS = [{"type": "response.output_text.delta", "delta": "event: x.delta"}] * 5
+GENERATED = [{"text_output": "a", "details": None}] * 4
+TGI_END = {"token": {"id": 1}, "details": {"generated_tokens": 6, "input_length": 17}}
+ESTIMATES: list[tuple[bytes, list[Any], Usage | None]] = [
+    (b"/v1/chat/completions", CHAT, Usage(10, 0, 7, "estimated")),
+    (b"/v1/chat/completions", CHAT[:5], Usage(10, 0, 4, "estimated")),
+    (b"/v1/chat/completions?x=/messages", CHAT[:5], Usage(10, 0, 4, "estimated")),
+    (b"/v1/chat/completions", CHAT[:1], None),
+    (b"/v1/chat/completions", [], None),
+    (b"/v1/messages", [*ANTHROPIC[:2], *ANTHROPIC[2:3] * 9], Usage(60, 30, 9, "estimated")),
+    (b"/v1/messages", ANTHROPIC[:2], Usage(60, 30, 1)),
+    (b"/v1/messages", [*ANTHROPIC[:2], *ANTHROPIC[2:3] * 9, *ANTHROPIC[3:]], Usage(60, 30, 7)),
+    (b"/v1/responses", [responses("completed")[0], *DELTAS], Usage(10, 0, 5, "estimated")),
+    (b"/v1/responses", [responses("completed")[0], *DELTAS, responses("incomplete")[2]], Usage(12, 4, 8)),
+    (b"/v2/models/m/generate_stream", GENERATED, Usage(10, 0, 4, "estimated")),
+    (b"/generate_stream", [*GENERATED, TGI_END], Usage(17, 0, 6)),
+]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
+@pytest.mark.parametrize(("path", "events", "usage"), ESTIMATES)
+def test_what_was_delivered_is_counted_where_the_upstream_tells_no_usage(
+    path: bytes, events: list[Any], usage: Usage | None, end: bytes
+) -> None:
+    body = stream(*events, end=end, names=True)
+    assert read(SSE, body, path=path) == usage
+    assert read(SSE, *bytewise(body), path=path) == usage
+
+
+@settings(deadline=None, max_examples=100)
+@given(end=st.sampled_from([b"\n", b"\r\n", b"\r"]), cuts=st.lists(st.integers(0, 1_500), max_size=12))
+@pytest.mark.parametrize(("path", "events"), [(path, events) for path, events, _ in ESTIMATES])
+def test_what_is_counted_does_not_depend_on_the_splitting(
+    path: bytes, events: list[Any], end: bytes, cuts: list[int]
+) -> None:
+    body = stream(*events, end=end, names=True)
+    borders = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
+    pieces = [body[start:stop] for start, stop in pairwise(borders)]
+    assert read(SSE, *pieces, path=path) == read(SSE, body, path=path)
 
 
 def test_the_final_event_may_lack_its_empty_line() -> None:
@@ -155,6 +199,8 @@ ANSWERS: list[tuple[Any, Usage | None]] = [
     ({"message": "text", "response": "text", "usage": {"prompt_tokens": 3}}, Usage(3, 0, 0)),
     ({"model": "m", "message": {}, "prompt_eval_count": 7, "eval_count": 9}, Usage(7, 0, 9)),
     ({"usage": {"prompt_tokens": 2, "prompt_tokens_details": {"cached_tokens": 5}}}, Usage(2, 2, 0)),
+    ({"generated_text": "x", "details": {"generated_tokens": 5, "prefill": [{"id": 1}, {"id": 2}]}}, Usage(2, 0, 5)),
+    ({"generated_text": "x", "details": None}, None),
     ({"usage": {"type": "duration", "seconds": 3}}, None),
     ({"usage": {"prompt_tokens": -1}}, None),
     ({"usage": {"prompt_tokens": 10**30}}, None),

@@ -1,0 +1,187 @@
+"""Usage of an event stream: what the upstream tells, else what can be counted of what was delivered.
+
+A stream that was cut, or whose upstream tells no usage, is metered by its events: each carries a token or more, so
+their number never says more than was delivered. The input is then estimated from the size of the request.
+"""
+
+import msgspec
+from msgspec import Struct
+
+from gpuproxy.plugin import EventFilter, Usage, UsageReader
+from gpuproxy_plugins.openinference_usage import UNREADABLE, WORD, Counts, last_counts, tokens, usage_of
+
+# Four bytes of English make a token as a rule, and about a third of a chat's body is JSON.
+BYTES_PER_INPUT_TOKEN = 6
+
+_END_MARKERS = (
+    b"data: [DONE]",
+    b"data:[DONE]",
+    b'"message_stop"',
+    b'"response.completed"',
+    b'"response.incomplete"',
+    b'"response.failed"',
+)
+# Of the last piece that are searched; a Responses stream repeats its whole answer at the end.
+_MARKER_BYTES_MAX = 65_536
+
+
+_DONE = (b"\ndata: [DONE]", b"\ndata:[DONE]")  # at a line's start, so never in a text
+_SEAM_BYTES = 64  # hold the end of a stream: [DONE], or the whole event message_stop
+
+
+class Carrier(Struct, gc=False):
+    """An object within an event that carries usage."""
+
+    usage: Counts | None = None
+
+
+class TgiDetails(Struct, gc=False):
+    """What Text Generation Inference tells in the last event of its own stream."""
+
+    generated_tokens: int | None = None
+    input_length: int | None = None
+
+
+class Event(Struct, gc=False):
+    """A stream's event: usage at the top, in ``response`` (Responses API) or in ``message`` (Anthropic)."""
+
+    usage: Counts | None = None
+    response: Carrier | None = None
+    message: Carrier | None = None
+
+
+class TgiEvent(Struct, gc=False):
+    """An event of TGI's own stream."""
+
+    details: TgiDetails | None = None
+
+
+class Marker(Struct, frozen=True, gc=False):
+    """How the events that carry tokens are told from the others.
+
+    `text` stands once in each of them and only at a line's border, so never in a text. Of those counted, `first_count`
+    at the start carry none (a chat's first event names the role), and `last_count` at a clean end.
+    """
+
+    text: bytes
+    first_count: int = 0
+    last_count: int = 0
+
+
+CHAT = Marker(b"\ndata:", 1, 2)  # the role; the reason of the end and [DONE]
+ANTHROPIC = Marker(b"\nevent: content_block_delta")
+RESPONSES = Marker(b".delta\n")
+GENERATE = Marker(b"\ndata:")  # Open Inference and TGI: each is a token, and nothing marks the end
+
+_decode_event = msgspec.json.Decoder(Event).decode
+_decode_tgi_event = msgspec.json.Decoder(TgiEvent).decode
+
+
+def marker_of(path: bytes) -> Marker:
+    """Return how to count the events of an answer to a call of this path."""
+    route = path.partition(b"?")[0]
+    if route.endswith(b"/messages"):
+        return ANTHROPIC
+    if route.endswith(b"/responses"):
+        return RESPONSES
+    return GENERATE if route.endswith(b"/generate_stream") else CHAT
+
+
+class StreamUsageReader(EventFilter):
+    """Usage of an event stream; `request_bytes` is the size of the request's body."""
+
+    __slots__ = ("_count", "_counts", "_marker", "_request_bytes", "_seam")
+
+    word = WORD
+    dull = b'"usage":null'  # on every event of a stream whose usage comes at the end
+
+    def __init__(self, marker: Marker = CHAT, request_bytes: int = 0) -> None:
+        super().__init__()
+        self._counts: Counts | None = None
+        self._marker = marker
+        self._request_bytes = request_bytes
+        self._count = 0
+        self._seam = b"\n"  # the end of what was fed
+
+    @property
+    def is_terminal(self) -> bool:
+        """Tell whether the stream's own end marker has just passed: SDKs hang up at it, and have it all."""
+        return any(marker in self._last[-_MARKER_BYTES_MAX:] for marker in _END_MARKERS)
+
+    def feed(self, data: bytes) -> None:
+        """Look at the next bytes."""
+        text, seam = self._marker.text, self._seam
+        lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
+        joined = seam + lines
+        self._count += joined.count(text, max(0, len(seam) - len(text) + 1))
+        self._seam = joined[-_SEAM_BYTES:]
+        super().feed(data)
+
+    def take(self, data: bytes) -> None:
+        """Read one event that mentions usage."""
+        try:
+            event = _decode_event(data)
+        except UNREADABLE:
+            self._merge(last_counts(data))  # foreign fields of these names, or text that merely looks like it
+            return
+        if event.usage is not None:
+            self._merge(event.usage)
+        elif event.response is not None:
+            self._merge(event.response.usage)
+        elif event.message is not None:
+            self._merge(event.message.usage)
+
+    def take_tail(self, tail: bytes) -> None:
+        """Read the end of an event too long to be held."""
+        self._merge(last_counts(tail))
+
+    def finish(self) -> Usage | None:
+        """Return what was used, None if the stream told and delivered nothing."""
+        self.flush()
+        told, delivered = usage_of(self._counts), self._delivered()
+        if told is None:
+            estimated = self._request_bytes // BYTES_PER_INPUT_TOKEN
+            return Usage(estimated, 0, delivered, "estimated") if delivered else None
+        if delivered > told.output_tokens and self._is_open():
+            return Usage(told.input_tokens, told.cached_tokens, delivered, "estimated")
+        return told
+
+    def _delivered(self) -> int:
+        last_count = self._marker.last_count if any(end in self._seam for end in _DONE) else 0
+        return max(0, self._count - self._marker.first_count - last_count)
+
+    def _is_open(self) -> bool:
+        """Tell whether the counts are those of a beginning: Anthropic tells the input first, the output last."""
+        return self._marker is ANTHROPIC and b'"message_stop"' not in self._seam
+
+    def _merge(self, counts: Counts | None) -> None:
+        if self._counts is None or counts is None:
+            self._counts = counts or self._counts
+            return
+        for field in Counts.__struct_fields__:
+            if (value := getattr(counts, field)) is not None:
+                setattr(self._counts, field, value)
+
+
+class TgiStreamReader(StreamUsageReader):
+    """Usage of Text Generation Inference's own stream: in the details of its last event."""
+
+    __slots__ = ()
+
+    word = b'"generated_tokens"'
+    dull = b""
+
+    def take(self, data: bytes) -> None:
+        """Read the event that tells the details."""
+        try:
+            details = _decode_tgi_event(data).details
+        except UNREADABLE:
+            return
+        if details is not None and tokens(details.input_length or 0, 0, details.generated_tokens or 0) is not None:
+            self._counts = Counts(prompt_tokens=details.input_length or 0, completion_tokens=details.generated_tokens)
+
+    def take_tail(self, tail: bytes) -> None:
+        """Take nothing: an event with details is short."""
+
+
+_: list[type[UsageReader]] = [StreamUsageReader, TgiStreamReader]
