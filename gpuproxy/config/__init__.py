@@ -134,6 +134,7 @@ class Upstream(Struct, forbid_unknown_fields=True, frozen=True):
     protocol: Text
     urls: BaseUrls
     models: tuple[Text, ...] = ()
+    include_usage: bool = True
     api_key_env: VariableName = ""
     headers: Headers = {}
     preserve_host: bool = False

@@ -5,10 +5,11 @@ A plugin is a module with ``def register(registry: Registry) -> None``, named by
 and nothing else of gpuproxy. A wrong one stops the start with its name and the remedy.
 """
 
-from gpuproxy.codec.sse import TAIL_BYTES, EventFilter, event_payloads
+from gpuproxy.codec.sse import EVENT_BYTES_MAX, TAIL_BYTES, EventFilter, event_payloads
 from gpuproxy.errors import CODES, Code, GatewayError, PluginError
 from gpuproxy.plugin.offers import best_offers, is_fitting, is_same_model, short_model
 from gpuproxy.plugin.protocol import (
+    AnswerEditor,
     Call,
     HeaderList,
     Intent,
@@ -47,8 +48,10 @@ from gpuproxy.types import Usage
 
 __all__ = [
     "CODES",
+    "EVENT_BYTES_MAX",
     "GROUP",
     "TAIL_BYTES",
+    "AnswerEditor",
     "Basis",
     "Call",
     "CapacityGone",

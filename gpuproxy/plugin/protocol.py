@@ -1,6 +1,6 @@
 """What a protocol handler is and what it sees of a call."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -27,6 +27,7 @@ class Call(Struct, gc=False):
     body: bytes | None = None
     is_envelope: bool = False
     body_bytes: int = 0
+    may_ask_usage: bool = False
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of the field `name` (lower case), or None."""
@@ -40,13 +41,21 @@ class Intent(Struct, gc=False):
     """Where a call wants to go: by model, or by the name of an upstream; and what is worth metering.
 
     ``path`` replaces the call's path and query below the upstream's base URL; None keeps them, and one that is
-    empty or begins with ``?`` means the base URL's own path.
+    empty or begins with ``?`` means the base URL's own path. ``note`` is the handler's own, for `prepare`.
     """
 
     model: str = ""
     upstream: str = ""
     path: bytes | None = None
     is_stream: bool = False
+    note: Any = None
+
+
+class AnswerEditor(Protocol):
+    """Changes a streamed answer on its way to the client. Made for one call."""
+
+    def edit(self, data: bytes, is_last: bool) -> bytes:
+        """Return what of the body so far may be sent now; all that is left when `is_last`."""
 
 
 class UpstreamRequest(Struct, gc=False):
@@ -54,13 +63,14 @@ class UpstreamRequest(Struct, gc=False):
 
     ``path`` replaces the target (origin form, below no base path), ``body`` the body. ``headers`` replace the
     client's fields of the same name. ``identity`` asks the upstream for an uncompressed answer so that usage
-    can be read.
+    can be read. ``editor`` is shown a streamed answer of status 200 before the client is.
     """
 
     path: bytes | None = None
     body: bytes | None = None
     headers: HeaderList = []
     identity: bool = False
+    editor: AnswerEditor | None = None
 
 
 class UsageReader(Protocol):

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from gpuproxy.errors import CODES, GatewayError
-from gpuproxy.plugin import Call, Intent, ProtocolHandler, UpstreamRequest, UsageReader
+from gpuproxy.plugin import AnswerEditor, Call, Intent, ProtocolHandler, UpstreamRequest, UsageReader
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy import refusal, tunnel
 from gpuproxy.proxy.headers import Field
@@ -46,6 +46,7 @@ class Answer:
         "_call",
         "_collected",
         "_destination",
+        "_editor",
         "_error",
         "_first_byte_ns",
         "_grant",
@@ -114,6 +115,7 @@ class Answer:
         # the answer
         self.has_sent_head = self._is_answer_chunked = self._is_answer_until_close = self._is_paused = False
         self._reader: UsageReader | None = None
+        self._editor: AnswerEditor | None = None
         self._collected: envelopes.Collected | None = None
         self._status = self._response_bytes = self._first_byte_ns = 0
         self._idle_s = 0.0
@@ -144,6 +146,9 @@ class Answer:
         is_complete = connection.is_complete
         out = b"" if self.has_sent_head else self._answer_head(connection)
         outbox = self.plane.outbox
+        seen = body
+        if self._editor is not None:
+            body = self._editor.edit(body, is_complete)
         size = len(body)
         if size:
             self._response_bytes += size
@@ -165,8 +170,8 @@ class Answer:
                 outbox.schedule()
             if size > JOINED_BYTES_MAX and not is_complete:  # the end must wait for its receipt
                 outbox.flush()  # a peer that takes no more must stop the reading in this very turn
-        if size and self._reader is not None:
-            self._reader.feed(body)
+        if seen and self._reader is not None:
+            self._reader.feed(seen)
         if is_complete:
             self._complete(connection)
         else:
@@ -178,6 +183,12 @@ class Answer:
         # the middle of a stream: the head is out, the end is not in sight
         downstream = self.downstream
         outbox = self.plane.outbox
+        seen = body
+        if self._editor is not None:
+            body = self._editor.edit(body, False)
+            if not body:  # a chunk of no bytes would be the end
+                self._take_note(seen)
+                return
         size = len(body)
         self._response_bytes += size
         outbox.writes.append((downstream.transport, b"%x\r\n%b\r\n" % (size, body)))
@@ -186,10 +197,16 @@ class Answer:
         if size > JOINED_BYTES_MAX:
             outbox.flush()  # a peer that takes no more must stop the reading in this very turn
         if self._reader is not None:
-            self._reader.feed(body)
+            self._reader.feed(seen)
         if downstream.is_write_blocked and not self._is_paused:
             self.pause_answer()
         downstream.deadline_s = self.plane.now_s + self._idle_s
+
+    def _take_note(self, seen: bytes) -> None:
+        """Meter bytes that are not for the client."""
+        if self._reader is not None:
+            self._reader.feed(seen)
+        self.downstream.deadline_s = self.plane.now_s + self._idle_s
 
     def _answer_head(self, connection: "UpstreamConnection") -> bytes:
         self.has_sent_head = True
@@ -198,7 +215,9 @@ class Answer:
         status = self._status = head.status
         self._head = b""
         self.held_body = []
-        if connection.content_length >= 0 and status != 204:
+        if self._editor is not None and (status != 200 or head.kind[:17] != b"text/event-stream" or head.is_encoded):
+            self._editor = None
+        if connection.content_length >= 0 and status != 204 and self._editor is None:
             framing = b"Content-Length: %d\r\n" % connection.content_length
         elif status == 204 or status == 304 or self.method == b"HEAD":
             framing = b""

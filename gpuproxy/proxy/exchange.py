@@ -265,7 +265,9 @@ class Exchange(Answer):
                 destination = self._destination = route.upstream
             if self._grant.models is not None:  # type: ignore[union-attr]  # admitted
                 self._check_model(intent.model)
+            call.may_ask_usage = destination.may_ask_usage
             request = handler.prepare(call, intent)
+            self._editor = request.editor
             call.body = None
             call.body_bytes = self.request_bytes
             path = request.path

@@ -56,6 +56,7 @@ class Destination:
         "fixed_names",
         "handler",
         "idle_s",
+        "may_ask_usage",
         "name",
     )
 
@@ -65,6 +66,7 @@ class Destination:
         self.config = config
         self.first_byte_s = config.first_byte_s or timeouts.first_byte_s
         self.idle_s = config.idle_s or timeouts.idle_s
+        self.may_ask_usage = config.include_usage
         self.name = config.name
         self.handler = handler
         self.endpoints = endpoints

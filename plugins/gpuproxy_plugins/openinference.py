@@ -15,6 +15,7 @@ from gpuproxy.plugin import (
     UsageReader,
 )
 from gpuproxy_plugins.envelope import content_type_if_absent
+from gpuproxy_plugins.openinference_ask import UsageStripper, asking, asks_usage
 from gpuproxy_plugins.openinference_intent import (
     description,
     intent_of_body,
@@ -26,6 +27,7 @@ from gpuproxy_plugins.openinference_shape import completed_path
 from gpuproxy_plugins.openinference_stream import GENERATE, StreamUsageReader, TgiStreamReader, marker_of
 from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader
 
+_JSON_STARTS = b"{ \t\r\n"  # a form may name a model too
 _LINES = (b"application/x-ndjson", b"application/jsonl")
 
 
@@ -55,7 +57,10 @@ class OpenInference:
     def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
         """Ask for a readable answer; choose an envelope's path by its body's shape. Raises BAD_REQUEST."""
         if not call.is_envelope:
-            return UpstreamRequest(identity=_may_tell_usage(call.method, call.path))
+            request = UpstreamRequest(identity=_may_tell_usage(call.method, call.path))
+            if intent.is_stream and call.may_ask_usage and call.body:
+                _ask_usage(request, call.path, call.body, intent.note)
+            return request
         path = completed_path(call)
         identity = _may_tell_usage(call.method, call.path if path is None else path)
         return UpstreamRequest(path=path, headers=content_type_if_absent(call), identity=identity)
@@ -77,6 +82,15 @@ class OpenInference:
     def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
         """Return the error in the dialect of the path."""
         return refusal(path, error, request_id)
+
+
+def _ask_usage(request: UpstreamRequest, path: bytes, body: bytes, options: bytes | None) -> None:
+    """Let the upstream tell the usage of a stream whose client did not ask for it."""
+    if body[0] not in _JSON_STARTS or not path.partition(b"?")[0].endswith(b"/completions"):
+        return
+    if options is None or not asks_usage(options):
+        request.body = asking(body, options is not None)
+        request.editor = UsageStripper()
 
 
 def _stream_reader(call: Call) -> UsageReader:

@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 from urllib.parse import parse_qs, unquote_to_bytes
 
 import msgspec
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from gpuproxy.plugin import Call, GatewayError, Intent
 from gpuproxy_plugins.multipart import form_fields, is_form
@@ -18,6 +18,7 @@ class _Body(Struct, gc=False):
 
     model: str = ""
     stream: Any = None
+    stream_options: Raw = Raw()
 
 
 class _LooseBody(Struct, gc=False):
@@ -45,7 +46,7 @@ def intent_of_body(call: Call) -> Intent:
     if not 0 < len(model) <= _MODEL_CHARS_MAX:
         refuse_model(model)
     stream = body.stream
-    return Intent(model, is_stream=stream is True or stream == 1)
+    return Intent(model, is_stream=stream is True or stream == 1, note=bytes(body.stream_options) or None)
 
 
 def refuse_model(model: str) -> NoReturn:

@@ -4,10 +4,13 @@ A stream that was cut, or whose upstream tells no usage, is metered by its event
 their number never says more than was delivered. The input is then estimated from the size of the request.
 """
 
+import re
+
 import msgspec
 from msgspec import Struct
 
 from gpuproxy.plugin import EventFilter, Usage, UsageReader
+from gpuproxy_plugins.openinference_ask import is_event_amid
 from gpuproxy_plugins.openinference_usage import UNREADABLE, WORD, Counts, last_counts, tokens, usage_of
 
 # Four bytes of English make a token as a rule, and about a third of a chat's body is JSON.
@@ -25,7 +28,7 @@ _END_MARKERS = (
 _MARKER_BYTES_MAX = 65_536
 
 
-_DONE = (b"\ndata: [DONE]", b"\ndata:[DONE]")  # at a line's start, so never in a text
+_END = re.compile(rb'"finish_reason": ?"|\ndata: ?\[DONE\]')  # in a text the quotes are escaped, a line does not end
 _SEAM_BYTES = 64  # hold the end of a stream: [DONE], or the whole event message_stop
 
 
@@ -60,15 +63,16 @@ class Marker(Struct, frozen=True, gc=False):
     """How the events that carry tokens are told from the others.
 
     `text` stands once in each of them and only at a line's border, so never in a text. Of those counted, `first_count`
-    at the start carry none (a chat's first event names the role), and `last_count` at a clean end.
+    at the start carry none (a chat's first event names the role), and with `has_end` neither does the event
+    that names the reason of the end, nor any behind it.
     """
 
     text: bytes
     first_count: int = 0
-    last_count: int = 0
+    has_end: bool = False
 
 
-CHAT = Marker(b"\ndata:", 1, 2)  # the role; the reason of the end and [DONE]
+CHAT = Marker(b"\ndata:", 1, True)
 ANTHROPIC = Marker(b"\nevent: content_block_delta")
 RESPONSES = Marker(b".delta\n")
 GENERATE = Marker(b"\ndata:")  # Open Inference and TGI: each is a token, and nothing marks the end
@@ -90,7 +94,7 @@ def marker_of(path: bytes) -> Marker:
 class StreamUsageReader(EventFilter):
     """Usage of an event stream; `request_bytes` is the size of the request's body."""
 
-    __slots__ = ("_count", "_counts", "_marker", "_request_bytes", "_seam")
+    __slots__ = ("_count", "_counts", "_is_over", "_marker", "_request_bytes", "_seam", "_text")
 
     word = WORD
     dull = b'"usage":null'  # on every event of a stream whose usage comes at the end
@@ -99,8 +103,10 @@ class StreamUsageReader(EventFilter):
         super().__init__()
         self._counts: Counts | None = None
         self._marker = marker
+        self._text = marker.text
         self._request_bytes = request_bytes
         self._count = 0
+        self._is_over = False  # what comes now carries no tokens
         self._seam = b"\n"  # the end of what was fed
 
     @property
@@ -110,12 +116,23 @@ class StreamUsageReader(EventFilter):
 
     def feed(self, data: bytes) -> None:
         """Look at the next bytes."""
-        text, seam = self._marker.text, self._seam
         lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
+        seam = self._seam
         joined = seam + lines
-        self._count += joined.count(text, max(0, len(seam) - len(text) + 1))
         self._seam = joined[-_SEAM_BYTES:]
+        if not self._is_over:
+            text = self._text
+            start = len(seam) - len(text) + 1
+            self._count += joined.count(text, start if start > 0 else 0)
+            if self._marker.has_end and not is_event_amid(data):
+                self._look_for_end(joined)
         super().feed(data)
+
+    def _look_for_end(self, joined: bytes) -> None:
+        found = _END.search(joined)
+        if found is not None:
+            self._is_over = True
+            self._count -= joined.count(self._text, found.start()) + (found[0][:1] == b'"')
 
     def take(self, data: bytes) -> None:
         """Read one event that mentions usage."""
@@ -147,8 +164,7 @@ class StreamUsageReader(EventFilter):
         return told
 
     def _delivered(self) -> int:
-        last_count = self._marker.last_count if any(end in self._seam for end in _DONE) else 0
-        return max(0, self._count - self._marker.first_count - last_count)
+        return max(0, self._count - self._marker.first_count)
 
     def _is_open(self) -> bool:
         """Tell whether the counts are those of a beginning: Anthropic tells the input first, the output last."""

@@ -248,8 +248,9 @@ async def running(
 ) -> AsyncIterator[Gateway]:
     """Run a gateway with three scripted upstreams; `tree` are sections of the config."""
     listeners = {name: Listener() for name in ("llm", "tools", "raw")}
+    llm = {"name": "llm", "protocol": "openinference", "urls": [_url(listeners["llm"])], "models": ["m", "m2"]}
     upstreams = [
-        {"name": "llm", "protocol": "openinference", "urls": [_url(listeners["llm"])], "models": ["m", "m2"]},
+        {**llm, "include_usage": False},  # bodies pass byte-exact
         {"name": "tools", "protocol": "mcp", "urls": [_url(listeners["tools"], "/mcp")]},
         {"name": "raw", "protocol": "https", "urls": [_url(listeners["raw"])]},
     ]

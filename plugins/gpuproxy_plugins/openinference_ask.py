@@ -1,0 +1,112 @@
+"""Asks a stream for its usage when the client did not, and takes the answer to that out again.
+
+OpenAI-shaped servers tell a stream's usage only if ``stream_options.include_usage`` is true: then one more event comes
+before the end, with ``usage`` and an empty list of ``choices``. Clients that did not ask may fail on it.
+"""
+
+import re
+
+import msgspec
+from msgspec import Raw, Struct
+
+from gpuproxy.plugin import EVENT_BYTES_MAX, AnswerEditor
+
+_OPTIONS = b'"stream_options":{"include_usage":true}'
+_decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+# What shows that the added event may be near: nothing is held back before. The quote tells a reason from null.
+_NEAR = re.compile(rb'"finish_reason": ?"|"usage": ?\{')
+_NEAR_BYTES = 17  # a piece may end in all but the last of the longest of these
+_USAGE = b'"usage"'
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+
+
+class _Added(Struct, gc=False):
+    choices: list[Raw] | None = None
+    usage: Raw = Raw()
+
+
+_decode_added = msgspec.json.Decoder(_Added).decode
+
+
+def asks_usage(options: bytes) -> bool:
+    """Tell whether the client's stream_options ask for usage; such as are no object are for the upstream to judge."""
+    try:
+        asked = _decode_fields(options).get("include_usage", Raw(b"true"))
+        return bytes(asked) == b"true"  # {} asks too, by vLLM's defaults
+    except (ValueError, RecursionError):
+        return options != b"null"
+
+
+def asking(body: bytes, has_options: bool) -> bytes:
+    """Return the JSON object `body` with the question for usage in it; all other values stay as they are."""
+    if has_options:
+        fields = _decode_fields(body)
+        fields["stream_options"] = Raw(b'{"include_usage":true}')
+        return _encode(fields)
+    start = body.index(b"{") + 1
+    return b"%b%b,%b" % (body[:start], _OPTIONS, body[start:])
+
+
+class UsageStripper:
+    """Takes the added event out of a chat's or completion's stream.
+
+    Bytes pass untouched until a reason of the end or a usage is seen; from there on whole events pass, so nothing a
+    client waits for is ever held back.
+    """
+
+    __slots__ = ("_held", "_seam")
+
+    def __init__(self) -> None:
+        self._held: bytes | None = None  # None: the added event is not near yet
+        self._seam = b""
+
+    def edit(self, data: bytes, is_last: bool) -> bytes:
+        """Return what of the stream so far may be sent now."""
+        if self._held is None:
+            if is_event_amid(data):
+                self._seam = data[-_NEAR_BYTES:]
+                return data
+            joined = self._seam + data
+            if not _NEAR.search(joined):
+                self._seam = joined[-_NEAR_BYTES:]
+                return data
+            self._held = b""
+        data = self._held + data
+        end = 0
+        kept: list[bytes] = []
+        for found in _EVENT_END.finditer(data):
+            kept.append(_without_added(data[end : found.end()]))
+            end = found.end()
+        self._held = data[end:]
+        if is_last or len(self._held) > EVENT_BYTES_MAX:
+            kept.append(_without_added(self._held))
+            self._held = b""
+        return b"".join(kept)
+
+
+def is_event_amid(data: bytes) -> bool:
+    """Tell whether a piece is one whole event from the middle of a chat, as nearly all are: no end is in it.
+
+    On every piece of every stream: searches that end early, no pattern.
+    """
+    if not data.startswith(b"data:") or data.find(b"\n\n") != len(data) - 2:
+        return False
+    at = data.rfind(b'"finish_reason":')
+    return at > 0 and data.startswith((b"null", b" null"), at + 16)
+
+
+def _without_added(event: bytes) -> bytes:
+    """Return the event, nothing if it is the added one."""
+    if _USAGE not in event:
+        return event
+    lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
+    try:
+        added = _decode_added(b"\n".join(lines))
+    except (ValueError, RecursionError):
+        return event
+    return b"" if added.choices == [] and bytes(added.usage) not in (b"", b"null") else event
+
+
+_: type[AnswerEditor] = UsageStripper
