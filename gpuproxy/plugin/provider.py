@@ -167,7 +167,7 @@ class ProviderAdapter(Protocol):
         """Rent, once, and return the new instance; never asks twice. `tag` is unique and at most 64 characters."""
 
     async def get(self, id: str) -> ProviderInstance | None:
-        """Return the instance, None only if it provably does not exist."""
+        """Return the instance; None, or the state gone, only if it provably does not exist any more."""
 
     async def list(self) -> Sequence[ProviderInstance]:
         """Return all instances of the account, also those we did not make."""

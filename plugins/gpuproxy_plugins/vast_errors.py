@@ -77,7 +77,7 @@ def failure(name: str, answer: Answer, told: Told, shown: str, now_s: float) -> 
 
 def _refused(name: str, answer: Answer, told: Told, words: str, shown: str) -> ProviderError:
     phase: Phase = answer.phase
-    if "no_such_instance" in words or (phase != "create" and answer.status == 404 and told.error == "not_found"):
+    if "no_such_instance" in words:
         return InstanceGone(name, phase, f"there is no such instance ({shown}); list them to see those there are")
     if phase == "create" and isinstance(told.error, str) and answer.status in (200, 400, 403, 404, 422):
         return SpecRefused(name, phase, f"it does not accept this ({shown}); change the request")

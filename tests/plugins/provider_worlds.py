@@ -1,7 +1,10 @@
 """The worlds the provider contract is tried in: an adapter, the market it speaks to, and that market's clock."""
 
+from gpuproxy_plugins.ionet import IoNet
 from gpuproxy_plugins.simulated import Simulated
 from gpuproxy_plugins.vast import Vast
+from simulators.ionet import KEY as IONET_KEY
+from simulators.ionet import IoNetSimulator
 from simulators.vast import KEY as VAST_KEY
 from simulators.vast import VastSimulator
 
@@ -86,4 +89,24 @@ class VastWorld(World):
         await self.simulator.close()
 
 
-WORLDS: dict[str, type[World]] = {"simulated": SimulatedWorld, "vast": VastWorld}
+class IoNetWorld(World):
+    """io.net, simulated over HTTP."""
+
+    has_stop = False
+    has_spot = False
+    simulator: IoNetSimulator
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.simulator = IoNetSimulator(self.clock)
+
+    async def start(self) -> None:
+        url = await self.simulator.start()
+        self.adapter = IoNet(ProviderSettings(api_key=IONET_KEY, base_url=url, spacing_s=0.0, timeout_s=TIMEOUT_S))
+
+    async def close(self) -> None:
+        await super().close()
+        await self.simulator.close()
+
+
+WORLDS: dict[str, type[World]] = {"ionet": IoNetWorld, "simulated": SimulatedWorld, "vast": VastWorld}
