@@ -174,6 +174,11 @@ class Catalogue:
                     return price
         return FREE
 
+    def holds(self, price: Price, at_ns: int) -> bool:
+        """Tell whether a price is the version in force, at a time, of its model and upstream."""
+        versions = self._prices.get((price.model, price.upstream), ())
+        return price == next((each for each in versions if each.valid_from_ns <= at_ns), None)
+
     def from_now_on(self, now_ns: int) -> list[Price]:
         """Return what holds at a time, for each model and upstream, and everything that will later."""
         return [price for versions in self._prices.values() for price in _until_past(versions, now_ns)]

@@ -4,7 +4,7 @@
 """
 
 from gpuproxy.access.accounts import User
-from gpuproxy.control import admin_users, auth, credits, docs, events, health, keys, openapi, user
+from gpuproxy.control import admin_users, auth, books, credits, docs, events, health, keys, openapi, prices, user
 from gpuproxy.control.query import PAGE
 from gpuproxy.control.route import Route
 
@@ -52,6 +52,20 @@ TABLE: tuple[Route, ...] = (
         credits.CreditGiven,
         is_once=True,
     ),
+    Route(
+        "GET", "/api/v1/admin/prices", prices.history, "admin", gives=prices.PriceInfo, shape="list", query=prices.QUERY
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/prices",
+        prices.set_price,
+        "admin",
+        prices.NewPrice,
+        prices.PriceInfo,
+        status=201,
+        is_once=True,
+    ),
+    Route("GET", "/api/v1/admin/ledger/verify", books.verify, "admin", gives=books.Verdict),
     Route("GET", "/api/v1/admin/users", admin_users.list_all, "admin", gives=User, shape="list", query=PAGE),
     Route("PATCH", "/api/v1/admin/users/{id}", admin_users.change, "admin", admin_users.UserChange, User),
     Route("GET", "/ws", events.events, "anyone", shape="other"),

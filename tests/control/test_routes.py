@@ -28,6 +28,7 @@ BODIES: dict[str, Any] = {
     "rotate": lambda caller: {},
     "change": lambda caller: {"is_active": True},
     "add_credits": lambda caller: {"user_id": caller.id, "amount": 100.00},
+    "set_price": lambda caller: {"model": f"model of {caller.id}", "per_request_usd": "0.10"},
 }
 WHO = (
     "anonymous",
