@@ -3,7 +3,7 @@
 from datetime import datetime
 
 from msgspec import Struct
-from sqlalchemy import BigInteger, and_, case, cast, func, or_, select
+from sqlalchemy import BigInteger, ColumnElement, Subquery, cast, func, literal, select, tuple_, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.ledger.transfers import credit_account
@@ -53,20 +53,37 @@ async def credits_within(connection: AsyncConnection, user_id: str) -> Credits:
     return Credits(*row) if row is not None else Credits()
 
 
-async def transactions_of(store: Store, user_id: str, limit: int = 100, cursor: str = "") -> list[Transaction]:
+async def transactions_of(
+    store: Store, user_id: str, limit: int = 100, cursor: str = "", is_income: bool = False
+) -> list[Transaction]:
     """Return a customer's newest transfers, newest first, at most ROWS_MAX, from behind the one with the id `cursor`.
 
-    Calls appear as one transfer for each batch, not one each; an unknown cursor finds nothing.
+    Calls appear as one transfer for each batch, not one each; an unknown cursor finds nothing. With `is_income` only
+    those that came in.
     """
+    limit = min(limit, ROWS_MAX)
     account_id = credit_account(user_id)
-    is_income = transfers.c.credit_account_id == account_id
-    amount = case((is_income, transfers.c.amount_nanousd), else_=-transfers.c.amount_nanousd)
-    order = (transfers.c.created_at, transfers.c.id)
-    query = select(transfers.c.id, transfers.c.kind, amount, transfers.c.created_at, transfers.c.charge_id)
-    query = query.where(or_(is_income, transfers.c.debit_account_id == account_id))
-    if cursor:
-        begin = select(transfers.c.created_at).where(transfers.c.id == cursor).scalar_subquery()
-        query = query.where(or_(order[0] < begin, and_(order[0] == begin, order[1] < cursor)))
-    query = query.order_by(order[0].desc(), order[1].desc()).limit(min(limit, ROWS_MAX))
+    sides = [_side(transfers.c.credit_account_id, 1, account_id, limit, cursor)]
+    if not is_income:
+        sides.append(_side(transfers.c.debit_account_id, -1, account_id, limit, cursor))
+    both = union_all(*(select(side) for side in sides)).subquery()
+    query = select(both).order_by(both.c.created_at.desc(), both.c.id.desc()).limit(limit)
     async with store.reading() as connection:
         return [Transaction(*row) for row in await connection.execute(query)]
+
+
+def _side(account: ColumnElement[str], sign: int, account_id: str, limit: int, cursor: str) -> Subquery:
+    """Select transfers of one side, as many as can be wanted of it: each side has its index, both together none."""
+    column = transfers.c
+    shown = (
+        column.id,
+        column.kind,
+        (column.amount_nanousd * sign).label("amount"),
+        column.created_at,
+        column.charge_id,
+    )
+    query = select(*shown).where(account == account_id)
+    if cursor:
+        begin = select(transfers.c.created_at).where(transfers.c.id == cursor).scalar_subquery()
+        query = query.where(tuple_(column.created_at, column.id) < tuple_(begin, literal(cursor)))
+    return query.order_by(column.created_at.desc(), column.id.desc()).limit(limit).subquery()

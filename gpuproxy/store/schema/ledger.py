@@ -55,8 +55,8 @@ transfers = Table(
     "transfers",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("debit_account_id", Text, ForeignKey("accounts.id"), nullable=False, index=True),
-    Column("credit_account_id", Text, ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("debit_account_id", Text, ForeignKey("accounts.id"), nullable=False),
+    Column("credit_account_id", Text, ForeignKey("accounts.id"), nullable=False),
     Column("amount_nanousd", BigInteger, nullable=False),
     Column("kind", Text, nullable=False),
     Column("idempotency_key", Text, nullable=False, unique=True),
@@ -64,6 +64,8 @@ transfers = Table(
     Column("charge_id", Text, nullable=False, server_default=""),  # names the receipts it pays
     CheckConstraint("amount_nanousd > 0", name="amount_is_positive"),
     CheckConstraint("debit_account_id <> credit_account_id", name="accounts_differ"),
+    Index(None, "debit_account_id", "created_at", "id"),
+    Index(None, "credit_account_id", "created_at", "id"),
 )
 
 # Credit set aside: of ``amount`` in all, ``posted`` was charged, ``remaining`` is still held, the rest went back.
