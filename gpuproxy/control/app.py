@@ -23,7 +23,7 @@ from gpuproxy.config import Config
 from gpuproxy.control import events
 from gpuproxy.control.changes import ChangeFeed
 from gpuproxy.control.nodes import Nodes
-from gpuproxy.control.parts import ATTEMPTS, BUS, CONFIG, HASHER, KEYRING, LEADER, SOCKETS, STOPPING, STORE
+from gpuproxy.control.parts import ATTEMPTS, BUS, CONFIG, EXPORTING, HASHER, KEYRING, LEADER, SOCKETS, STOPPING, STORE
 from gpuproxy.control.respond import errors_in_one_shape, name_server
 from gpuproxy.control.route import add_routes
 from gpuproxy.control.table import TABLE
@@ -175,6 +175,7 @@ def application(
     app[KEYRING] = keyring or fresh_keyring()
     app[HASHER] = Hasher()
     app[ATTEMPTS] = Attempts()
+    app[EXPORTING] = set()
     app[STOPPING] = stopping
     app[SOCKETS] = WeakSet()
     add_routes(app, TABLE)

@@ -81,14 +81,14 @@ async def list_all(request: web.Request) -> web.Response:
     """List the account's keys without their secrets, oldest first."""
     page = page_asked(request)
     found = await list_own_keys(request.app[STORE], request[CALLER], page)
-    return page_of([KeyInfo(**_shown(key)) for key in found], page.limit)
+    return page_of([key_info(key) for key in found], page.limit)
 
 
 async def revoke(request: web.Request) -> web.Response:
     """Revoke a key; dead on every worker within a second."""
     async with request.app[STORE].writing() as connection:
         key = await revoke_own_key(connection, request[CALLER], request.match_info["id"])
-    return success(KeyInfo(**_shown(key)))
+    return success(key_info(key))
 
 
 async def rotate(request: web.Request, body: Rotation) -> web.Response:
@@ -109,6 +109,11 @@ def _terms(body: NewKey) -> KeyTerms:
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
     scopes = ALL_SCOPES if body.scopes is UNSET else body.scopes
     return KeyTerms(body.name, scopes, body.models, expires_at, body.rpm)
+
+
+def key_info(key: Key) -> KeyInfo:
+    """Return what may be shown of a key."""
+    return KeyInfo(**_shown(key))
 
 
 def _shown(key: Key) -> dict[str, Any]:

@@ -22,6 +22,7 @@ KEYRING = web.AppKey("keyring", Keyring)
 HASHER = web.AppKey("hasher", Hasher)
 ATTEMPTS = web.AppKey("attempts", Attempts)
 STOPPING = web.AppKey("stopping", asyncio.Event)
+EXPORTING: web.AppKey[set[str]] = web.AppKey("exporting")  # the users whose exports run
 SOCKETS: web.AppKey[WeakSet[web.WebSocketResponse]] = web.AppKey("sockets")
 
 CALLER = web.RequestKey("caller", Caller)  # set on every route that asks for a credential

@@ -4,7 +4,20 @@
 """
 
 from gpuproxy.access.accounts import User
-from gpuproxy.control import admin_users, auth, books, credits, docs, events, health, keys, openapi, prices, user
+from gpuproxy.control import (
+    admin_users,
+    auth,
+    books,
+    credits,
+    docs,
+    events,
+    export,
+    health,
+    keys,
+    openapi,
+    prices,
+    user,
+)
 from gpuproxy.control.query import PAGE
 from gpuproxy.control.route import Route
 
@@ -43,6 +56,8 @@ TABLE: tuple[Route, ...] = (
         shape="list",
         query=PAGE,
     ),
+    Route("GET", "/api/v1/user/export", export.own, "read", shape="other"),
+    Route("GET", "/api/v1/admin/export/users", export.everybody, "admin", shape="other", query=export.FORMAT_QUERY),
     Route(
         "POST",
         "/api/v1/admin/credits/add",

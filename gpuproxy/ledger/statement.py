@@ -1,5 +1,6 @@
 """What customers see of their account: what is left, and what moved it."""
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from msgspec import Struct
@@ -51,6 +52,20 @@ async def credits_within(connection: AsyncConnection, user_id: str) -> Credits:
     query = select(remaining, income.scalar_subquery(), accounts.c.held_nanousd, accounts.c.overdraft_nanousd)
     row = (await connection.execute(query.where(accounts.c.id == account_id))).first()
     return Credits(*row) if row is not None else Credits()
+
+
+async def credits_of_all(store: Store, user_ids: Sequence[str]) -> dict[str, Credits]:
+    """Return the account of each of some customers."""
+    account_ids = [credit_account(user_id) for user_id in user_ids]
+    column = accounts.c
+    shown = (column.id, column.posted_nanousd - column.held_nanousd, column.held_nanousd, column.overdraft_nanousd)
+    income = select(transfers.c.credit_account_id, cast(func.sum(transfers.c.amount_nanousd), BigInteger))
+    income = income.where(transfers.c.credit_account_id.in_(account_ids)).group_by(transfers.c.credit_account_id)
+    async with store.reading() as connection:
+        totals = {row[0]: row[1] for row in await connection.execute(income)}
+        rows = await connection.execute(select(*shown).where(column.id.in_(account_ids)))
+        found = {row[0]: Credits(row[1], totals.get(row[0], 0), row[2], row[3]) for row in rows}
+    return {user_id: found.get(credit_account(user_id), Credits()) for user_id in user_ids}
 
 
 async def transactions_of(
