@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from postgres import Postgres
+from redis_server import RedisServer
 from sqlalchemy.engine import make_url
 
 from gpuproxy.store.engine import Store, open_store
@@ -61,6 +62,17 @@ async def postgres_url(postgres: Postgres, postgres_schema: str) -> AsyncIterato
     name = await postgres.create()
     yield postgres.url(name)
     await postgres.drop(name)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """Start a Redis server of its own."""
+    server = RedisServer(tmp_path)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

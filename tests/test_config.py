@@ -191,6 +191,9 @@ def test_a_url_that_is_no_base_is_refused(tmp_path: Path, url: str, complaint: s
     [
         ('[store]\nurl = "mysql://h/x"', 'unknown scheme "mysql"; write sqlite:///./FILE'),
         ('[store]\nurl = "sqlite://"', "names no file"),
+        ('[redis]\nurl = "memcached://h"', 'unknown scheme "memcached"; write redis://'),
+        ('[redis]\nurl = "redis://h:x"', "has no usable host or port; write redis://"),
+        ('[redis]\nurl = "redis://"', "has no usable host or port; write redis://"),
         ("[server]\nport = true", "true does not fit: expected int"),
         ("[server]\ndrain_s = 0", "0 does not fit: expected float > 0"),
         ("[limits]\nhead_bytes_max = 99999999999999999999", "does not fit: expected int <="),
@@ -240,6 +243,7 @@ def test_an_upstream_with_a_wrong_field_is_refused(tmp_path: Path, line: str, co
         f'{LLM}urls = ["http://a"]\nheaders = "hunter2"',
         f'{LLM}urls = ["http://a"]\napi_key_env = "hunter2-key"',
         '[store]\nurl = "mysql://bob:hunter2@host/x"',
+        '[redis]\nurl = "redis://:hunter2@host:port"',
         '[store]\nurl = ["hunter2"]',
     ],
 )

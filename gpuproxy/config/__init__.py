@@ -20,6 +20,7 @@ Text = Annotated[str, Meta(extra={"check": checks.text})]
 Name = Annotated[str, Meta(extra={"check": checks.upstream_name})]
 BaseUrl = Annotated[str, Meta(extra={"check": checks.base_url})]
 StoreUrl = Annotated[str, Meta(extra={"check": checks.store_url, "secret": True})]
+RedisUrl = Annotated[str, Meta(extra={"check": checks.redis_url, "secret": True})]
 Network = Annotated[str, Meta(extra={"check": checks.network})]
 ReadableFile = Annotated[str, Meta(extra={"check": checks.readable_file})]
 Usd = Annotated[str, Meta(extra={"check": checks.usd})]
@@ -74,6 +75,12 @@ class Store(Struct, forbid_unknown_fields=True, frozen=True):
     """Where accounts, ledger and receipts are kept."""
 
     url: StoreUrl = "sqlite:///./gpuproxy.db"
+
+
+class Redis(Struct, forbid_unknown_fields=True, frozen=True):
+    """What several nodes count together; empty: this is the only one."""
+
+    url: RedisUrl = ""
 
 
 class Auth(Struct, forbid_unknown_fields=True, frozen=True):
@@ -183,6 +190,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     store: Store = Store()
+    redis: Redis = Redis()
     auth: Auth = Auth()
     journal: Journal = Journal()
     egress: Egress = Egress()

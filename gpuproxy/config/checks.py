@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 LOG_FORMATS = ("text", "json")
 STORE_SCHEMES = ("sqlite", "postgresql", "postgres")
+REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 Check = Callable[[str], str | None]
 
@@ -89,6 +90,21 @@ def store_url(value: str) -> str | None:
     if scheme == "sqlite" and (not rest.startswith("/") or rest in ("/", "/:memory:")):
         return "names no file; write sqlite:///./FILE (relative) or sqlite:////DIRECTORY/FILE"
     return None
+
+
+def redis_url(value: str) -> str | None:
+    """Accept a Redis URL, or nothing."""
+    if not value:
+        return None
+    remedy = "write redis://[:PASSWORD@]HOST:6379/0, rediss://… or unix:///PATH"
+    scheme, separator, rest = value.partition("://")
+    if not separator or scheme not in REDIS_SCHEMES:
+        return f"unknown scheme {show(scheme if separator else '')}; {remedy}"
+    try:
+        port = urlsplit(value).port
+    except ValueError:
+        port = 0
+    return f"has no usable host or port; {remedy}" if port == 0 or not rest.strip("/") else None
 
 
 def usd(value: str) -> str | None:

@@ -23,7 +23,19 @@ from gpuproxy.config import Config
 from gpuproxy.control import events
 from gpuproxy.control.changes import ChangeFeed
 from gpuproxy.control.nodes import Nodes
-from gpuproxy.control.parts import ATTEMPTS, BUS, CONFIG, EXPORTING, HASHER, KEYRING, LEADER, SOCKETS, STOPPING, STORE
+from gpuproxy.control.parts import (
+    ATTEMPTS,
+    BUS,
+    CONFIG,
+    EXPORTING,
+    HASHER,
+    KEYRING,
+    LEADER,
+    NODES,
+    SOCKETS,
+    STOPPING,
+    STORE,
+)
 from gpuproxy.control.respond import errors_in_one_shape, name_server
 from gpuproxy.control.route import add_routes
 from gpuproxy.control.table import TABLE
@@ -87,12 +99,16 @@ async def _serve(boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.E
     node = node_id(Path(boot.config.server.data_dir))
     ingest = Ingest(store, journal_directory(boot.config), node=node)
     link = link_server(store, boot.config)
-    link.lessor = leases = Leases(store, node, limits(store), link.push, lambda: ingest.pass_count)
+    nodes = Nodes(store, boot.config.redis.url, node)
+    link.lessor = leases = Leases(
+        store, node, limits(store), link.push, lambda: ingest.pass_count, nodes.windows, nodes.peers
+    )
+    leases.limit_stale_s = auth.stale_grant_s
     keeper = Keeper(
         store, ingest, leases, link.epochs, journal_directory(boot.config), boot.config.prices, link.publish
     )
     await keeper.read_prices()
-    nodes = Nodes(store)
+    await nodes.start()
     feed = ChangeFeed(store, link)
     nodes.bus.on("changes", feed.wake)
     await feed.start(auth.stale_grant_s)
@@ -170,7 +186,7 @@ def application(
     app = web.Application(middlewares=[errors_in_one_shape])
     nodes = nodes or Nodes(store)
     app[STORE] = store
-    app[BUS], app[LEADER] = nodes.bus, nodes.leader
+    app[BUS], app[LEADER], app[NODES] = nodes.bus, nodes.leader, nodes
     app[CONFIG] = config or Config()
     app[KEYRING] = keyring or fresh_keyring()
     app[HASHER] = Hasher()

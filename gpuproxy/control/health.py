@@ -11,7 +11,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from gpuproxy import __version__
-from gpuproxy.control.parts import STOPPING, STORE
+from gpuproxy.control.parts import NODES, STOPPING, STORE
 from gpuproxy.control.respond import answer
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
@@ -51,7 +51,7 @@ async def health(request: web.Request) -> web.Response:
     database = await _database(request.app[STORE])
     services = {
         "database": database,
-        "redis": "not_configured",
+        "redis": request.app[NODES].redis_health(),
         "vast_ai": "not_configured",
         "io_net": "not_configured",
     }

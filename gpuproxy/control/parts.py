@@ -10,12 +10,14 @@ from gpuproxy.access.callers import Caller
 from gpuproxy.access.keyring import Keyring
 from gpuproxy.access.passwords import Hasher
 from gpuproxy.config import Config
+from gpuproxy.control.nodes import Nodes
 from gpuproxy.store.bus import Bus
 from gpuproxy.store.engine import Store
 from gpuproxy.store.leader import Leader
 
 STORE = web.AppKey("store", Store)
 BUS = web.AppKey("bus", Bus)
+NODES = web.AppKey("nodes", Nodes)
 LEADER = web.AppKey("leader", Leader)
 CONFIG = web.AppKey("config", Config)
 KEYRING = web.AppKey("keyring", Keyring)

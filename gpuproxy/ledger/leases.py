@@ -3,12 +3,14 @@
 A lease of credit is a hold in the ledger: one for each worker process and customer, which grows when the worker asks,
 shrinks when it gives back and when its receipts are settled, and ends when the worker is dead and its journal
 is read to the end. The less is left the smaller the leases, down to what one call needs; before a call is refused,
-the other workers of this machine are asked to give back what they do not use.
+the other workers, of this machine and of others, are asked to give back what they do not use.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -19,10 +21,12 @@ from weakref import WeakValueDictionary
 from sqlalchemy import Connection, select, update
 
 from gpuproxy.ledger import holds
-from gpuproxy.ledger.rates import Window, share
+from gpuproxy.ledger.peers import Peers
+from gpuproxy.ledger.rates import share
 from gpuproxy.ledger.settle import lease_owner
 from gpuproxy.ledger.transfers import AMOUNT_NANOUSD_MAX, credit_account, lock
-from gpuproxy.link.messages import Lease, Leased, Recall, Return
+from gpuproxy.ledger.windows import LocalWindows, Subject, Windows
+from gpuproxy.link.messages import Lease, Leased, LeaseKind, Recall, Return
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import holds as table
@@ -32,10 +36,12 @@ EXPIRY_S = 7_200.0  # a lease whose node is gone for so long is given back; its 
 RENEW_S = 600.0  # between two times that living workers' leases are prolonged
 RECALL_S = 0.25  # how long a worker may take to give back what another needs
 LIMIT_TTL_S = 1.0  # a changed limit holds after this long
+LIMIT_ANSWER_S = 1.0  # half of what a worker waits
+LIMITS_MAX = 100_000  # remembered for a store that is away
+OWNER_PREFIX = lease_owner("", "").removesuffix("/")
 
 LimitOf = Callable[[str, str], Awaitable[int]]
 Push = Callable[[str, Recall], bool]
-Subject = tuple[str, str]  # user id, key id or nothing
 
 logger = get_logger(__name__)
 
@@ -45,36 +51,53 @@ class Leases:
 
     ``limit_of(user_id, key_id)`` returns requests per minute, of the user if key_id is empty; 0 is no limit.
     ``push(epoch, message)`` sends to a worker and tells whether it is there. ``passes()`` counts how often the journal
-    was read to its end.
+    was read to its end. `windows` count requests, `peers` are the other nodes.
     """
 
     def __init__(
-        self, store: Store, node: str, limit_of: LimitOf, push: Push, passes: Callable[[], int] = lambda: 1 << 62
+        self,
+        store: Store,
+        node: str,
+        limit_of: LimitOf,
+        push: Push,
+        passes: Callable[[], int] = lambda: 1 << 62,
+        windows: Windows | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.now_ns: Callable[[], int] = time.monotonic_ns
+        self.limit_stale_s = 3_600.0  # how long a limit holds that cannot be read again
         self._store = store
         self._node = node
         self._limit_of = limit_of
         self._push = push
         self._passes = passes
         self._locks: WeakValueDictionary[Subject, asyncio.Lock] = WeakValueDictionary()
-        self._windows: dict[Subject, Window] = {}
-        self._limits: dict[Subject, tuple[int, float]] = {}
+        self._windows = windows or LocalWindows()
+        self._peers = peers
+        self._limits: dict[Subject, tuple[int, float]] = {}  # and when it was read
+        self._limits_away_until_s = 0.0
         self._owed: dict[tuple[str, str], int] = {}  # owner, user: what came back and is still held
         self._idle: dict[tuple[str, str], int] = {}  # owner, user: the pass in which the worker had nothing left
         self._recalls: dict[int, tuple[set[str], asyncio.Event]] = {}
         self._recall_ids = count(1)
         self._suspects: set[str] = set()
         self._renewed_s = -RENEW_S
+        if peers is not None:
+            peers.give_back = self.give_back
 
     async def grant(self, epoch: str, ask: Lease) -> Leased:
         """Answer a worker's question. Raises what the store raises."""
         subject = (ask.user_id, ask.key_id if ask.kind == "requests" else "")
         async with self._locks.setdefault(subject, asyncio.Lock()):
-            answer = await self._grant(epoch, ask, subject)
-            if not answer.amount and ask.least and await self._recall(epoch, ask, subject):
-                answer = await self._grant(epoch, ask, subject)
+            answer, elsewhere = await self._grant(epoch, ask, subject)
+            if not answer.amount and ask.least and await self._recall(epoch, ask.kind, subject, elsewhere):
+                answer, _ = await self._grant(epoch, ask, subject)
         return answer
+
+    async def give_back(self, subject: Subject, kind: LeaseKind) -> None:
+        """Let the workers here give back what they do not use, and all nodes see it. Raises what the store raises."""
+        await self._recall_here("", await self._holders(kind, subject), subject, kind)
+        await self.flush()
 
     def take_back(self, epoch: str, returned: Return) -> None:
         """Note what a worker gives back; credit is free again with the next grant or `flush`, within a moment.
@@ -83,9 +106,7 @@ class Leases:
         holds for it is given back when its receipts are settled.
         """
         if returned.kind == "requests":
-            window = self._windows.get((returned.user_id, returned.key_id))
-            if window is not None:
-                window.take_back((epoch, returned.lease_id), returned.amount)
+            self._windows.take_back((returned.user_id, returned.key_id), (epoch, returned.lease_id), returned.amount)
         elif returned.amount < 0:
             self._idle[(lease_owner(self._node, epoch), returned.user_id)] = self._passes()
         elif returned.amount:
@@ -94,7 +115,8 @@ class Leases:
         self._note_answer(epoch, returned.recall_id)
 
     async def flush(self) -> None:
-        """Free the credit that came back. Raises what the store raises; nothing is forgotten then."""
+        """Free what came back. Raises what the store raises; no credit is forgotten then."""
+        await self._windows.flush()
         if not self._owed and not self._idle:
             return
         owed, idle = dict(self._owed), {key for key, seen in self._idle.items() if self._passes() >= seen + 2}
@@ -111,7 +133,8 @@ class Leases:
         """
         await self.flush()
         living = {lease_owner(self._node, epoch) for epoch in (*linked, *journaled)}
-        self._forget_windows()
+        self._windows.sweep(self.now_ns())
+        self._forget_limits()
         async with self._store.reading() as connection:
             dead = await connection.run_sync(_owners, lease_owner(self._node, "")) - living
         ended, self._suspects = dead & self._suspects, dead
@@ -135,7 +158,8 @@ class Leases:
             await connection.run_sync(_renew, owners)
             await connection.run_sync(holds.expire, datetime.now(UTC))
 
-    async def _grant(self, epoch: str, ask: Lease, subject: Subject) -> Leased:
+    async def _grant(self, epoch: str, ask: Lease, subject: Subject) -> tuple[Leased, AbstractSet[str]]:
+        """Answer from what is free; also say which other nodes may hold requests, as far as that is known."""
         if ask.kind == "requests":
             return await self._grant_requests(epoch, ask, subject)
         owner = lease_owner(self._node, epoch)
@@ -146,30 +170,48 @@ class Leases:
         self._forget(owed)
         if amount:
             self._idle.pop((owner, ask.user_id), None)
-        return Leased(ask.id, amount)
+        return Leased(ask.id, amount), frozenset()
 
-    async def _grant_requests(self, epoch: str, ask: Lease, subject: Subject) -> Leased:
+    async def _grant_requests(self, epoch: str, ask: Lease, subject: Subject) -> tuple[Leased, AbstractSet[str]]:
         limit = await self._limit(subject)
         if not limit:
-            return Leased(ask.id, max(ask.least, ask.wanted))
+            return Leased(ask.id, max(ask.least, ask.wanted)), frozenset()
         now_ns = self.now_ns()
-        window = self._windows.setdefault(subject, Window())
-        entry = window.grant((epoch, ask.id), limit, ask.least, ask.wanted, now_ns)
-        left, reset_ns = window.left(limit, now_ns), window.reset_ns(now_ns)
-        return Leased(ask.id, entry.amount, entry.until_ns, limit, left, reset_ns)
+        part = await self._windows.grant(subject, (epoch, ask.id), limit, ask.least, ask.wanted, now_ns)
+        return Leased(ask.id, part.amount, part.until_ns, limit, part.left, part.reset_ns), part.elsewhere
 
     async def _limit(self, subject: Subject) -> int:
-        limit, until_s = self._limits.get(subject, (0, 0.0))
-        if time.monotonic() >= until_s:
-            limit = await self._limit_of(*subject)
-            self._limits[subject] = limit, time.monotonic() + LIMIT_TTL_S
+        """Return the limit, while the store is away the one it had, within `limit_stale_s`."""
+        now_s = time.monotonic()
+        limit, read_s = self._limits.get(subject, (0, -math.inf))
+        is_usable = now_s < read_s + self.limit_stale_s
+        if now_s < read_s + LIMIT_TTL_S or (is_usable and now_s < self._limits_away_until_s):
+            return limit
+        try:
+            async with asyncio.timeout(LIMIT_ANSWER_S):
+                limit = await self._limit_of(*subject)
+        except Exception:
+            self._limits_away_until_s = now_s + LIMIT_TTL_S  # others need not find out for themselves
+            if not is_usable:
+                raise
+            return limit
+        self._limits[subject] = limit, now_s
         return limit
 
-    async def _recall(self, epoch: str, ask: Lease, subject: Subject) -> bool:
+    async def _recall(self, epoch: str, kind: LeaseKind, subject: Subject, elsewhere: AbstractSet[str]) -> bool:
         """Ask the others to give back; True if any was there to be asked."""
+        owners = await self._holders(kind, subject)
+        nodes = {*elsewhere, *(owner.removeprefix(OWNER_PREFIX).partition("/")[0] for owner in owners)} - {self._node}
+        here = self._recall_here(epoch, owners, subject, kind)
+        there = self._peers.recall(nodes, subject, kind) if self._peers is not None and nodes else _nobody()
+        return any(await asyncio.gather(here, there))
+
+    async def _recall_here(self, epoch: str, owners: set[str], subject: Subject, kind: LeaseKind) -> bool:
+        """Ask those of the owners that are workers here, but for `epoch`."""
+        prefix = lease_owner(self._node, "")
         recall_id = next(self._recall_ids)
-        message = Recall(recall_id, *subject, ask.kind)
-        missing = {other for other in await self._holders(ask, subject) if other != epoch}
+        message = Recall(recall_id, *subject, kind)
+        missing = {owner.removeprefix(prefix) for owner in owners if owner.startswith(prefix)} - {epoch}
         answered = asyncio.Event()
         self._recalls[recall_id] = missing, answered
         try:
@@ -183,19 +225,18 @@ class Leases:
         finally:
             del self._recalls[recall_id]
 
-    async def _holders(self, ask: Lease, subject: Subject) -> set[str]:
-        if ask.kind == "requests":
-            window = self._windows.get(subject)
-            return window.holders(self.now_ns()) if window is not None else set()
-        prefix = lease_owner(self._node, "")
+    async def _holders(self, kind: LeaseKind, subject: Subject) -> set[str]:
+        """Return the owners that may have something unspent: of requests those here, of credit those everywhere."""
+        if kind == "requests":
+            return {lease_owner(self._node, epoch) for epoch in self._windows.holders(subject, self.now_ns())}
         chosen = (
             (table.c.state == "pending")
-            & (table.c.account_id == credit_account(ask.user_id))
+            & (table.c.account_id == credit_account(subject[0]))
             & (table.c.remaining_nanousd > 0)
+            & table.c.owner.startswith(OWNER_PREFIX, autoescape=True)
         )
         async with self._store.reading() as connection:
-            owners = await connection.scalars(select(table.c.owner).where(chosen))
-            return {owner.removeprefix(prefix) for owner in owners if owner.startswith(prefix)}
+            return set(await connection.scalars(select(table.c.owner).where(chosen)))
 
     def _note_answer(self, epoch: str, recall_id: int) -> None:
         missing, answered = self._recalls.get(recall_id, (set(), None))
@@ -211,14 +252,14 @@ class Leases:
             else:
                 self._owed.pop(key, None)
 
-    def _forget_windows(self) -> None:
-        now_ns = self.now_ns()
-        for subject, window in list(self._windows.items()):
-            window.left(0, now_ns)
-            if window.is_empty:
-                del self._windows[subject]
-        now_s = time.monotonic()
-        self._limits = {subject: held for subject, held in self._limits.items() if held[1] > now_s}
+    def _forget_limits(self) -> None:
+        oldest_s = time.monotonic() - self.limit_stale_s
+        kept = [(subject, held) for subject, held in self._limits.items() if held[1] > oldest_s]
+        self._limits = dict(kept[-LIMITS_MAX:])
+
+
+async def _nobody() -> bool:
+    return False
 
 
 def node_id(data_dir: Path) -> str:

@@ -5,7 +5,8 @@ within the lease they were spent, they still count. What comes back unspent stop
 exactness is that a caller who uses the limit up waits a second longer than a minute; fixed windows of the clock
 would let twice the limit pass around each full minute.
 
-Kept in memory: control counts for all workers of its machine, and starts from nothing.
+Kept in memory: control counts for all workers of its machine, and starts from nothing. Several nodes count in Redis,
+see `shared_windows`.
 """
 
 from msgspec import Struct
@@ -28,42 +29,42 @@ class Window:
     """The last minute of one key or user. Times are monotonic nanoseconds, never going back."""
 
     def __init__(self) -> None:
-        self._entries: dict[LeaseKey, Entry] = {}  # oldest first
+        self.entries: dict[LeaseKey, Entry] = {}  # oldest first
 
     def left(self, limit: int, now_ns: int) -> int:
         """Return how many requests may be handed out now."""
-        while self._entries:
-            oldest = next(iter(self._entries))
-            if self._entries[oldest].until_ns + MINUTE_NS > now_ns:
+        while self.entries:
+            oldest = next(iter(self.entries))
+            if self.entries[oldest].until_ns + MINUTE_NS > now_ns:
                 break
-            del self._entries[oldest]
-        return max(0, limit - sum(entry.amount for entry in self._entries.values()))
+            del self.entries[oldest]
+        return max(0, limit - sum(entry.amount for entry in self.entries.values()))
 
     def grant(self, key: LeaseKey, limit: int, least: int, wanted: int, now_ns: int) -> Entry:
         """Hand out as much as is wise: up to `wanted`, at least `least`, else nothing."""
         entry = Entry(share(self.left(limit, now_ns), least, wanted, SHARE), now_ns + LEASE_NS)
         if entry.amount:
-            self._entries[key] = entry
+            self.entries[key] = entry
         return entry
 
     def take_back(self, key: LeaseKey, amount: int) -> None:
         """Count requests no more that were not spent."""
-        entry = self._entries.get(key)
+        entry = self.entries.get(key)
         if entry is not None:
             entry.amount = max(0, entry.amount - max(0, amount))
 
     def holders(self, now_ns: int) -> set[str]:
         """Return who may still have something unspent."""
-        return {owner for (owner, _), entry in self._entries.items() if entry.amount and entry.until_ns > now_ns}
+        return {owner for (owner, _), entry in self.entries.items() if entry.amount and entry.until_ns > now_ns}
 
     def reset_ns(self, now_ns: int) -> int:
         """Return when the oldest requests stop counting."""
-        return next((each.until_ns + MINUTE_NS for each in self._entries.values() if each.amount), now_ns)
+        return next((each.until_ns + MINUTE_NS for each in self.entries.values() if each.amount), now_ns)
 
     @property
     def is_empty(self) -> bool:
         """Tell whether nothing counted when `left` was called last."""
-        return not self._entries
+        return not self.entries
 
 
 def share(left: int, least: int, wanted: int, part: int) -> int:

@@ -10,8 +10,10 @@ from gpuproxy.access.accounts import create_user
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import balance, credit
 from gpuproxy.ledger.leases import Leases, journaled_epochs, node_id
+from gpuproxy.ledger.peers import Peers
 from gpuproxy.ledger.settle import lease_owner
 from gpuproxy.ledger.verify import verify
+from gpuproxy.ledger.windows import Windows
 from gpuproxy.link.messages import Lease, LeaseKind, Recall, Return
 from gpuproxy.link.wallet import Wallet
 from gpuproxy.store.engine import Store
@@ -20,11 +22,13 @@ from gpuproxy.store.engine import Store
 class Site:
     """Leases of a node, and the workers it can reach."""
 
-    def __init__(self, store: Store, node: str = "here") -> None:
+    def __init__(
+        self, store: Store, node: str = "here", windows: Windows | None = None, peers: Peers | None = None
+    ) -> None:
         self.limit = 10
         self.passes = 0
         self.workers: dict[str, Worker] = {}
-        self.leases = Leases(store, node, self._limit_of, self._push, lambda: self.passes)
+        self.leases = Leases(store, node, self._limit_of, self._push, lambda: self.passes, windows, peers)
 
     async def ask(self, epoch: str, user_id: str, least: int, wanted: int = 0, kind: LeaseKind = "nanousd") -> int:
         return (await self.leases.grant(epoch, Lease(1, user_id, "", kind, least, wanted))).amount
