@@ -78,8 +78,8 @@ def cost_of(receipt: Receipt, price: Price) -> int:
 
 
 def _is_served(receipt: Receipt) -> bool:
-    """Tell whether the upstream did what was asked, or the client left while it did."""
-    if receipt.outcome == "client_gone":
+    """Tell whether the upstream did what was asked, or did it until the client left or the gateway broke it off."""
+    if receipt.outcome in ("client_gone", "cut"):
         return receipt.first_byte_us >= 0
     return receipt.outcome == "ok" and receipt.status < 400
 

@@ -96,6 +96,13 @@ class Auth(Struct, forbid_unknown_fields=True, frozen=True):
     jwt_secret_env: VariableName = ""
 
 
+class Credit(Struct, forbid_unknown_fields=True, frozen=True):
+    """What calls of models with a price reserve where the caller bounds nothing."""
+
+    output_tokens_default: Positive = 4_096
+    reserved_s: PositiveSeconds = 60.0
+
+
 class Journal(Struct, forbid_unknown_fields=True, frozen=True):
     """The receipts on their way from workers to the store."""
 
@@ -192,6 +199,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     store: Store = Store()
     redis: Redis = Redis()
     auth: Auth = Auth()
+    credit: Credit = Credit()
     journal: Journal = Journal()
     egress: Egress = Egress()
     log: Log = Log()

@@ -41,7 +41,9 @@ class Intent(Struct, gc=False):
     """Where a call wants to go: by model, or by the name of an upstream; and what is worth metering.
 
     ``path`` replaces the call's path and query below the upstream's base URL; None keeps them, and one that is
-    empty or begins with ``?`` means the base URL's own path. ``note`` is the handler's own, for `prepare`.
+    empty or begins with ``?`` means the base URL's own path. ``max_output_tokens`` is what the caller bounds each
+    answer to, 0 if nothing does; ``choice_count`` how many answers they ask for. Both bound what the call may cost.
+    ``note`` is the handler's own, for `prepare`.
     """
 
     model: str = ""
@@ -49,6 +51,8 @@ class Intent(Struct, gc=False):
     path: bytes | None = None
     is_stream: bool = False
     note: Any = None
+    max_output_tokens: int = 0
+    choice_count: int = 1
 
 
 class AnswerEditor(Protocol):
@@ -77,7 +81,9 @@ class UsageReader(Protocol):
     """Reads usage from an answer's body as it passes. Sans-I/O, fed after the client was written to.
 
     The result must not depend on how the body was split. A reader may have a property ``is_terminal`` that tells
-    whether the answer's own end marker has passed: a client that leaves then has had everything.
+    whether the answer's own end marker has passed: a client that leaves then has had everything. It may have a method
+    ``so_far() -> Usage`` that tells, at any time, what was delivered by then and never more than that: a stream without
+    it is neither stopped when what it reserved is used up nor billed for its tokens when it breaks off.
     """
 
     def feed(self, data: bytes) -> None:

@@ -7,9 +7,12 @@ import time
 from typing import TYPE_CHECKING
 
 from gpuproxy.errors import CODES, GatewayError
+from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.plugin import AnswerEditor, Call, Intent, ProtocolHandler, UpstreamRequest, UsageReader
+from gpuproxy.pricing import cost_of
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy import refusal, tunnel
+from gpuproxy.proxy.credit import Bill, no_credit, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, Destination, Route
@@ -32,6 +35,9 @@ PSEUDONYM = b"gpuproxy"
 VIA_HOPS_MAX = 2  # how often a request may pass this gateway before it is a loop
 JOINED_BYTES_MAX = 16_384  # a body up to this is copied behind its head for one write; above, two writes are cheaper
 
+NEVER_BYTES = 1 << 62
+TIME_AHEAD_US = 2_000_000  # a few sweeps: time is reserved that early before it is used up
+
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -43,6 +49,7 @@ class Answer:
 
     __slots__ = (
         "_attempts",
+        "_bill",
         "_call",
         "_collected",
         "_destination",
@@ -58,6 +65,7 @@ class Answer:
         "_is_answer_until_close",
         "_is_body_whole",
         "_is_paused",
+        "_look_at_bytes",
         "_needs_body",
         "_origin",
         "_patience_s",
@@ -120,6 +128,9 @@ class Answer:
         self._status = self._response_bytes = self._first_byte_ns = 0
         self._idle_s = 0.0
         self._error = ""
+        # what it costs
+        self._bill: Bill | None = None
+        self._look_at_bytes = NEVER_BYTES
 
     def _connect_to(self, origin: "Origin") -> None:
         raise NotImplementedError  # the way there: `Exchange`
@@ -178,6 +189,8 @@ class Answer:
             if downstream.is_write_blocked and not self._is_paused:
                 self.pause_answer()
             downstream.deadline_s = self.plane.now_s + self._idle_s
+            if self._response_bytes >= self._look_at_bytes:
+                self._look()
 
     def _relay_piece(self, body: bytes) -> None:
         # the middle of a stream: the head is out, the end is not in sight
@@ -201,6 +214,8 @@ class Answer:
         if downstream.is_write_blocked and not self._is_paused:
             self.pause_answer()
         downstream.deadline_s = self.plane.now_s + self._idle_s
+        if self._response_bytes >= self._look_at_bytes:
+            self._look()
 
     def _take_note(self, seen: bytes) -> None:
         """Meter bytes that are not for the client."""
@@ -230,6 +245,9 @@ class Answer:
             self._is_answer_chunked = True
         if head.kind and self._call is not None and not head.is_encoded:
             self._reader = self._handler.reader(self._call, status, head.kind)  # type: ignore[union-attr]
+            bill = self._bill
+            if bill is not None and bill.price.output_nanousd_per_million and hasattr(self._reader, "so_far"):
+                self._look_at_bytes = bill.output_max
         if not connection.is_complete:
             self._idle_s = self._stream_idle_s()
         if not self.keeps_alive or not self.is_received or self.plane.is_draining:
@@ -267,7 +285,7 @@ class Answer:
 
     def resume_answer(self) -> None:
         """The client takes bytes again."""
-        if self._is_paused:
+        if self._is_paused and not (self._bill is not None and self._bill.waiting_for):
             self._is_paused = False
             self.downstream.deadline_s = self.plane.now_s + self._idle_s
             if self.upstream is not None and not self.upstream.transport.is_closing():
@@ -276,6 +294,73 @@ class Answer:
     def _stream_idle_s(self) -> float:
         destination = self._destination
         return self.plane.timeouts.idle_s if destination is None else destination.idle_s
+
+    # -- what it costs --------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        # Each token has at least one byte: the answer is looked at again once it may have used up what is reserved.
+        bill = self._bill
+        assert bill is not None
+        used = used_by_now(self._reader)
+        assert used is not None  # or it would not have been asked to look
+        rest = bill.output_max - used.output_tokens
+        if rest <= 0 and not bill.waiting_for:
+            self._extend(bill, is_time=False)
+        self._look_at_bytes = self._response_bytes + max(1, rest)
+
+    def prolong(self) -> None:
+        """Reserve for more time, if what is reserved ends before the next look."""
+        bill = self._bill
+        assert bill is not None
+        used_us = (time.monotonic_ns() - self._started_ns) // 1000
+        if bill.reserved and not bill.waiting_for and used_us + TIME_AHEAD_US > bill.time_us:
+            self._extend(bill, is_time=True)
+
+    def _extend(self, bill: Bill, is_time: bool) -> None:
+        credit = self.plane.credit
+        credit.extend(bill, is_time)
+        if not credit.reserve(bill, bill.lacking(), self._extended):
+            self.pause_answer()
+
+    def _extended(self, outcome: LeaseOutcome) -> None:
+        bill = self._told(outcome)
+        if bill is None:
+            return
+        if outcome != "taken":
+            self._cut_off(no_credit(bill) if outcome == "refused" else unknown_credit())
+        elif not self.downstream.is_write_blocked:
+            self.resume_answer()
+
+    def _told(self, outcome: LeaseOutcome) -> Bill | None:
+        # take note of control's word; None if the call is over meanwhile
+        bill = self._bill
+        assert bill is not None
+        self.plane.credit.told(bill, outcome)
+        if self.state != DONE:
+            return bill
+        self.plane.credit.settle(bill, 0)
+        return None
+
+    def _cut_off(self, error: GatewayError) -> None:
+        # say why, if the stream has a way to say it; the end must not look clean
+        if not self.has_sent_head:
+            self.refuse(error)
+            return
+        ends = self.plane.tunnels.get(self)
+        if ends is not None:
+            self._error = error.code
+            ends[0].close()
+            return
+        head = self.upstream.head if self.upstream is not None else NO_HEAD
+        handler = self._handler
+        is_events = head.kind.startswith(b"text/event-stream") and not head.is_encoded
+        if is_events and handler is not None and (self._is_answer_chunked or self._is_answer_until_close):
+            told = handler.refuse(self.route.path, error, self.request_id).replace(b"\n", b" ")
+            event = b"\n\nevent: error\ndata: %b\n\n" % told
+            self._response_bytes += len(event)
+            self._write(b"%x\r\n%b\r\n" % (len(event), event) if self._is_answer_chunked else event)
+            self.plane.outbox.flush()
+        self._cut(error.code, "cut")
 
     # -- the envelope's answer ----------------------------------------------------------------------------
 
@@ -379,14 +464,14 @@ class Answer:
         """The upstream's bytes cannot be passed on."""
         self.refuse(GatewayError("UPSTREAM_INVALID", f"{connection.origin.label}: {reason}"))
 
-    def _cut(self, code: str) -> None:
+    def _cut(self, code: str, outcome: Outcome = "upstream_failed") -> None:
         # the end must not look clean: no last chunk, missing bytes, or a reset where only the end would show
         self._error = code
         self._drop_upstream()
         self.keeps_alive = False
         if self._is_answer_until_close:
             self.downstream.abort()
-        self._finish("upstream_failed")
+        self._finish(outcome)
 
     def client_left(self) -> None:
         """The client is gone: stop the upstream at once and bill what was used."""
@@ -454,7 +539,7 @@ class Answer:
         ends = self.plane.tunnels.pop(self, None)
         if ends is not None:
             self.request_bytes, self._response_bytes = ends[0].byte_count, ends[1].byte_count
-        self._finish("ok")
+        self._finish("cut" if self._error else "ok")
 
     # -- finish ---------------------------------------------------------------------------------------------
 
@@ -474,6 +559,7 @@ class Answer:
             destination = self._destination
             reader = self._reader
             usage = (reader.finish() if reader is not None else None) or NO_USAGE
+            bill = self._bill
             receipt = Receipt(
                 plane.new_id() if self.head.request_id else request_id,
                 request_id,
@@ -499,6 +585,9 @@ class Answer:
                 self._attempts,
                 intent.is_stream,
             )
+            if bill is not None:
+                plane.timed.pop(self, None)
+                plane.credit.settle(bill, cost_of(receipt, bill.price))
             plane.journal.append(receipt)
             if not plane.outbox.is_scheduled:
                 plane.outbox.schedule()
@@ -507,6 +596,7 @@ class Answer:
 
 
 NO_GRANT = Grant("", "")
+NO_HEAD = AnswerHead()
 NO_INTENT = Intent()
 NO_USAGE = Usage(-1, -1, -1, "none")
 

@@ -1,6 +1,6 @@
 """One proxied call from its head to its receipt: the phases in one straight line.
 
-    start -> admitted -> (whole body, if the route needs it) -> resolve -> forward -> relay -> finish
+    start -> admitted -> (whole body, if the route needs it) -> resolve -> (pay) -> forward -> relay -> finish
 
 A phase awaits nothing: what must wait (an unknown key, a new connection) goes on by a call-back. In the common
 case, known key and pooled connection, a call is handled without creating a task, future or timer. Whatever
@@ -18,7 +18,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.guard import parse_target
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.plugin import Call, UpstreamRequest
+from gpuproxy.plugin import Call, Intent, UpstreamRequest
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy.admit import is_expired
 from gpuproxy.proxy.answer import (
@@ -36,6 +36,7 @@ from gpuproxy.proxy.answer import (
     VIA_HOPS_MAX,
     Answer,
 )
+from gpuproxy.proxy.credit import no_credit, unknown_credit
 from gpuproxy.proxy.headers import (
     Field,
     checked_fields,
@@ -246,6 +247,7 @@ class Exchange(Answer):
     # -- route ------------------------------------------------------------------------------------------
 
     def _resolve(self) -> None:
+        plane = self.plane
         route = self.route
         handler = route.handler
         parts = self.held_body
@@ -258,7 +260,7 @@ class Exchange(Answer):
             call = self._call = Call(self.method, route.path, head.fields, body)
             if route.kind == MOUNT:
                 intent = self._intent = handler.inspect(call)
-                destination = self._destination = self.plane.router.destination(intent, handler)
+                destination = self._destination = plane.router.destination(intent, handler)
             else:
                 intent = self._intent = handler.describe(call)
                 assert route.upstream is not None
@@ -277,12 +279,14 @@ class Exchange(Answer):
             if destination.fixed_names:
                 fields = [field for field in fields if field[0].lower() not in destination.fixed_names]
             self._patience_s = destination.first_byte_s
-            self._forward(destination.endpoint(), self.method, path, fields, body, request)
+            if plane.prices.is_any and not self._reserve(intent, destination.name, body):
+                self._sending = self.method, path, fields, body, request
+            else:
+                self._forward(destination.endpoint(), self.method, path, fields, body, request)
         except GatewayError as error:
             self.refuse(error)
         except Exception:
-            _log.exception("exchange failed", request_id=self.request_id)
-            self.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
+            self._fail()
 
     def _check_model(self, model: str) -> None:
         grant = self._grant
@@ -326,7 +330,58 @@ class Exchange(Answer):
         path = request.path if request.path is not None else call.path or b"/"
         endpoint = msgspec.structs.replace(endpoint, base_path=b"")  # a target's path is whole
         fields = envelopes.completed_fields(envelope, fields, request.headers, self._collected is not None)
-        self._forward(endpoint, call.method, path, fields, content, request)
+        if self.plane.prices.is_any and not self._reserve(intent, "", content, endpoint):
+            self._sending = call.method, path, fields, content, request
+        else:
+            self._forward(endpoint, call.method, path, fields, content, request)
+
+    # -- pay ----------------------------------------------------------------------------------------------
+
+    def _reserve(self, intent: Intent, upstream: str, body: bytes | None, endpoint: Endpoint | None = None) -> bool:
+        # set aside the most the call may cost; False: `paid` goes on with it
+        plane = self.plane
+        price = plane.prices.find(intent.model, upstream, plane.wall_offset_ns + self._started_ns)
+        if price is None:
+            return True
+        grant = self._grant
+        assert grant is not None
+        input_bytes = self._input_bytes_max() if body is None else len(body)
+        bill = self._bill = plane.credit.bill(grant, intent, price, input_bytes)
+        bill.endpoint = endpoint
+        if price.second_nanousd:
+            plane.timed[self] = None
+        if plane.credit.reserve(bill, bill.lacking(), self.paid):
+            return True
+        self.state = ADMITTING
+        self.downstream.deadline_s = plane.now_s + plane.config.auth.authorize_timeout_s + 1
+        return False
+
+    def _input_bytes_max(self) -> int:
+        if not self.has_body:
+            return 0
+        return self.content_length if self.content_length >= 0 else self.plane.limits.body_bytes_max
+
+    def paid(self, outcome: LeaseOutcome) -> None:
+        """Control has told whether what this call may cost could be reserved, or could not tell."""
+        bill = self._told(outcome)
+        if bill is None:
+            return
+        try:
+            if outcome != "taken":
+                raise no_credit(bill) if outcome == "refused" else unknown_credit()
+            endpoint = bill.endpoint
+            if endpoint is None:
+                assert self._destination is not None
+                endpoint = self._destination.endpoint()
+            self._forward(endpoint, *self._sending)
+        except GatewayError as error:
+            self.refuse(error)
+        except Exception:
+            self._fail()
+
+    def _fail(self) -> None:
+        _log.exception("exchange failed", request_id=self.request_id)
+        self.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
 
     # -- forward ----------------------------------------------------------------------------------------
 

@@ -38,7 +38,6 @@ class Limits:
     def __init__(self, link: LinkClient) -> None:
         self._link = link
         self._purses: dict[str, Purse] = {}
-        link.on_recall = self._recall
 
     def take(self, grant: Grant, waiter: Callable[[Outcome], None]) -> bool:
         """Count one request of this key. False: `waiter` will be told whether it may pass."""
@@ -108,9 +107,10 @@ class Limits:
         purse.limit, purse.remaining, purse.reset_ns = answer.limit, answer.remaining, answer.reset_ns
         purse.wallet.refill(answer.id, answer.amount, answer.until_ns, time.monotonic_ns())
 
-    def _recall(self, message: Recall) -> None:
+    def recall(self, message: Recall) -> None:
+        """Give back what no call has taken: another worker needs it."""
         purse = self._purses.get(message.key_id)
-        if purse is not None and message.kind == "requests":
+        if purse is not None:
             purse.wallet.recall(time.monotonic_ns())
         self._link.send(Return(message.user_id, message.key_id, message.kind, 0, recall_id=message.id))
 

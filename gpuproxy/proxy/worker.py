@@ -22,12 +22,13 @@ import uvloop
 from gpuproxy.config import Config
 from gpuproxy.guard import Guard
 from gpuproxy.link.client import LinkClient
-from gpuproxy.link.messages import Hello
+from gpuproxy.link.messages import Hello, Recall
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import Registry, load_plugins
 from gpuproxy.process import Boot, on_stop, receive_boot, report_draining, report_ready
 from gpuproxy.proxy.admit import Admission
 from gpuproxy.proxy.answer import Answer
+from gpuproxy.proxy.credit import Credit
 from gpuproxy.proxy.downstream import Downstream
 from gpuproxy.proxy.journal import Journal, segment_name
 from gpuproxy.proxy.limits import Limits
@@ -84,6 +85,9 @@ class Plane:
         self.limits_by_key = Limits(link)
         self.prices = Prices()
         link.on_prices = self.prices.replace
+        self.credit = Credit(config.credit, link)
+        self.timed: dict[Answer, None] = {}  # open calls whose price is by the second
+        link.on_recall = self._recall
         link.on_revoke = self.admission.revoke
         link.on_reconnect = self.admission.refresh_all
         control = OriginKey("http", "control", 0, unix_path=control_path)
@@ -94,6 +98,9 @@ class Plane:
         """Return an id for a request and its receipt, unique over all workers and restarts, growing with time."""
         self._id_count = count = self._id_count + 1
         return f"{self._id_prefix}{count}"
+
+    def _recall(self, message: Recall) -> None:
+        (self.credit if message.kind == "nanousd" else self.limits_by_key).recall(message)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a task that belongs to this worker; only for connecting, bounded by the pools."""
@@ -127,6 +134,8 @@ class Plane:
         self.now_s = now_s + SWEEP_S
         for downstream in [d for d in self.downstreams if d.deadline_s <= now_s]:
             downstream.expire()
+        for exchange in list(self.timed):
+            exchange.prolong()
         idle_since_s = now_s - self.config.timeouts.idle_s
         for ends in list(self.tunnels.values()):
             if max(end.last_byte_s for end in ends) < idle_since_s:
@@ -164,6 +173,7 @@ async def _sweep_forever(plane: Plane) -> None:
         try:
             plane.sweep()
             plane.limits_by_key.sweep()
+            plane.credit.sweep()
             plane.journal.measure()
         except Exception:
             _log.exception("sweep failed")
@@ -197,6 +207,7 @@ async def serve(boot: Boot) -> None:
     report_draining(boot)
     await plane.drain()
     plane.limits_by_key.close()
+    plane.credit.close()
     for task in background:
         task.cancel()
     with contextlib.suppress(asyncio.CancelledError):

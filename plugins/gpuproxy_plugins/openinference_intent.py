@@ -14,22 +14,26 @@ _UNREADABLE = (ValueError, RecursionError)
 
 
 class _Body(Struct, gc=False):
-    """What routing needs of a JSON body. ``stream`` is the upstream's to judge, so any type passes."""
+    """What routing and reserving need of a JSON body. All but the model is the upstream's to judge: any type passes."""
 
     model: str = ""
     stream: Any = None
     stream_options: Raw = Raw()
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+    prompt: Raw = Raw()
 
 
-class _LooseBody(Struct, gc=False):
+class _LooseBody(_Body, gc=False):
     """The same for calls that are routed already; ``model_name`` is the V2 spelling."""
 
-    model: str = ""
     model_name: str = ""
-    stream: Any = None
 
 
 _decode = msgspec.json.Decoder(_Body).decode
+_decode_list = msgspec.json.Decoder(list[Raw]).decode
 _decode_loosely = msgspec.json.Decoder(_LooseBody).decode
 
 
@@ -45,8 +49,33 @@ def intent_of_body(call: Call) -> Intent:
     model = body.model
     if not 0 < len(model) <= _MODEL_CHARS_MAX:
         refuse_model(model)
+    return _intent(model, body)
+
+
+def _intent(model: str, body: _Body) -> Intent:
     stream = body.stream
-    return Intent(model, is_stream=stream is True or stream == 1, note=bytes(body.stream_options) or None)
+    most = 0
+    for each in (body.max_tokens, body.max_completion_tokens, body.max_output_tokens):
+        if type(each) is int and each > most:
+            most = each
+    count = body.n if type(body.n) is int and body.n > 1 else 1
+    if body.prompt:
+        count *= _prompt_count(bytes(body.prompt))
+    return Intent(
+        model,
+        is_stream=stream is True or stream == 1,
+        max_output_tokens=most,
+        choice_count=count,
+        note=bytes(body.stream_options) or None,
+    )
+
+
+def _prompt_count(prompt: bytes) -> int:
+    """Return how many prompts a completion has: a list of texts or of lists of tokens is several."""
+    if prompt[:1] != b"[":
+        return 1
+    parts = _decode_list(prompt)
+    return len(parts) if parts and bytes(parts[0])[:1] in (b'"', b"[") else 1
 
 
 def refuse_model(model: str) -> NoReturn:
@@ -141,4 +170,4 @@ def description(call: Call) -> Intent:
     except (*_UNREADABLE, GatewayError):
         return Intent()
     model = body.model or body.model_name
-    return Intent(model[:_MODEL_CHARS_MAX], is_stream=body.stream is True or body.stream == 1)
+    return _intent(model[:_MODEL_CHARS_MAX], body)

@@ -155,6 +155,13 @@ class StreamUsageReader(EventFilter):
     def finish(self) -> Usage | None:
         """Return what was used, None if the stream told and delivered nothing."""
         self.flush()
+        return self._used()
+
+    def so_far(self) -> Usage:
+        """Return what was delivered by now, but for an event that is not whole yet."""
+        return self._used() or Usage(-1, -1, 0, "estimated")
+
+    def _used(self) -> Usage | None:
         told, delivered = usage_of(self._counts), self._delivered()
         if told is None:
             estimated = self._request_bytes // BYTES_PER_INPUT_TOKEN

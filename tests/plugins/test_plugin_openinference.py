@@ -57,6 +57,31 @@ def test_the_body_names_model_and_stream(body: bytes, intent: Intent) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "most", "count"),
+    [
+        ({}, 0, 1),
+        ({"max_tokens": 5}, 5, 1),
+        ({"max_completion_tokens": 6}, 6, 1),
+        ({"max_output_tokens": 7}, 7, 1),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 6, 1),
+        ({"max_tokens": None, "n": None}, 0, 1),
+        ({"max_tokens": "odd", "n": [2]}, 0, 1),
+        ({"max_tokens": True, "n": True}, 0, 1),
+        ({"max_tokens": -5, "n": -5}, 0, 1),
+        ({"max_tokens": 5, "n": 3}, 5, 3),
+        ({"prompt": "one"}, 0, 1),
+        ({"prompt": ["one", "two"]}, 0, 2),
+        ({"prompt": [1, 2, 3]}, 0, 1),
+        ({"prompt": [[1, 2], [3]], "n": 2}, 0, 4),
+        ({"prompt": []}, 0, 1),
+    ],
+)
+def test_the_body_bounds_its_answer(fields: dict[str, object], most: int, count: int) -> None:
+    intent = OPEN.inspect(post(json.dumps({"model": "m", **fields}).encode()))
+    assert intent == Intent("m", max_output_tokens=most, choice_count=count)
+
+
+@pytest.mark.parametrize(
     ("body", "position"),
     [
         (b'{"model": tru}', "(byte 14)"),

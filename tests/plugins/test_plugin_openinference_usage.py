@@ -261,3 +261,13 @@ def test_json_lines_tell_usage_on_the_last_line_that_has_it() -> None:
 def test_an_answer_of_another_type_is_not_looked_at() -> None:
     assert OPEN.reader(CALL, 200, b"audio/mpeg") is None
     assert OPEN.reader(CALL, 200, b"") is None
+
+
+def test_what_was_delivered_is_known_before_the_stream_ends() -> None:
+    reader: Any = OPEN.reader(CALL, 200, SSE)
+    assert reader.so_far().output_tokens == 0
+    for count in range(5):
+        reader.feed(stream(token("a")))
+        assert reader.so_far() == (reader.so_far() if count == 0 else Usage(len(b"{}") // 6, 0, count, "estimated"))
+    reader.feed(stream(*OPENAI[2:]))
+    assert reader.so_far() == reader.finish() == Usage(3, 0, 5)

@@ -114,7 +114,7 @@ class Gateway:
         loop.set_exception_handler(lambda _, context: self.failures.append(context))
         link_path = str(self.directory / "link")
         await self.link_server.start(_unix_listener(link_path))
-        self.link = LinkClient(link_path, Hello(0, 1))
+        self.link = LinkClient(link_path, Hello(0, 1, "000-test"))
         journal = Journal(self.directory / "journal", "000-test", self.config.journal)
         self.plane = Plane(self.config, self.registry, self.link, journal, str(self.directory / "control"))
         self.clock = self.plane._time = self.plane.admission._now = Clock()  # the one thing taken from inside
