@@ -89,6 +89,13 @@ def test_a_wrong_provider_is_refused(tmp_path: Path, line: str, complaint: str) 
     assert complaint in fault
 
 
+def test_the_commented_payment_of_the_shipped_file_is_valid(tmp_path: Path) -> None:
+    config = load(write(tmp_path, commented("enabled above. Repeat the block for each one.\n#\n")), {})
+    assert [payment.name for payment in config.payments] == ["stripe"]
+    said = warnings(config, {"STRIPE_WEBHOOK_SECRET": "x"})
+    assert said == ["payments[0].api_key_env: STRIPE_API_KEY is not set, so the gateway will not start; export it"]
+
+
 @pytest.mark.parametrize("text", ["-1", "1e3", "0.1234567891", "1000000", " 1", "$1", "nan", "1_000", ".5", "\u0661"])
 def test_what_is_no_price_is_refused(tmp_path: Path, text: str) -> None:
     (fault,) = faults(tmp_path, f'[[prices]]\nmodel = "m"\nper_request_usd = "{text}"')

@@ -190,6 +190,21 @@ class Provider(Struct, forbid_unknown_fields=True, frozen=True):
     options: Options = {}
 
 
+class Payment(Struct, forbid_unknown_fields=True, frozen=True):
+    """A way to take money, by the name of an enabled plugin's payment provider.
+
+    ``api_key_env`` and ``webhook_secret_env`` name environment variables; the second may hold several secrets,
+    separated by spaces. ``return_url`` is where customers come back to. ``options`` are what only this provider knows.
+    """
+
+    name: Text
+    api_key_env: VariableName = ""
+    webhook_secret_env: VariableName = ""
+    base_url: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
+    return_url: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
+    options: Options = {}
+
+
 class Config(Struct, forbid_unknown_fields=True, frozen=True):
     """The whole of config.toml."""
 
@@ -207,11 +222,12 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     upstreams: tuple[Upstream, ...] = ()
     prices: tuple[Price, ...] = ()
     providers: tuple[Provider, ...] = ()
+    payments: tuple[Payment, ...] = ()
 
 
 PREFIX = "GPUPROXY_"
 CONVENTIONAL = {"LOG_LEVEL": ("log", "level"), "LOG_FORMAT": ("log", "format")}  # names other programs share
-BLOCKS = ("upstreams", "prices", "providers")  # of which there may be several
+BLOCKS = ("upstreams", "prices", "providers", "payments")  # of which there may be several
 SECTIONS: dict[str, type[Struct]] = {
     field.name: field.type for field in msgspec.structs.fields(Config) if field.name not in BLOCKS
 }
@@ -235,6 +251,7 @@ def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
     config = read_struct(Config, tree, (), faults)
     _check_names_differ("upstreams", tree.get("upstreams"), faults)
     _check_names_differ("providers", tree.get("providers"), faults)
+    _check_names_differ("payments", tree.get("payments"), faults)
     _check_prices_differ(tree.get("prices"), faults)
     faults.raise_if_any()
     assert config is not None  # a reader that returns None has noted a fault
@@ -254,6 +271,13 @@ def warnings(config: Config, environment: Mapping[str, str]) -> list[str]:
         variable = provider.api_key_env
         if provider.enabled and variable and not environment.get(variable):
             said.append(f"providers[{index}].api_key_env: {variable} is not set, so nothing can be rented; export it")
+    for index, payment in enumerate(config.payments):
+        for name in ("api_key_env", "webhook_secret_env"):
+            variable = getattr(payment, name)
+            if variable and not environment.get(variable):
+                said.append(
+                    f"payments[{index}].{name}: {variable} is not set, so the gateway will not start; export it"
+                )
     return said
 
 

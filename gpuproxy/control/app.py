@@ -7,6 +7,7 @@ import asyncio
 import gc
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from weakref import WeakSet
 
@@ -36,15 +37,17 @@ from gpuproxy.control.parts import (
     STOPPING,
     STORE,
 )
+from gpuproxy.control.paying import add_payments, look_after_payments, payment_providers
 from gpuproxy.control.respond import errors_in_one_shape, name_server
 from gpuproxy.control.route import add_routes
 from gpuproxy.control.table import TABLE
-from gpuproxy.errors import ConfigError, GatewayError
+from gpuproxy.errors import ConfigError, GatewayError, PluginError
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.keeper import Keeper, requests_per_minute
 from gpuproxy.ledger.leases import Leases, LimitOf, node_id
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import configure_logs, get_logger
+from gpuproxy.plugin import PaymentProvider
 from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
 from gpuproxy.store.engine import Store, fault_of, open_store
 from gpuproxy.store.migrate import upgrade
@@ -71,12 +74,17 @@ async def serve(boot: Boot) -> int:
         logger.error("the secret that signs tokens cannot be used", cause=str(error))
         return 1
     try:
+        providers = payment_providers(boot.config)
+    except (ConfigError, PluginError) as error:
+        logger.error("payments cannot be taken; see [[payments]]", cause=str(error))
+        return 1
+    try:
         store = await _opened(boot.config.store.url)
     except (SQLAlchemyError, GatewayError, ValueError, OSError) as error:
         logger.error("the store cannot be used; see [store] url", cause=fault_of(error))
         return 1
     try:
-        await _serve(boot, store, keyring, stopping)
+        await _serve(boot, store, keyring, stopping, providers)
     finally:
         await store.close()
     return 0
@@ -93,7 +101,9 @@ async def _opened(url: str) -> Store:
     return store
 
 
-async def _serve(boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.Event) -> None:
+async def _serve(
+    boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.Event, providers: Mapping[str, PaymentProvider]
+) -> None:
     """Start the parts in the order they need each other; stop them the other way round, the journal last."""
     auth = boot.config.auth
     node = node_id(Path(boot.config.server.data_dir))
@@ -114,7 +124,7 @@ async def _serve(boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.E
     await feed.start(auth.stale_grant_s)
     link.refresh = feed.poll_once
     await link.start(socket.socket(fileno=boot.link_fd))
-    app = application(store, stopping, boot.config, keyring, nodes)
+    app = application(store, stopping, boot.config, keyring, nodes, providers)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
@@ -122,16 +132,17 @@ async def _serve(boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.E
     ingesting = asyncio.create_task(ingest.run(boot.config.journal))
     keeping = asyncio.create_task(keeper.run(stopping))
     linking = asyncio.create_task(nodes.run(stopping))
+    paying = asyncio.create_task(look_after_payments(app, stopping))
     gc.freeze()  # else every full collection walks all of SQLAlchemy and aiohttp: 50 ms
     report_ready(boot)
     try:
-        await _first(stopping, polling, ingesting, keeping, linking)
+        await _first(stopping, polling, ingesting, keeping, linking, paying)
     finally:
         await runner.cleanup()
         await link.close()
         stopping.set()
         ingest.stop()
-        await asyncio.gather(polling, ingesting, keeping, linking, return_exceptions=True)
+        await asyncio.gather(polling, ingesting, keeping, linking, paying, return_exceptions=True)
         await _last_pass(ingest)
 
 
@@ -181,8 +192,12 @@ def application(
     config: Config | None = None,
     keyring: Keyring | None = None,
     nodes: Nodes | None = None,
+    providers: Mapping[str, PaymentProvider] | None = None,
 ) -> web.Application:
-    """Return the management API over `store`; without a keyring its tokens end with it."""
+    """Return the management API over `store`; without a keyring its tokens end with it.
+
+    `providers` take payments; they are closed with the application.
+    """
     app = web.Application(middlewares=[errors_in_one_shape])
     nodes = nodes or Nodes(store)
     app[STORE] = store
@@ -194,6 +209,7 @@ def application(
     app[EXPORTING] = set()
     app[STOPPING] = stopping
     app[SOCKETS] = WeakSet()
+    add_payments(app, store, providers or {})
     add_routes(app, TABLE)
     app.on_response_prepare.append(name_server)
     app.on_shutdown.append(events.close_all)

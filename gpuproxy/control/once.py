@@ -4,6 +4,8 @@ The answer is kept sealed, since it may hold a secret that is shown once and sto
 """
 
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from uuid import uuid4
 
 import msgspec
 from aiohttp import web
@@ -17,6 +19,7 @@ from gpuproxy.errors import GatewayError
 
 HEADER = "Idempotency-Key"
 Work = Callable[[AsyncConnection], Awaitable[Struct]]
+Calls = Callable[[str], Awaitable[Struct]]
 
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
@@ -37,6 +40,29 @@ async def once(request: web.Request, content: Struct | None, status: int, work: 
         async with store.writing() as connection:
             response = success(await work(connection), status)
             sealed = request.app[KEYRING].seal(bytes(response.body), _context(claim))  # type: ignore[arg-type]
+            await finish(connection, claim, Reply(status, sealed))
+    except BaseException:
+        await abandon(store, claim)
+        raise
+    return response
+
+
+async def once_calling(request: web.Request, content: Struct | None, status: int, calls: Calls) -> web.Response:
+    """Do what calls another service, so no transaction may be open: as `once`, but ended by its own last write.
+
+    `calls` gets an id which is the same for all repetitions, to name by it what it makes here and there; for if this
+    process dies before the answer is stored, a repetition does it all again.
+    """
+    store, key = request.app[STORE], request.headers.get(HEADER)
+    if key is None:
+        return success(await calls(uuid4().hex), status)
+    claim = _claim(request, key, content)
+    if (reply := await begin(store, claim)) is not None:
+        return _replayed(request, claim, reply)
+    try:
+        response = success(await calls(sha256(_context(claim)).hexdigest()[:32]), status)
+        sealed = request.app[KEYRING].seal(bytes(response.body), _context(claim))  # type: ignore[arg-type]
+        async with store.writing() as connection:
             await finish(connection, claim, Reply(status, sealed))
     except BaseException:
         await abandon(store, claim)

@@ -18,6 +18,7 @@ from gpuproxy.control import (
     prices,
     user,
 )
+from gpuproxy.control.billing_routes import BILLING_ROUTES
 from gpuproxy.control.query import PAGE
 from gpuproxy.control.route import Route
 
@@ -41,6 +42,7 @@ TABLE: tuple[Route, ...] = (
         status=201,
         is_once=True,
     ),
+    *BILLING_ROUTES,
     Route("GET", "/api/v1/user/profile", user.profile, "key", gives=User),
     Route("GET", "/api/v1/user/usage", user.usage, "key", gives=user.UsageSums, query=user.USAGE_QUERY),
     Route(

@@ -8,6 +8,17 @@ and nothing else of gpuproxy. A wrong one stops the start with its name and the 
 from gpuproxy.codec.sse import EVENT_BYTES_MAX, TAIL_BYTES, EventFilter, event_payloads
 from gpuproxy.errors import CODES, Code, GatewayError, PluginError
 from gpuproxy.plugin.offers import best_offers, is_fitting, is_same_model, short_model
+from gpuproxy.plugin.payment import (
+    Checkout,
+    EventKind,
+    Order,
+    Outcome,
+    PaymentEvent,
+    PaymentProvider,
+    PaymentSettings,
+    RefundOrder,
+)
+from gpuproxy.plugin.payments import build_payments
 from gpuproxy.plugin.protocol import (
     AnswerEditor,
     Call,
@@ -56,8 +67,10 @@ __all__ = [
     "Call",
     "CapacityGone",
     "ChargeKind",
+    "Checkout",
     "Code",
     "EventFilter",
+    "EventKind",
     "GatewayError",
     "HeaderList",
     "InstanceGone",
@@ -69,6 +82,11 @@ __all__ = [
     "NotSupported",
     "Offer",
     "OfferQuery",
+    "Order",
+    "Outcome",
+    "PaymentEvent",
+    "PaymentProvider",
+    "PaymentSettings",
     "Phase",
     "PluginError",
     "ProtocolHandler",
@@ -79,6 +97,7 @@ __all__ = [
     "ProviderSettings",
     "ProviderUnavailable",
     "RateLimited",
+    "RefundOrder",
     "Registry",
     "SpecRefused",
     "Unauthorized",
@@ -86,6 +105,7 @@ __all__ = [
     "Usage",
     "UsageReader",
     "best_offers",
+    "build_payments",
     "build_providers",
     "event_payloads",
     "is_fitting",

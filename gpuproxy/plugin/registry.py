@@ -5,6 +5,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from gpuproxy.errors import PluginError
+from gpuproxy.plugin.payment import PaymentProvider
 from gpuproxy.plugin.protocol import ProtocolHandler
 from gpuproxy.plugin.provider import ProviderAdapter
 
@@ -17,6 +18,7 @@ class Registry:
     def __init__(self) -> None:
         self.protocols: dict[str, ProtocolHandler] = {}
         self.mounts: dict[str, ProtocolHandler] = {}
+        self.payments: dict[str, type[PaymentProvider]] = {}
         self.providers: dict[str, type[ProviderAdapter]] = {}  # by name
         self.provider_names: dict[str, type[ProviderAdapter]] = {}  # by name and alias
         self._plugin = "?"
@@ -46,6 +48,16 @@ class Registry:
             raise PluginError(f"plugin {self._plugin!r}: id prefix {adapter.id_prefix!r} is taken; choose another")
         self.providers[adapter.name] = adapter
         self.provider_names.update(dict.fromkeys(names, adapter))
+
+    def payment(self, provider: type[PaymentProvider]) -> None:
+        """Add a payment provider: the class, for only the control process makes one of it."""
+        lacking = sorted(name for name in _members(PaymentProvider) if not hasattr(provider, name))
+        if lacking:
+            raise PluginError(f"plugin {self._plugin!r}: its payment provider lacks {', '.join(lacking)}")
+        if provider.name in self.payments:
+            message = f"plugin {self._plugin!r}: payment provider {provider.name!r} is registered already; rename one"
+            raise PluginError(message)
+        self.payments[provider.name] = provider
 
     def run(self, name: str, register: Callable[["Registry"], None]) -> None:
         """Let the plugin `name` register itself; any failure names it."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from gpuproxy.access.sessions import start_session
 from gpuproxy.access.tokens import claims_for, sign
 from gpuproxy.config import Config, build
 from gpuproxy.control.app import application
+from gpuproxy.plugin import PaymentProvider
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import passwords
 
@@ -84,6 +85,17 @@ async def settings() -> Config:
 
 
 @pytest.fixture
-async def api(store: Store, settings: Config, aiohttp_client: Callable[[web.Application], Awaitable[Client]]) -> Api:
+async def providers() -> Mapping[str, PaymentProvider]:
+    """Return who takes payments: nobody; a test may bring somebody."""
+    return {}
+
+
+@pytest.fixture
+async def api(
+    store: Store,
+    settings: Config,
+    providers: Mapping[str, PaymentProvider],
+    aiohttp_client: Callable[[web.Application], Awaitable[Client]],
+) -> Api:
     """Serve the management API."""
-    return Api(store, await aiohttp_client(application(store, asyncio.Event(), settings, KEYRING)))
+    return Api(store, await aiohttp_client(application(store, asyncio.Event(), settings, KEYRING, providers=providers)))

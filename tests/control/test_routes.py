@@ -1,25 +1,35 @@
 """Every route: declared, described, and open to those its rule names and nobody else."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from gpuproxy_plugins.manual import Manual
 from msgspec import structs
 
 from gpuproxy.access.accounts import create_key
+from gpuproxy.billing.payments import add, new_payment
+from gpuproxy.billing.settle import complete
 from gpuproxy.control.openapi import Envelope, document
 from gpuproxy.control.route import RULES, Route
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
+from gpuproxy.plugin import PaymentEvent, PaymentProvider, PaymentSettings
 from gpuproxy.proxy import envelope
 
 from .conftest import PASSWORD, Api, Person
 
+PAYMENT = "a payment of the owner's"
 NEW_PASSWORD = "another horse battery staple"
 # What each route that takes a body is sent, by whom, about whose things.
 BODIES: dict[str, Any] = {
+    "checkout": lambda caller: {"amount_usd": "12.50"},
+    "confirm": lambda caller: {},
+    "refund": lambda caller: {"payment_id": PAYMENT},
+    "set_auto_renew": lambda caller: {"is_enabled": False},
     "register": lambda caller: {"email": f"new-{caller.email}", "password": PASSWORD},
     "log_in": lambda caller: {"email": caller.email, "password": PASSWORD},
     "refresh": lambda caller: {"refresh_token": caller.refresh_token},
@@ -84,10 +94,22 @@ class World:
             "key of an admin": await self._key(admin, "inference", "account", "admin"),
         }.get(who, caller.by_token)
         subject = owner.id if "/users/" in route.path else owner.key_id
-        path = route.path.replace("{id}", subject)
+        if "/payments/" in route.path:
+            subject = await self._payment(owner, is_paid=False)
+        path = route.path.replace("{id}", subject).replace("{provider}", "bank")
         body = BODIES[name_of(route)](caller) if route.takes else None
+        if body and body.get("payment_id") == PAYMENT:
+            body["payment_id"] = await self._payment(owner, is_paid=True)
         status, told = await self._api.call(route.method, path, body, headers)
         return owner, status, told
+
+    async def _payment(self, person: Person, is_paid: bool) -> str:
+        payment = new_payment(person.id, "bank", "checkout", 10**9)
+        async with self._api.store.writing() as connection:
+            await connection.run_sync(add, payment)
+            if is_paid:
+                await connection.run_sync(complete, payment, 10**9, "ref")
+        return payment.id
 
     async def _key(self, person: Person, *scopes: str) -> dict[str, str]:
         secret, _ = await create_key(self._api.store, person.email, scopes=scopes)
@@ -98,6 +120,21 @@ class World:
 def store_url(tmp_path: Path) -> str:
     """Name a SQLite database: who may call does not depend on the kind."""
     return f"sqlite:///{tmp_path}/gpuproxy.db"
+
+
+class Bank(Manual):
+    """A provider that takes and tells everything."""
+
+    name = "bank"
+
+    def parse_webhook(self, headers: Mapping[str, str], body: bytes) -> list[PaymentEvent]:
+        return []
+
+
+@pytest.fixture
+async def providers() -> Mapping[str, PaymentProvider]:
+    """Return who takes payments."""
+    return {"bank": Bank(PaymentSettings())}
 
 
 @pytest.fixture

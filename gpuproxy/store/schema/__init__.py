@@ -15,6 +15,13 @@ from gpuproxy.store.schema.accounts import (
     users,
 )
 from gpuproxy.store.schema.base import NAMES, Sequence, UtcTime, metadata
+from gpuproxy.store.schema.billing import (
+    auto_renewals,
+    payment_events,
+    payment_methods,
+    payment_reversals,
+    payments,
+)
 from gpuproxy.store.schema.events import events
 from gpuproxy.store.schema.fleet import installations, rentals
 from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, prices, receipts, transfers
@@ -26,6 +33,7 @@ __all__ = [
     "accounts",
     "api_keys",
     "audit",
+    "auto_renewals",
     "changes",
     "events",
     "holds",
@@ -34,6 +42,10 @@ __all__ = [
     "journal_segments",
     "metadata",
     "passwords",
+    "payment_events",
+    "payment_methods",
+    "payment_reversals",
+    "payments",
     "prices",
     "receipts",
     "refresh_tokens",

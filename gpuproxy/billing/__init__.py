@@ -1,0 +1,1 @@
+"""Money that comes in by payment providers and goes back: payments, refunds, disputes, renewals."""
