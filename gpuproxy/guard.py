@@ -97,6 +97,15 @@ def parse_target(url: str, param: str = "target_url") -> Target:
     return Target(scheme, host.strip("[]"), port, authority, "/" + path if path.startswith("?") else path)
 
 
+def is_literal(host: str) -> bool:
+    """Tell whether `host` is an address and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class Guard:
     """Judges addresses against the table and the operator's exceptions."""
 

@@ -1,9 +1,10 @@
 """Who calls the management API, and what they may do: by API key, or by the access token of a session."""
 
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 
 from msgspec import Struct
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.accounts import ADMIN_SCOPE
@@ -11,6 +12,8 @@ from gpuproxy.access.tokens import Claims
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import api_keys, sessions, users
 from gpuproxy.types import ALL_SCOPES
+
+IDS_MAX = 500  # in one statement
 
 
 class Caller(Struct, frozen=True):
@@ -68,3 +71,24 @@ async def _of_session(connection: AsyncConnection, claims: Claims) -> Caller | N
         return None
     scopes = (*ALL_SCOPES, ADMIN_SCOPE) if row.is_admin else ALL_SCOPES
     return Caller(row.id, row.email, scopes, session_id=claims.sid)
+
+
+async def invalid_credentials(
+    store: Store, key_ids: Collection[str], session_ids: Collection[str]
+) -> tuple[set[str], set[str]]:
+    """Return those of the keys and sessions that are good no more: expired, revoked, or their user blocked."""
+    now, keys, lives = datetime.now(UTC), set(key_ids), set(session_ids)
+    live_key = (api_keys.c.revoked_at.is_(None), or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now))
+    live_session = (sessions.c.revoked_at.is_(None), sessions.c.expires_at > now)
+    async with store.reading() as connection:
+        for table, is_live, left in ((api_keys, live_key, keys), (sessions, live_session, lives)):
+            living = select(table.c.id).join(users, users.c.id == table.c.user_id).where(users.c.is_active, *is_live)
+            for some in _batches(sorted(left), IDS_MAX):
+                left -= set((await connection.scalars(living.where(table.c.id.in_(some)))).all())
+    return keys, lives
+
+
+def _batches(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Yield the ids, at most `size` together."""
+    for begin in range(0, len(ids), size):
+        yield ids[begin : begin + size]

@@ -112,6 +112,28 @@ class Journal(Struct, forbid_unknown_fields=True, frozen=True):
     ingest_s: PositiveSeconds = 0.1
 
 
+class Events(Struct, forbid_unknown_fields=True, frozen=True):
+    """What happened: how soon ``/ws`` tells it, how long it is kept, who may hear what all may hear.
+
+    ``kept_s`` is at least five days, for a webhook is tried for over three.
+    """
+
+    poll_s: PositiveSeconds = 0.25
+    kept_s: Annotated[float, Meta(ge=432_000, le=315_360_000)] = 2_592_000.0
+    gpu_updates_public: bool = True
+    sockets_max: Positive = 16_384
+
+
+class Webhooks(Struct, forbid_unknown_fields=True, frozen=True):
+    """How deliveries are sent; each bound is of one node."""
+
+    timeout_s: Annotated[float, Meta(gt=0, le=30)] = 15.0  # Standard Webhooks wants 15 to 30
+    connect_s: PositiveSeconds = 5.0
+    sends_max: Annotated[int, Meta(ge=2, le=4_096)] = 128
+    endpoint_sends_max: Annotated[int, Meta(ge=1, le=64)] = 4
+    per_account_max: Annotated[int, Meta(ge=0, le=1_000)] = 32
+
+
 class Egress(Struct, forbid_unknown_fields=True, frozen=True):
     """What user-given targets may reach beyond public addresses.
 
@@ -216,6 +238,8 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     auth: Auth = Auth()
     credit: Credit = Credit()
     journal: Journal = Journal()
+    events: Events = Events()
+    webhooks: Webhooks = Webhooks()
     egress: Egress = Egress()
     log: Log = Log()
     plugins: Plugins = Plugins()

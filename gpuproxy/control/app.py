@@ -30,18 +30,26 @@ from gpuproxy.control.parts import (
     CONFIG,
     EXPORTING,
     HASHER,
+    HUB,
     KEYRING,
     LEADER,
+    LISTENERS,
     NODES,
     SOCKETS,
     STOPPING,
     STORE,
+    STREAM,
 )
 from gpuproxy.control.paying import add_payments, look_after_payments, payment_providers
 from gpuproxy.control.respond import errors_in_one_shape, name_server
 from gpuproxy.control.route import add_routes
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import ConfigError, GatewayError, PluginError
+from gpuproxy.events.hub import Hub
+from gpuproxy.events.post import Bounds, Poster
+from gpuproxy.events.sender import Sender
+from gpuproxy.events.stream import Stream
+from gpuproxy.guard import Guard
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.keeper import Keeper, requests_per_minute
 from gpuproxy.ledger.leases import Leases, LimitOf, node_id
@@ -125,24 +133,31 @@ async def _serve(
     link.refresh = feed.poll_once
     await link.start(socket.socket(fileno=boot.link_fd))
     app = application(store, stopping, boot.config, keyring, nodes, providers)
+    await app[STREAM].start()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
-    polling = asyncio.create_task(feed.run(stopping))
-    ingesting = asyncio.create_task(ingest.run(boot.config.journal))
-    keeping = asyncio.create_task(keeper.run(stopping))
-    linking = asyncio.create_task(nodes.run(stopping))
-    paying = asyncio.create_task(look_after_payments(app, stopping))
+    works = (
+        feed.run(stopping),
+        ingest.run(boot.config.journal),
+        keeper.run(stopping),
+        nodes.run(stopping),
+        look_after_payments(app, stopping),
+        app[STREAM].run(stopping),
+        events.watch(app, stopping),
+        webhook_sender(store, boot.config, keyring).run(stopping),
+    )
+    tasks = [asyncio.create_task(work) for work in works]
     gc.freeze()  # else every full collection walks all of SQLAlchemy and aiohttp: 50 ms
     report_ready(boot)
     try:
-        await _first(stopping, polling, ingesting, keeping, linking, paying)
+        await _first(stopping, *tasks)
     finally:
         await runner.cleanup()
         await link.close()
         stopping.set()
         ingest.stop()
-        await asyncio.gather(polling, ingesting, keeping, linking, paying, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await _last_pass(ingest)
 
 
@@ -175,6 +190,16 @@ def link_server(store: Store, config: Config) -> LinkServer:
         return await grant_for(store, digest)
 
     return LinkServer(authorize, config.auth.authorize_timeout_s, config.auth.stale_grant_s)
+
+
+def webhook_sender(store: Store, config: Config, keyring: Keyring) -> Sender:
+    """Return the sender of what webhooks are owed."""
+    settings, egress = config.webhooks, config.egress
+    guard = Guard(egress.allow)
+    bounds = Bounds(
+        settings.timeout_s, settings.connect_s, config.timeouts.dns_s, egress.connect_to, guard, egress.ca_file
+    )
+    return Sender(store, keyring, Poster(bounds), settings)
 
 
 def limits(store: Store) -> LimitOf:
@@ -210,6 +235,9 @@ def application(
     app[STOPPING] = stopping
     app[SOCKETS] = WeakSet()
     add_payments(app, store, providers or {})
+    app[LISTENERS] = set()
+    app[HUB] = Hub()
+    app[STREAM] = Stream(store, app[HUB].publish, app[CONFIG].events)
     add_routes(app, TABLE)
     app.on_response_prepare.append(name_server)
     app.on_shutdown.append(events.close_all)

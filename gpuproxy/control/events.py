@@ -1,67 +1,104 @@
-"""``/ws``: subscriptions to event channels. None is published yet, so every subscription is told so."""
+"""``/ws``: what happens, as it happens, to who subscribes to channels; and the ticket that opens it for browsers."""
 
-from typing import Annotated, Any
+import asyncio
+from contextlib import suppress
+from datetime import datetime
 
-import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
-from msgspec import Meta, Struct
+from msgspec import Struct
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gpuproxy.control.parts import SOCKETS
+from gpuproxy.access.callers import invalid_credentials
+from gpuproxy.access.tickets import issue_ticket
+from gpuproxy.control.listener import Listener
+from gpuproxy.control.parts import CALLER, CONFIG, LISTENERS, SOCKETS, STORE
+from gpuproxy.control.respond import success
+from gpuproxy.errors import GatewayError
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import fault_of
 
 HEARTBEAT_S = 30.0  # half of what common load balancers leave an idle connection
 MESSAGE_BYTES_MAX = 65_536
-CHANNELS_MAX = 32  # in one message: each is answered, and nobody needs a key here
-SHOWN_CHARACTERS = 60
+WATCH_S = 2.0  # between two looks whether credentials are still good; 5 s is the promise
+
+logger = get_logger(__name__)
 
 
-class Message(Struct):
-    """What a client sends: ``subscribe`` with channels, or ``ping``."""
+class Ticket(Struct):
+    """Opens ``/ws?ticket=…`` once, until it expires."""
 
-    type: str
-    channels: Annotated[tuple[str, ...], Meta(max_length=CHANNELS_MAX)] = ()
+    ticket: str
+    expires_at: datetime
 
 
-_decode = msgspec.json.Decoder(Message).decode
-_encode = msgspec.json.Encoder().encode
+async def make_ticket(request: web.Request) -> web.Response:
+    """Make a ticket that opens the WebSocket once within 30 seconds, for who can send no header."""
+    async with request.app[STORE].writing() as connection:
+        return success(await _ticket(connection, request), 201)
+
+
+async def _ticket(connection: AsyncConnection, request: web.Request) -> Ticket:
+    return Ticket(*await issue_ticket(connection, request[CALLER]))
 
 
 async def events(request: web.Request) -> web.StreamResponse:
     """Serve events over a WebSocket until the client leaves or the gateway stops."""
-    socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=MESSAGE_BYTES_MAX)
+    app = request.app
+    if len(app[LISTENERS]) >= app[CONFIG].events.sockets_max:
+        raise GatewayError("UNAVAILABLE", f"all {len(app[LISTENERS])} places at /ws are taken", retry_after_s=5)
+    # No deflate: it costs 90 kB for each client.
+    socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=MESSAGE_BYTES_MAX, compress=False)
+    listener = Listener(app, socket)
+    if "X-API-Key" in request.headers or "Authorization" in request.headers:
+        await listener.identify_request(request)
     await socket.prepare(request)
-    request.app[SOCKETS].add(socket)
-    async for message in socket:
-        if message.type is not WSMsgType.TEXT:
-            await socket.close(code=WSCloseCode.UNSUPPORTED_DATA, message=b"send JSON as text")
-            break
-        for reply in replies(message.data):
-            await socket.send_str(_encode(reply).decode())
+    app[SOCKETS].add(socket)
+    app[LISTENERS].add(listener)
+    try:
+        if ticket := request.query.get("ticket"):
+            await listener.show_credential(ticket)
+        await _listen(socket, listener)
+    finally:
+        app[LISTENERS].discard(listener)
+        await listener.leave()
     return socket
 
 
-def replies(text: str) -> list[dict[str, Any]]:
-    """Return what to answer to one message."""
-    try:
-        message = _decode(text)
-    except msgspec.MsgspecError as error:
-        return [_error("INVALID_JSON", str(error))]
-    if message.type == "ping":
-        return [{"type": "pong", "payload": {}}]
-    if message.type == "subscribe":
-        return [_error("UNKNOWN_CHANNEL", f"no channel {_shown(name)}; none is published") for name in message.channels]
-    return [_error("UNPROCESSABLE", f"no message type {_shown(message.type)}; known: ping, subscribe")]
+async def _listen(socket: web.WebSocketResponse, listener: Listener) -> None:
+    async for message in socket:
+        if message.type is not WSMsgType.TEXT:
+            await socket.close(code=WSCloseCode.UNSUPPORTED_DATA, message=b"send JSON as text")
+            return
+        with suppress(ConnectionError):  # it has left; the loop will hear of it
+            await listener.hear(message.data)
 
 
-def _shown(text: str) -> str:
-    return repr(text[:SHOWN_CHARACTERS])
+async def watch(app: web.Application, stopping: asyncio.Event) -> None:
+    """Take from listeners what their credential no longer opens, until `stopping` is set."""
+    while not stopping.is_set():
+        try:
+            await watch_once(app)
+        except Exception as error:  # who may listen goes on while the store is away
+            logger.error("credentials of listeners cannot be checked", error=fault_of(error))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WATCH_S):
+                await stopping.wait()
 
 
-def _error(code: str, message: str) -> dict[str, Any]:
-    return {"type": "error", "payload": {"code": code, "error": message}}
+async def watch_once(app: web.Application) -> None:
+    """Look once whether all credentials are still good."""
+    holders = [(listener, listener.holder) for listener in app[LISTENERS] if listener.holder is not None]
+    if not holders:
+        return
+    key_ids = {holder.key_id for _, holder in holders if holder.key_id}
+    session_ids = {holder.session_id for _, holder in holders if holder.session_id}
+    keys, sessions = await invalid_credentials(app[STORE], key_ids, session_ids)
+    for listener, holder in holders:
+        if holder.key_id in keys or holder.session_id in sessions:
+            listener.revoke()
 
 
 async def close_all(app: web.Application) -> None:
     """Tell every client that the gateway goes away."""
-    sockets = app[SOCKETS]
-    for socket in list(sockets):
-        await socket.close(code=WSCloseCode.GOING_AWAY, message=b"the gateway is stopping")
+    closing = [socket.close(code=WSCloseCode.GOING_AWAY, message=b"the gateway is stopping") for socket in app[SOCKETS]]
+    await asyncio.gather(*closing, return_exceptions=True)

@@ -16,13 +16,17 @@ async def identify(request: web.Request) -> Caller:
 
     Raises GatewayError UNAUTHORIZED, BAD_REQUEST for two credentials that differ.
     """
-    credential = _credential(request)
+    return await caller_of(request.app, _credential(request))
+
+
+async def caller_of(app: web.Application, credential: str) -> Caller:
+    """Return who holds this API key or access token. Raises GatewayError UNAUTHORIZED."""
     if tokens.looks_like_token(credential):
-        claims = tokens.read(request.app[KEYRING], credential)
-        caller = await caller_by_token(request.app[STORE], claims)
+        claims = tokens.read(app[KEYRING], credential)
+        caller = await caller_by_token(app[STORE], claims)
     else:
         key = credential.encode(errors="surrogateescape")
-        caller = await caller_by_key(request.app[STORE], digest_of(key)) if is_well_formed(key) else None
+        caller = await caller_by_key(app[STORE], digest_of(key)) if is_well_formed(key) else None
     if caller is None:
         kind = "access token" if tokens.looks_like_token(credential) else "API key"
         raise GatewayError("UNAUTHORIZED", f"the {kind} is unknown, expired or revoked")

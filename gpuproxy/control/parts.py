@@ -1,6 +1,7 @@
 """What handlers find in the application: the store, the configuration, the secrets, the open sockets."""
 
 import asyncio
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from aiohttp import web
@@ -11,9 +12,14 @@ from gpuproxy.access.keyring import Keyring
 from gpuproxy.access.passwords import Hasher
 from gpuproxy.config import Config
 from gpuproxy.control.nodes import Nodes
+from gpuproxy.events.hub import Hub
+from gpuproxy.events.stream import Stream
 from gpuproxy.store.bus import Bus
 from gpuproxy.store.engine import Store
 from gpuproxy.store.leader import Leader
+
+if TYPE_CHECKING:
+    from gpuproxy.control.listener import Listener
 
 STORE = web.AppKey("store", Store)
 BUS = web.AppKey("bus", Bus)
@@ -25,6 +31,9 @@ HASHER = web.AppKey("hasher", Hasher)
 ATTEMPTS = web.AppKey("attempts", Attempts)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 EXPORTING: web.AppKey[set[str]] = web.AppKey("exporting")  # the users whose exports run
+HUB = web.AppKey("hub", Hub)
+STREAM = web.AppKey("stream", Stream)
+LISTENERS: "web.AppKey[set[Listener]]" = web.AppKey("listeners")
 SOCKETS: web.AppKey[WeakSet[web.WebSocketResponse]] = web.AppKey("sockets")
 
 CALLER = web.RequestKey("caller", Caller)  # set on every route that asks for a credential

@@ -17,12 +17,15 @@ from gpuproxy.control import (
     openapi,
     prices,
     user,
+    webhooks,
 )
 from gpuproxy.control.billing_routes import BILLING_ROUTES
 from gpuproxy.control.query import PAGE
 from gpuproxy.control.route import Route
+from gpuproxy.events.webhooks import Delivery
 
 AUTH = "/api/v1/auth"
+HOOKS = "/api/v1/webhooks"
 TABLE: tuple[Route, ...] = (
     Route("POST", f"{AUTH}/register", auth.register, "anyone", auth.Credentials, auth.LoggedIn, status=201),
     Route("POST", f"{AUTH}/login", auth.log_in, "anyone", auth.Credentials, auth.LoggedIn),
@@ -85,6 +88,53 @@ TABLE: tuple[Route, ...] = (
     Route("GET", "/api/v1/admin/ledger/verify", books.verify, "admin", gives=books.Verdict),
     Route("GET", "/api/v1/admin/users", admin_users.list_all, "admin", gives=User, shape="list", query=PAGE),
     Route("PATCH", "/api/v1/admin/users/{id}", admin_users.change, "admin", admin_users.UserChange, User),
+    Route(
+        "POST",
+        HOOKS,
+        webhooks.make_webhook,
+        "account",
+        webhooks.NewWebhook,
+        webhooks.MadeWebhook,
+        status=201,
+        is_once=True,
+    ),
+    Route("GET", HOOKS, webhooks.list_webhooks, "read", gives=webhooks.WebhookInfo, shape="list"),
+    Route(
+        "POST",
+        f"{HOOKS}/billing",
+        webhooks.make_billing_webhook,
+        "account",
+        webhooks.NewBillingWebhook,
+        webhooks.MadeWebhook,
+        status=201,
+        is_once=True,
+    ),
+    Route("GET", f"{HOOKS}/billing", webhooks.list_billing_webhooks, "read", gives=webhooks.WebhookInfo, shape="list"),
+    Route("GET", f"{HOOKS}/{{id}}", webhooks.show_webhook, "read", gives=webhooks.WebhookInfo),
+    Route("PATCH", f"{HOOKS}/{{id}}", webhooks.change_webhook, "account", webhooks.WebhookChange, webhooks.WebhookInfo),
+    Route("DELETE", f"{HOOKS}/{{id}}", webhooks.delete_webhook, "account", gives=webhooks.WebhookInfo),
+    Route(
+        "POST",
+        f"{HOOKS}/{{id}}/rotate-secret",
+        webhooks.rotate_secret,
+        "account",
+        webhooks.SecretRotation,
+        webhooks.MadeWebhook,
+        status=201,
+        is_once=True,
+    ),
+    Route("POST", f"{HOOKS}/{{id}}/test", webhooks.send_test, "account", gives=Delivery, status=202),
+    Route(
+        "GET",
+        f"{HOOKS}/{{id}}/deliveries",
+        webhooks.list_deliveries,
+        "read",
+        gives=Delivery,
+        shape="list",
+        query=webhooks.DELIVERIES_QUERY,
+    ),
+    Route("POST", f"{HOOKS}/deliveries/{{id}}/replay", webhooks.replay_delivery, "account", gives=Delivery, status=202),
+    Route("POST", "/api/v1/ws/ticket", events.make_ticket, "read", gives=events.Ticket, status=201),
     Route("GET", "/ws", events.events, "anyone", shape="other"),
     Route("GET", "/", health.about, "anyone", gives=health.About, shape="plain"),
     Route("GET", "/health", health.health, "anyone", gives=health.Health, shape="plain"),

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from gpuproxy_plugins.manual import Manual
 from msgspec import structs
+from sqlalchemy import update
 
 from gpuproxy.access.accounts import create_key
 from gpuproxy.billing.payments import add, new_payment
@@ -19,6 +20,7 @@ from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
 from gpuproxy.plugin import PaymentEvent, PaymentProvider, PaymentSettings
 from gpuproxy.proxy import envelope
+from gpuproxy.store.schema import deliveries
 
 from .conftest import PASSWORD, Api, Person
 
@@ -39,6 +41,10 @@ BODIES: dict[str, Any] = {
     "change": lambda caller: {"is_active": True},
     "add_credits": lambda caller: {"user_id": caller.id, "amount": 100.00},
     "set_price": lambda caller: {"model": f"model of {caller.id}", "per_request_usd": "0.10"},
+    "make_webhook": lambda caller: {"url": "https://example.com/hook", "events": ["instance.created"]},
+    "make_billing_webhook": lambda caller: {"url": "https://example.com/hook"},
+    "change_webhook": lambda caller: {"description": "changed"},
+    "rotate_secret": lambda caller: {},
 }
 WHO = (
     "anonymous",
@@ -68,11 +74,11 @@ def expected(route: Route, who: str) -> int:
         return OK
     if route.rule == "admin":
         return OK if who in ("admin", "key of an admin") else 403
-    if route.rule == "read":
-        return 403 if who == "inference-only key" else OK
-    if who in ("inference-only key", "read-only key") or (is_key and name_of(route) == "log_out"):
+    if who == "inference-only key" or (is_key and name_of(route) == "log_out"):
         return 403
-    is_own = who in ("own key", "owner")
+    if who == "read-only key" and route.rule != "read":
+        return 403
+    is_own = who in ("own key", "owner", "read-only key")
     return 404 if "{id}" in route.path and not is_own else OK
 
 
@@ -93,10 +99,7 @@ class World:
             "own key": owner.by_key,
             "key of an admin": await self._key(admin, "inference", "account", "admin"),
         }.get(who, caller.by_token)
-        subject = owner.id if "/users/" in route.path else owner.key_id
-        if "/payments/" in route.path:
-            subject = await self._payment(owner, is_paid=False)
-        path = route.path.replace("{id}", subject).replace("{provider}", "bank")
+        path = route.path.replace("{id}", await self._subject(route, owner)).replace("{provider}", "bank")
         body = BODIES[name_of(route)](caller) if route.takes else None
         if body and body.get("payment_id") == PAYMENT:
             body["payment_id"] = await self._payment(owner, is_paid=True)
@@ -110,6 +113,24 @@ class World:
             if is_paid:
                 await connection.run_sync(complete, payment, 10**9, "ref")
         return payment.id
+
+    async def _subject(self, route: Route, owner: Person) -> str:
+        """Return the id of the owner's thing that the route is about."""
+        if "/webhooks" in route.path:
+            return await self._webhook(route, owner)
+        if "/payments/" in route.path:
+            return await self._payment(owner, is_paid=False)
+        return owner.id if "/users/" in route.path else owner.key_id
+
+    async def _webhook(self, route: Route, owner: Person) -> str:
+        body = BODIES["make_webhook"](owner)
+        _, made = await self._api.call("POST", "/api/v1/webhooks", body, owner.by_token)
+        if "/deliveries/{id}" not in route.path:
+            return str(made["id"])
+        _, sent = await self._api.call("POST", f"/api/v1/webhooks/{made['id']}/test", None, owner.by_token)
+        async with self._api.store.writing() as connection:
+            await connection.execute(update(deliveries).values(state="delivered"))
+        return str(sent["id"])
 
     async def _key(self, person: Person, *scopes: str) -> dict[str, str]:
         secret, _ = await create_key(self._api.store, person.email, scopes=scopes)

@@ -13,12 +13,12 @@ async def test_an_event_keeps_its_order_and_data(store: Store) -> None:
     user = await create_user(store, "a@example.com")
     async with store.writing() as connection:
         first = await connection.run_sync(record, "payment.completed", user.id, {"amount_usd": "1.50"})
-        second = await connection.run_sync(record, "gpu_available", None, {"provider": "vast.ai"})
+        second = await connection.run_sync(record, "gpu.available", None, {"provider": "vast.ai"})
     async with store.reading() as connection:
         rows = (await connection.execute(select(events).order_by(events.c.seq))).all()
     assert [(row.id, row.name, row.user_id, row.data) for row in rows] == [
         (first, "payment.completed", user.id, {"amount_usd": "1.50"}),
-        (second, "gpu_available", None, {"provider": "vast.ai"}),
+        (second, "gpu.available", None, {"provider": "vast.ai"}),
     ]
 
 

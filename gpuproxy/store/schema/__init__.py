@@ -12,6 +12,7 @@ from gpuproxy.store.schema.accounts import (
     passwords,
     refresh_tokens,
     sessions,
+    tickets,
     users,
 )
 from gpuproxy.store.schema.base import NAMES, Sequence, UtcTime, metadata
@@ -25,6 +26,7 @@ from gpuproxy.store.schema.billing import (
 from gpuproxy.store.schema.events import events
 from gpuproxy.store.schema.fleet import installations, rentals
 from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, prices, receipts, transfers
+from gpuproxy.store.schema.webhooks import deliveries, webhook_events, webhooks
 
 __all__ = [
     "NAMES",
@@ -35,6 +37,7 @@ __all__ = [
     "audit",
     "auto_renewals",
     "changes",
+    "deliveries",
     "events",
     "holds",
     "idempotency",
@@ -51,6 +54,9 @@ __all__ = [
     "refresh_tokens",
     "rentals",
     "sessions",
+    "tickets",
     "transfers",
     "users",
+    "webhook_events",
+    "webhooks",
 ]

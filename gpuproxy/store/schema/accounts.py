@@ -73,6 +73,17 @@ refresh_tokens = Table(
     Column("used_at", UtcTime),
 )
 
+# What opens /ws once instead of a credential, which one of key_id and session_id names.
+tickets = Table(
+    "tickets",
+    metadata,
+    Column("digest", LargeBinary(32), primary_key=True),
+    Column("user_id", Text, ForeignKey("users.id"), nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("session_id", Text, nullable=False),
+    Column("expires_at", UtcTime, nullable=False, index=True),
+)
+
 # Answers to calls that carried an Idempotency-Key; status and body are NULL while the call runs.
 idempotency = Table(
     "idempotency",

@@ -1,0 +1,249 @@
+"""One client of ``/ws``: what it says, what it may hear, what is written to it and how much may wait.
+
+A client sends ``auth`` with a token, ``subscribe`` and ``unsubscribe`` with channels, ``ping``. It gets events as
+``{type, payload, id, timestamp}``; answers and errors have no id. Subscribing with ``last_event_id`` brings what
+happened since. Nothing but a full queue, a revoked credential or noise closes it from this side.
+"""
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import WSCloseCode, web
+from msgspec import Meta, Struct
+
+from gpuproxy.access.callers import Caller, invalid_credentials
+from gpuproxy.access.tickets import PREFIX, Holder, redeem_ticket
+from gpuproxy.control.identify import caller_of, identify
+from gpuproxy.control.parts import CONFIG, HUB, STORE, STREAM
+from gpuproxy.errors import GatewayError
+from gpuproxy.events.catalogue import CHANNELS, EVENTS, PUBLIC_CHANNEL
+from gpuproxy.events.hub import Consumer, text_of
+from gpuproxy.events.stream import READ_MAX, Event
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import fault_of
+
+CHANNELS_MAX = 32  # in one message: each is answered
+MESSAGES_PER_SECOND_MAX = 20
+SHOWN_CHARACTERS = 60
+CLOSE_S = 5.0  # for a client to take the word that it is cut off
+
+logger = get_logger(__name__)
+
+
+class Message(Struct):
+    """What a client sends. `token` is an API key, an access token or a ticket."""
+
+    type: str
+    channels: Annotated[tuple[str, ...], Meta(max_length=CHANNELS_MAX)] = ()
+    last_event_id: Annotated[str, Meta(max_length=64)] = ""
+    token: Annotated[str, Meta(max_length=4_096)] = ""
+
+
+_decode = msgspec.json.Decoder(Message).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Listener:
+    """A connected client. `holder` says by which credential it hears what is private."""
+
+    def __init__(self, app: web.Application, socket: web.WebSocketResponse) -> None:
+        self.holder: Holder | None = None
+        self._app = app
+        self._socket = socket
+        self._consumer = Consumer(self._ready)
+        self._is_held = False  # while events of the past are sent
+        self._is_closing = False
+        self._task: asyncio.Task[None] | None = None
+        self._second = 0
+        self._count = 0
+
+    async def identify_request(self, request: web.Request) -> None:
+        """Take the credential of the request's header. Raises GatewayError, which refuses the connection."""
+        self._accept(await identify(request))
+
+    async def show_credential(self, token: str) -> None:
+        """Take a key, an access token or a ticket, and say how that went."""
+        try:
+            if token.startswith(PREFIX):
+                await self._accept_ticket(token)
+            else:
+                self._accept(await caller_of(self._app, token))
+        except GatewayError as error:
+            await self._refuse(error.code, error.message)
+        else:
+            assert self.holder is not None
+            await self._say("authenticated", {"user_id": self.holder.user_id})
+
+    def _accept(self, caller: Caller) -> None:
+        if "read" not in caller.scopes and "account" not in caller.scopes:
+            raise GatewayError("FORBIDDEN", "the key needs the scope 'read' to hear of its account")
+        self._hold(Holder(caller.user_id, caller.key_id, caller.session_id))
+
+    async def _accept_ticket(self, ticket: str) -> None:
+        holder = await redeem_ticket(self._app[STORE], ticket)
+        if holder is None:
+            raise GatewayError("UNAUTHORIZED", "the ticket is unknown, used or too old")
+        keys, sessions = await invalid_credentials(
+            self._app[STORE], [holder.key_id] * bool(holder.key_id), [holder.session_id] * bool(holder.session_id)
+        )
+        if keys or sessions:
+            raise GatewayError("UNAUTHORIZED", "the credential behind the ticket is expired or revoked")
+        self._hold(holder)
+
+    def _hold(self, holder: Holder) -> None:
+        self.holder = holder
+        self._app[HUB].identify(self._consumer, holder.user_id)
+
+    async def hear(self, text: str) -> None:
+        """Do what a message says."""
+        second = int(time.monotonic())
+        self._count = self._count + 1 if second == self._second else 1
+        self._second = second
+        if self._count > MESSAGES_PER_SECOND_MAX:
+            await self._socket.close(code=WSCloseCode.POLICY_VIOLATION, message=b"too many messages a second")
+            return
+        try:
+            message = _decode(text)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            await self._refuse("INVALID_JSON", str(error)[:200])
+            return
+        try:
+            await self._do(message)
+        except ConnectionError:
+            raise
+        except Exception as error:  # the store is away: the client may try again
+            logger.error("message at /ws failed", type=message.type[:SHOWN_CHARACTERS], error=fault_of(error))
+            await self._refuse("UNAVAILABLE", "the store is away; try again")
+
+    async def _do(self, message: Message) -> None:
+        if message.type == "ping":
+            await self._say("pong", {})
+        elif message.type == "auth":
+            await self.show_credential(message.token)
+        elif message.type == "subscribe":
+            await self._subscribe(message)
+        elif message.type == "unsubscribe":
+            for channel in message.channels:
+                self._app[HUB].unsubscribe(self._consumer, channel)
+            await self._say("unsubscribed", {"channels": message.channels})
+        else:
+            known = "auth, ping, subscribe, unsubscribe"
+            await self._refuse("UNPROCESSABLE", f"no message type {_shown(message.type)}; known: {known}")
+
+    async def _subscribe(self, message: Message) -> None:
+        accepted = []
+        for channel in dict.fromkeys(message.channels):
+            if channel not in CHANNELS:
+                known = ", ".join(CHANNELS)
+                await self._refuse("UNKNOWN_CHANNEL", f"no channel {_shown(channel)}; known: {known}")
+            elif not self._may_hear(channel):
+                remedy = 'send {"type": "auth", "token": …}, X-API-Key or ?ticket='
+                await self._refuse("UNAUTHORIZED", f"{channel} is private; {remedy}")
+            else:
+                accepted.append(channel)
+        if not accepted:
+            return
+        self._is_held = bool(message.last_event_id)
+        for channel in accepted:
+            self._app[HUB].subscribe(self._consumer, channel)
+        try:
+            await self._say("subscribed", {"channels": accepted})
+            if message.last_event_id:
+                await self._replay(message.last_event_id, accepted)
+        finally:
+            self._is_held = False
+            self._ready()
+
+    def _may_hear(self, channel: str) -> bool:
+        is_public = channel == PUBLIC_CHANNEL and self._app[CONFIG].events.gpu_updates_public
+        return is_public or self.holder is not None
+
+    async def _replay(self, event_id: str, channels: list[str]) -> None:
+        """Send what happened after an event; what happens meanwhile waits, and is not sent twice."""
+        stream, user_id = self._app[STREAM], self._consumer.user_id
+        place, mark = await stream.place_of(event_id, user_id), stream.seq
+        if place is None:
+            message = f"no event {_shown(event_id)} is kept; you hear of what happens from now on"
+            await self._refuse("NOT_FOUND", message)
+            return
+        names = [name for name, kind in EVENTS.items() if kind.channel in channels]
+        await self._send(await stream.missed(place, user_id, names))
+        seq, sent = place.seq, set()
+        while page := await stream.after(seq, user_id, names):
+            await self._send(page)
+            seq = page[-1].seq
+            sent |= {event.seq for event in page if event.seq > mark}
+            if len(page) < READ_MAX:
+                break
+        self._consumer.drop(sent)
+
+    async def _send(self, found: list[Event]) -> None:
+        for event in found:
+            await self._socket.send_str(text_of(event))
+
+    def _ready(self) -> None:
+        """Begin to write what waits, or to cut off who reads too slowly."""
+        if self._is_closing:
+            return
+        if self._consumer.is_over:
+            self._begin_closing(self._cut(WSCloseCode.TRY_AGAIN_LATER, b"read faster"))
+        elif self._task is None and not self._is_held and self._consumer.queue:
+            self._begin(self._write())
+
+    def _begin_closing(self, work: Any) -> None:
+        self._is_closing = True
+        if self._task is not None:
+            self._task.cancel()
+        self._begin(work)
+
+    def _begin(self, work: Any) -> None:
+        task = self._task = asyncio.create_task(work)
+        task.add_done_callback(self._end)
+
+    def _end(self, task: "asyncio.Task[None]") -> None:
+        if task is self._task:
+            self._task = None
+
+    async def _write(self) -> None:
+        with suppress(ConnectionError):
+            while self._consumer.queue:
+                await self._socket.send_str(self._consumer.pop()[1])
+
+    async def _cut(self, code: WSCloseCode, reason: bytes) -> None:
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self._socket.close(code=code, message=reason, drain=False)
+
+    def revoke(self) -> None:
+        """End the stream: its credential is good no more."""
+        self._app[HUB].remove(self._consumer)
+        self._consumer.queue.clear()
+        self.holder = None
+        self._begin_closing(self._farewell())
+
+    async def _farewell(self) -> None:
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self._refuse("UNAUTHORIZED", "the credential has expired or was revoked")
+        await self._cut(WSCloseCode.POLICY_VIOLATION, b"the credential was revoked")
+
+    async def leave(self) -> None:
+        """Forget the client; one that is being told why it is cut off hears that first, within its bound."""
+        self._app[HUB].remove(self._consumer)
+        if self._task is not None and self._is_closing:
+            await asyncio.wait({self._task})
+        elif self._task is not None:
+            self._task.cancel()
+
+    async def _refuse(self, code: str, message: str) -> None:
+        await self._say("error", {"code": code, "error": message})
+
+    async def _say(self, kind: str, payload: dict[str, Any]) -> None:
+        await self._socket.send_str(_encode({"type": kind, "payload": payload}).decode())
+
+
+def _shown(text: str) -> str:
+    return repr(text[:SHOWN_CHARACTERS])

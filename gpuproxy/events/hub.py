@@ -1,0 +1,114 @@
+"""Who listens to events now: each event is encoded once and put into the bounded queues of those it concerns.
+
+No task waits for an event: a queue that gets its first text calls `on_ready`, and whoever owns it begins to write.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection
+from datetime import UTC
+
+import msgspec
+
+from gpuproxy.events.catalogue import channel_of, socket_type
+from gpuproxy.events.stream import Event
+
+QUEUE_TEXTS_MAX = 256
+QUEUE_BYTES_MAX = 262_144
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Consumer:
+    """One listener. `user_id` is None until it has shown a credential. `is_over` when it read too slowly."""
+
+    __slots__ = ("_bytes", "channels", "is_over", "on_ready", "queue", "user_id")
+
+    def __init__(self, on_ready: Callable[[], None]) -> None:
+        self.user_id: str | None = None
+        self.channels: set[str] = set()
+        self.queue: deque[tuple[int, str]] = deque()
+        self.on_ready = on_ready
+        self.is_over = False
+        self._bytes = 0
+
+    def push(self, seq: int, text: str) -> None:
+        """Put a text behind those that wait."""
+        if self.is_over:
+            return
+        self._bytes += len(text)
+        if len(self.queue) >= QUEUE_TEXTS_MAX or self._bytes > QUEUE_BYTES_MAX:
+            self.is_over = True
+            self.queue.clear()
+        else:
+            self.queue.append((seq, text))
+        self.on_ready()
+
+    def pop(self) -> tuple[int, str]:
+        """Take the text that waits longest."""
+        seq, text = self.queue.popleft()
+        self._bytes -= len(text)
+        return seq, text
+
+    def drop(self, seqs: Collection[int]) -> None:
+        """Take out of what waits the events that were sent otherwise."""
+        if seqs:
+            kept = [each for each in self.queue if each[0] not in seqs]
+            self.queue = deque(kept)
+            self._bytes = sum(len(text) for _, text in kept)
+
+
+class Hub:
+    """All consumers of one node."""
+
+    def __init__(self) -> None:
+        self._by_channel: dict[str, set[Consumer]] = {}
+        self._by_user: dict[str, set[Consumer]] = {}
+
+    def publish(self, event: Event) -> None:
+        """Queue an event for everybody it concerns who subscribed to its channel."""
+        channel = channel_of(event.name)
+        concerned = self._by_channel if event.user_id is None else self._by_user
+        listening = [each for each in concerned.get(event.user_id or channel, ()) if channel in each.channels]
+        if listening:
+            text = text_of(event)
+            for consumer in listening:
+                consumer.push(event.seq, text)
+
+    def subscribe(self, consumer: Consumer, channel: str) -> None:
+        """Let a consumer hear of a channel."""
+        consumer.channels.add(channel)
+        self._by_channel.setdefault(channel, set()).add(consumer)
+
+    def unsubscribe(self, consumer: Consumer, channel: str) -> None:
+        """Let it hear no more."""
+        consumer.channels.discard(channel)
+        _discard(self._by_channel, channel, consumer)
+
+    def identify(self, consumer: Consumer, user_id: str | None) -> None:
+        """Let a consumer hear of a user's own events; None: of nobody's."""
+        if consumer.user_id is not None:
+            _discard(self._by_user, consumer.user_id, consumer)
+        consumer.user_id = user_id
+        if user_id is not None:
+            self._by_user.setdefault(user_id, set()).add(consumer)
+
+    def remove(self, consumer: Consumer) -> None:
+        """Forget a consumer."""
+        self.identify(consumer, None)
+        for channel in tuple(consumer.channels):
+            self.unsubscribe(consumer, channel)
+
+
+def text_of(event: Event) -> str:
+    """Return what is sent over ``/ws``."""
+    timestamp = event.at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    fields = {"type": socket_type(event.name), "payload": event.data, "id": event.id, "timestamp": timestamp}
+    return _encode(fields).decode()
+
+
+def _discard(sets: dict[str, set[Consumer]], name: str, consumer: Consumer) -> None:
+    found = sets.get(name)
+    if found is not None:
+        found.discard(consumer)
+        if not found:
+            del sets[name]

@@ -1,0 +1,180 @@
+"""One POST to a URL that a customer gave: its name resolved once, judged, and the judged address dialled.
+
+Redirects are a failure and never followed, of the answer nothing is read but its head, nothing is kept between two
+posts, and all together has a bound. Python's resolver cannot be cancelled, so it has threads of its own: names that
+hang must not make other work wait.
+"""
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from gpuproxy import __version__
+from gpuproxy.errors import GatewayError
+from gpuproxy.events.deliveries import Outcome
+from gpuproxy.guard import Guard, Target, parse_target
+
+RESOLVER_THREADS = 8
+ADDRESSES_MAX = 8  # of one DNS answer that are tried
+HEAD_BYTES_MAX = 8_190
+READ_BYTES = 4_096  # what is taken from the socket before it is closed
+ERROR_CHARACTERS_MAX = 200
+
+
+class Bounds(NamedTuple):
+    """Limits and exceptions that hold for every post; times in seconds. `timeout_s` is for all of it."""
+
+    timeout_s: float
+    connect_s: float
+    dns_s: float
+    connect_to: Mapping[str, str]
+    guard: Guard
+    ca_file: str = ""
+
+
+class Poster:
+    """Sends posts until it is closed."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self._resolving = ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="webhook-dns")
+        self._tls: ssl.SSLContext | None = None  # made when first needed: 20 ms
+
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Outcome:
+        """Send `body` and tell how that ended. Raises nothing that a receiver can cause."""
+        started = time.monotonic()
+        status, error = 0, ""
+        try:
+            async with asyncio.timeout(self._bounds.timeout_s):
+                status = await self._post(url, headers, body)
+        except TimeoutError:
+            error = f"no answer within {self._bounds.timeout_s:g} s"
+        except GatewayError as refused:
+            error = refused.message
+        except (aiohttp.ClientError, OSError, ValueError) as failure:
+            error = _told(failure)
+        if not error and not 200 <= status < 300:
+            error = f"answered {status}" + (", and redirects are not followed" if 300 <= status < 400 else "")
+        return Outcome(status, error[:ERROR_CHARACTERS_MAX], int((time.monotonic() - started) * 1_000))
+
+    async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> int:
+        target = parse_target(url, "url")
+        addresses = await self._addresses(target)
+        connector = aiohttp.TCPConnector(
+            resolver=_Pinned(addresses),
+            socket_factory=_only(addresses),
+            use_dns_cache=False,
+            force_close=True,
+            ssl=self._context() if target.scheme == "https" else True,
+        )
+        all_headers = {"Content-Type": "application/json", "User-Agent": f"gpuproxy/{__version__}", **headers}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._bounds.connect_s)
+        async with (
+            aiohttp.ClientSession(
+                connector=connector,
+                timeout=timeout,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                read_bufsize=READ_BYTES,
+                max_line_size=HEAD_BYTES_MAX,
+                max_field_size=HEAD_BYTES_MAX,
+            ) as session,
+            session.post(
+                URL(f"{target.scheme}://{target.authority}{target.path or '/'}", encoded=True),
+                data=body,
+                headers=all_headers,
+                allow_redirects=False,
+            ) as response,
+        ):
+            return response.status
+
+    async def _addresses(self, target: Target) -> list[tuple[str, int]]:
+        host, port = target.host, target.port
+        redirected = self._bounds.connect_to.get(f"{host}:{port}")
+        if redirected is not None:  # the operator's own words
+            host, _, port_text = redirected.rpartition(":")
+            host, port = host.strip("[]"), int(port_text)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._bounds.dns_s):
+                found = await loop.run_in_executor(self._resolving, _resolve, host, port)
+        except TimeoutError:
+            raise GatewayError("UPSTREAM_TIMEOUT", f"{target.host} was not resolved in time") from None
+        except (OSError, UnicodeError):
+            raise GatewayError("UPSTREAM_UNREACHABLE", f"{target.host} does not resolve") from None
+        if redirected is None:
+            self._bounds.guard.check(target.host, found, "url")
+        return [(address, port) for address in found[:ADDRESSES_MAX]]
+
+    def _context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context(cafile=self._bounds.ca_file or None)
+        return self._tls
+
+    def close(self) -> None:
+        """Leave the resolver's threads to themselves."""
+        self._resolving.shutdown(wait=False, cancel_futures=True)
+
+
+class _Pinned(AbstractResolver):
+    """Answers every question with the addresses that were judged."""
+
+    def __init__(self, addresses: Iterable[tuple[str, int]]) -> None:
+        self._addresses = list(addresses)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=pinned_port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=socket.IPPROTO_TCP,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address, pinned_port in self._addresses
+        ]
+
+    async def close(self) -> None:
+        """Hold nothing."""
+
+
+def _only(addresses: Iterable[tuple[str, int]]) -> Any:
+    """Return a maker of sockets for these addresses alone: aiohttp asks no resolver about a literal one."""
+    judged = {address for address, _ in addresses}
+
+    def make(info: tuple[Any, Any, int, str, tuple[Any, ...]]) -> socket.socket:
+        family, kind, protocol, _, address = info
+        if address[0] not in judged:
+            raise OSError(f"{address[0]} was not judged")
+        return socket.socket(family, kind, protocol)
+
+    return make
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+
+
+def _told(failure: Exception) -> str:
+    """Return what went wrong, without what the receiver said."""
+    if isinstance(failure, aiohttp.ClientConnectorCertificateError | ssl.SSLError):
+        return "its certificate is not believed"
+    if isinstance(failure, aiohttp.ClientSSLError):
+        return "TLS failed"
+    if isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return "no connection could be made"
+    if isinstance(failure, aiohttp.ServerDisconnectedError | ConnectionError):
+        return "it closed the connection without an answer"
+    return f"no valid answer: {type(failure).__name__}"

@@ -1,0 +1,161 @@
+"""Reads the table of events once for everybody who listens now, and again for who comes back.
+
+`seq` is given when a row is written, not when it is committed: on PostgreSQL 11 may be seen before 10. So numbers that
+were passed over are asked for again, until no transaction can be that long under way. What came late so is remembered:
+who returns with an event after it as the last seen has not seen it. On SQLite, with its one writer, there is none.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from msgspec import Struct
+from sqlalchemy import ColumnElement, and_, func, or_, select
+
+from gpuproxy.config import Events
+from gpuproxy.events.webhooks import forget_old
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import Store, fault_of
+from gpuproxy.store.schema import events
+
+GAP_S = 60.0  # longer than any transaction here may take
+GAPS_MAX = 1_000
+LATE_MAX = 1_000
+READ_MAX = 500  # rows at once
+FORGET_S = 60.0
+FORGET_MAX = 1_000  # rows in one transaction, so that nobody waits long
+
+logger = get_logger(__name__)
+
+
+class Event(Struct, frozen=True):
+    """A row of the table. `user_id` is None for what concerns everybody."""
+
+    seq: int
+    id: str
+    name: str
+    user_id: str | None
+    data: Mapping[str, Any]
+    at: datetime
+
+
+class Place(Struct, frozen=True):
+    """Where a listener has got to: the last event it has seen."""
+
+    seq: int
+    at: datetime
+
+
+COLUMNS = tuple(events.c[field] for field in Event.__struct_fields__)
+
+
+class Stream:
+    """One node's reader; `publish` is called with each event, once. Before the first `poll_once` call `start`."""
+
+    def __init__(self, store: Store, publish: Callable[[Event], None], settings: Events) -> None:
+        self._store = store
+        self._publish = publish
+        self._settings = settings
+        self.seq = 0
+        self._gaps: dict[int, float] = {}  # number to the monotonic time it was passed over, oldest first
+        self._late: deque[Place] = deque(maxlen=LATE_MAX)  # `at` is when it came
+        self._forgot_s = time.monotonic()
+
+    async def start(self) -> None:
+        """Begin at the end of the table, where something may still be under way."""
+        async with self._store.reading() as connection:
+            self.seq = await connection.scalar(select(func.max(events.c.seq))) or 0
+            near = select(events.c.seq).where(events.c.seq > self.seq - GAPS_MAX)
+            seen = set((await connection.scalars(near)).all())
+        self._note_gaps(number for number in range(max(1, self.seq - GAPS_MAX), self.seq) if number not in seen)
+
+    async def poll_once(self) -> int:
+        """Publish what is new, in the order of `seq` but for what comes late; return how many."""
+        is_new = events.c.seq > self.seq
+        chosen = or_(is_new, events.c.seq.in_(list(self._gaps))) if self._gaps else is_new
+        query = select(*COLUMNS).where(chosen).order_by(events.c.seq).limit(READ_MAX)
+        async with self._store.reading() as connection:
+            found = [Event(**row) for row in (await connection.execute(query)).mappings()]
+        for event in found:
+            self._advance(event.seq)
+            self._publish(event)
+        self._forget_gaps()
+        return len(found)
+
+    def _advance(self, seq: int) -> None:
+        if seq > self.seq:
+            self._note_gaps(range(max(self.seq + 1, seq - GAPS_MAX), seq))
+            self.seq = seq
+        else:
+            del self._gaps[seq]
+            self._late.append(Place(seq, datetime.now(UTC)))
+
+    def _note_gaps(self, numbers: Any) -> None:
+        now = time.monotonic()
+        self._gaps.update((number, now) for number in numbers)
+        while len(self._gaps) > GAPS_MAX:
+            del self._gaps[next(iter(self._gaps))]
+
+    def _forget_gaps(self) -> None:
+        old = time.monotonic() - GAP_S
+        while self._gaps and next(iter(self._gaps.values())) < old:
+            del self._gaps[next(iter(self._gaps))]
+
+    async def place_of(self, event_id: str, user_id: str | None) -> Place | None:
+        """Return where an event stands that the user may see; None if it is unknown or no longer kept."""
+        query = select(events.c.seq, events.c.at).where(events.c.id == event_id, _may_see(user_id))
+        async with self._store.reading() as connection:
+            row = (await connection.execute(query)).first()
+        return None if row is None else Place(row.seq, row.at)
+
+    async def missed(self, place: Place, user_id: str | None, names: Collection[str]) -> list[Event]:
+        """Return what came late, so that who stopped at `place` has missed it although its number is lower."""
+        late = [each.seq for each in self._late if each.seq < place.seq and each.at >= place.at]
+        return await self._read(events.c.seq.in_(late), user_id, names) if late else []
+
+    async def after(self, seq: int, user_id: str | None, names: Collection[str]) -> list[Event]:
+        """Return the next events of these names that the user may see, READ_MAX at most."""
+        return await self._read(events.c.seq > seq, user_id, names)
+
+    async def _read(self, chosen: ColumnElement[bool], user_id: str | None, names: Collection[str]) -> list[Event]:
+        is_asked = and_(chosen, _may_see(user_id), events.c.name.in_(names))
+        query = select(*COLUMNS).where(is_asked).order_by(events.c.seq).limit(READ_MAX)
+        async with self._store.reading() as connection:
+            return [Event(**row) for row in (await connection.execute(query)).mappings()]
+
+    async def forget(self) -> None:
+        """Delete what is older than it is kept, once in a while."""
+        if time.monotonic() - self._forgot_s < FORGET_S:
+            return
+        self._forgot_s = time.monotonic()
+        before = datetime.now(UTC) - timedelta(seconds=self._settings.kept_s)
+        count = FORGET_MAX
+        while count == FORGET_MAX:
+            async with self._store.writing() as connection:
+                count = await forget_old(connection, before, FORGET_MAX)
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Poll until `stopping` is set, through outages of the store."""
+        is_failing = False
+        while not stopping.is_set():
+            count = 0
+            try:
+                count = await self.poll_once()
+                await self.forget()
+                is_failing = False
+            except Exception as error:
+                if not is_failing:
+                    logger.error("events cannot be read, will go on", error=fault_of(error))
+                is_failing = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0 if count == READ_MAX else self._settings.poll_s):
+                    await stopping.wait()
+
+
+def _may_see(user_id: str | None) -> ColumnElement[bool]:
+    everybodys = events.c.user_id.is_(None)
+    return everybodys if user_id is None else or_(everybodys, events.c.user_id == user_id)

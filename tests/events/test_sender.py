@@ -1,0 +1,318 @@
+"""Sending: what is owed arrives, once it can; a receiver that misbehaves harms nobody but itself."""
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from gpuproxy.access.accounts import create_user
+from gpuproxy.access.keyring import fresh_keyring
+from gpuproxy.config import Webhooks
+from gpuproxy.events.deliveries import MOVES, WAITS_S, Outcome, after, claim, settle, wait_after
+from gpuproxy.events.outbox import record
+from gpuproxy.events.post import Bounds, Poster
+from gpuproxy.events.sender import Sender, context_of
+from gpuproxy.events.webhooks import Draft, add_webhook, replay
+from gpuproxy.guard import Guard
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import deliveries, events, webhooks
+
+from .receiver import Receiver
+from .test_signing import verifies
+
+SECRET = "webhook-secret-for-verification"
+KEYRING = fresh_keyring()
+EVENTS_COUNT = int(os.environ.get("GPUPROXY_PROOF_WEBHOOKS", "60"))  # the large proof: 1000
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self) -> None:
+        self.ahead = timedelta()
+
+    def __call__(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+
+class Posters:
+    """Has little patience with receivers that hang, and much with all others: this machine may be busy."""
+
+    def __init__(self, allow: tuple[str, ...]) -> None:
+        self._short, self._long = (Poster(Bounds(s, s, 5.0, {}, Guard(allow))) for s in (0.3, 30.0))
+
+    async def post(self, url: str, headers: dict[str, str], body: bytes) -> Outcome:
+        return await (self._short if "/hang" in url else self._long).post(url, headers, body)
+
+    def close(self) -> None:
+        self._short.close()
+        self._long.close()
+
+
+class World:
+    """A store, a receiver, a sender and its clock."""
+
+    def __init__(self, store: Store, receiver: Receiver, allow: tuple[str, ...] = ("127.0.0.0/8",)) -> None:
+        self.store, self.receiver, self.clock = store, receiver, Clock()
+        self.users: dict[str, str] = {}
+        self.settings = Webhooks()
+        self.sender = Sender(store, KEYRING, Posters(allow), self.settings, self.clock)
+
+    async def webhook(self, path: str, email: str = "ann@example.com", names: tuple[str, ...] = ("*",)) -> str:
+        if email not in self.users:
+            self.users[email] = (await create_user(self.store, email)).id
+        webhook_id = f"whk_{path.strip('/')}_{email}"
+        url = path if "://" in path else f"{self.receiver.url}{path}"
+        draft = Draft(webhook_id, "events", url, names, "", KEYRING.seal(SECRET.encode(), context_of(webhook_id)))
+        async with self.store.writing() as connection:
+            await add_webhook(connection, self.users[email], draft, 1_000)
+        return webhook_id
+
+    async def happen(self, name: str = "instance.created", email: str = "ann@example.com", n: int = 0) -> str:
+        async with self.store.writing() as connection:
+            return await connection.run_sync(record, name, self.users[email], {"n": n})
+
+    async def pass_over(self) -> None:
+        """Send all that is due now."""
+        while await self.sender.send_due():
+            await self.sender.idle()
+
+    async def live_on(self) -> None:
+        """Let time pass from one due moment to the next until nothing is left to do."""
+        while True:
+            await self.pass_over()
+            due_at = await self.scalar(
+                select(func.min(deliveries.c.due_at)).where(deliveries.c.state.in_(("pending", "sending")))
+            )
+            if due_at is None:
+                return
+            self.clock.ahead += max(due_at - self.clock(), timedelta())
+
+    async def scalar(self, query: Any) -> Any:
+        async with self.store.reading() as connection:
+            return await connection.scalar(query)
+
+    async def states(self, path: str) -> Counter[tuple[str, int]]:
+        """Count the deliveries to a path by state and attempts."""
+        query = (
+            select(deliveries.c.state, deliveries.c.attempts)
+            .join(webhooks, webhooks.c.id == deliveries.c.webhook_id)
+            .where(webhooks.c.url == f"{self.receiver.url}{path}")
+        )
+        async with self.store.reading() as connection:
+            return Counter((row.state, row.attempts) for row in (await connection.execute(query)).all())
+
+
+@pytest.fixture
+async def world(store: Store) -> AsyncIterator[World]:
+    async with Receiver().running() as receiver:
+        world = World(store, receiver)
+        yield world
+        await world.sender.close()
+
+
+async def test_an_event_is_told_to_who_asked_for_it_under_the_name_they_used(world: World) -> None:
+    await world.webhook("/ok-all")
+    await world.webhook("/ok-alias", names=("payment.success",))
+    await world.webhook("/ok-other", names=("instance.created",))
+    await world.webhook("/ok-stranger", "bob@example.com")
+    event_id = await world.happen("payment.completed", n=7)
+    await world.pass_over()
+    (all_of, alias) = sorted(world.receiver.taken)[::-1]
+    assert (all_of.path, alias.path) == ("/ok-all", "/ok-alias")
+    assert (all_of.told["event"], alias.told["event"]) == ("payment.completed", "payment.success")
+    assert {all_of.id, alias.id} == {event_id}
+    assert all_of.told["data"] == {"n": 7, "user_id": world.users["ann@example.com"]}
+    assert all(verifies(each.body, SECRET) for each in world.receiver.taken)
+
+
+async def test_an_event_whose_cause_fails_is_told_to_nobody(world: World) -> None:
+    await world.webhook("/ok")
+    with pytest.raises(ZeroDivisionError):
+        await _fail_after_recording(world)
+    await world.pass_over()
+    assert await world.scalar(select(func.count()).select_from(deliveries)) == 0
+    assert world.receiver.tried == []
+
+
+async def _fail_after_recording(world: World) -> None:
+    async with world.store.writing() as connection:
+        await connection.run_sync(record, "payment.failed", world.users["ann@example.com"], {})
+        _ = 1 // 0
+
+
+async def test_exactly_the_right_ones_arrive(world: World) -> None:
+    """Receivers that take, fail, hang, redirect, reset, say gone; over 75 hours of the sender's clock."""
+    kinds = ("/ok", "/fail3", "/fail9", "/hang1", "/redirect", "/gone", "/reset2", "/hang", "/fail")
+    weights = {"/ok": 12, "/fail3": 3}
+    paths = [f"{kind}-{n}" for kind in kinds for n in range(weights.get(kind, 1))]
+    for number, path in enumerate(paths):
+        await world.webhook(path, f"user{number}@example.com")
+    for n in range(EVENTS_COUNT):
+        await world.happen(email=f"user{n % len(paths)}@example.com", n=n)
+    expected = {path: [n for n in range(EVENTS_COUNT) if n % len(paths) == i] for i, path in enumerate(paths)}
+    await world.live_on()
+    for path, sent in expected.items():
+        kind = path.split("-")[0]
+        taken = sorted(each.told["data"]["n"] for each in world.receiver.of(path))
+        ends_well = kind in ("/ok", "/fail3", "/fail9", "/hang1", "/reset2")
+        assert taken == (sent if ends_well else []), path
+        attempts = {"/ok": 1, "/fail3": 4, "/fail9": 10, "/hang1": 2, "/reset2": 3}.get(kind, len(WAITS_S) + 1)
+        if kind == "/gone":
+            states = await world.states(path)
+            assert {state for state, _ in states} <= {"dead", "cancelled"}
+            assert world.receiver.tries.total() >= 1
+        else:
+            assert await world.states(path) == {("delivered" if ends_well else "dead", attempts): len(sent)}, path
+    assert world.receiver.canary_count == 0
+    assert all(verifies(each.body, SECRET) for each in world.receiver.taken)
+
+
+async def test_a_receiver_that_hangs_delays_only_its_own(world: World) -> None:
+    for n in range(30):
+        await world.webhook(f"/hang-{n}", f"hanging{n}@example.com")
+        for _ in range(5):
+            await world.happen(email=f"hanging{n}@example.com")
+    await world.sender.send_due()
+    await world.sender.idle()  # now they are known to fail
+    await world.webhook("/ok")
+    world.clock.ahead += timedelta(seconds=20)
+    await world.sender.send_due()
+    for n in range(20):
+        await world.happen(n=n)
+    started = time.monotonic()
+    while len(world.receiver.of("/ok")) < 20:
+        await world.sender.send_due()
+        await asyncio.sleep(0.005)
+        assert time.monotonic() - started < 20
+    assert world.receiver.hanging <= world.settings.sends_max // 2
+    await world.sender.idle()
+
+
+async def test_one_receiver_never_has_more_than_its_bound_of_posts(world: World) -> None:
+    await world.webhook("/hang")
+    for _ in range(20):
+        await world.happen()
+    for _ in range(5):
+        await world.sender.send_due()
+    assert len(world.sender._sending) == world.settings.endpoint_sends_max
+    await world.sender.idle()
+    world.clock.ahead += timedelta(seconds=20)
+    for _ in range(5):
+        await world.sender.send_due()
+    assert len(world.sender._sending) == 1  # it failed
+    await world.sender.idle()
+
+
+async def test_gone_disables_a_webhook_and_cancels_the_rest(world: World) -> None:
+    await world.webhook("/gone")
+    for _ in range(9):
+        await world.happen()
+    await world.live_on()
+    assert await world.scalar(select(webhooks.c.disabled_reason)) == "it answered 410 Gone"
+    states = await world.states("/gone")
+    assert sum(count for (state, _), count in states.items() if state == "cancelled") >= 5
+    assert await world.scalar(select(func.count()).where(events.c.name == "webhook.disabled")) == 1
+    await world.happen()
+    assert sum((await world.states("/gone")).values()) == 9
+
+
+async def test_a_webhook_that_takes_nothing_for_five_days_is_disabled(world: World) -> None:
+    await world.webhook("/fail")
+    await world.happen()
+    await world.live_on()
+    assert await world.scalar(select(webhooks.c.state)) == "enabled"
+    world.clock.ahead += timedelta(hours=60)
+    await world.happen()
+    await world.pass_over()
+    assert await world.scalar(select(webhooks.c.state)) == "disabled"
+
+
+async def test_what_is_dead_can_be_replayed(world: World) -> None:
+    await world.webhook("/fail10")
+    await world.happen()
+    await world.live_on()
+    assert await world.states("/fail10") == {("dead", 10): 1}
+    async with world.store.writing() as connection:
+        delivery_id = await connection.scalar(select(deliveries.c.id))
+        await replay(connection, world.users["ann@example.com"], str(delivery_id))
+    await world.pass_over()
+    assert await world.states("/fail10") == {("delivered", 1): 1}
+    assert len({each.id for each in world.receiver.tried}) == 1
+
+
+async def test_a_sender_that_died_is_taken_over_and_its_late_outcome_counts_for_nothing(world: World) -> None:
+    webhook_id = await world.webhook("/ok")
+    await world.happen()
+    lease = timedelta(seconds=60)
+    (lost,) = await claim(world.store, world.clock(), lease, {webhook_id: 9})
+    assert await claim(world.store, world.clock(), lease, {webhook_id: 9}) == []
+    await world.pass_over()
+    assert world.receiver.taken == []
+    world.clock.ahead += timedelta(seconds=61)
+    await world.pass_over()
+    assert await world.states("/ok") == {("delivered", 2): 1}
+    assert await settle(world.store, lost, Outcome(500, "answered 500", 1), world.clock()) == ""
+    assert await world.states("/ok") == {("delivered", 2): 1}
+
+
+async def test_many_senders_send_each_delivery_once(world: World) -> None:
+    await world.webhook("/ok")
+    for n in range(40):
+        await world.happen(n=n)
+    loopback = ("127.0.0.0/8",)
+    others = [Sender(world.store, KEYRING, Posters(loopback), world.settings, world.clock) for _ in range(4)]
+    while sum(await asyncio.gather(*(sender.send_due() for sender in others))):
+        await asyncio.gather(*(sender.idle() for sender in others))
+    assert sorted(each.told["data"]["n"] for each in world.receiver.taken) == list(range(40))
+    for sender in others:
+        await sender.close()
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}/", "http://localhost:{port}/", "http://[::1]:{port}/", "http://[::ffff:127.0.0.1]:{port}/",
+        "http://0x7f.1:{port}/", "http://2130706433:{port}/", "http://0177.0.0.1:{port}/", "http://127.1:{port}/",
+        "http://0:{port}/", "http://localhost.:{port}/",
+    ],
+)  # fmt: skip
+async def test_a_url_that_leads_inside_is_never_dialled(store: Store, url: str) -> None:
+    async with Receiver().running() as receiver:
+        world = World(store, receiver, allow=())
+        await world.webhook(url.format(port=receiver.url.rpartition(":")[2]))
+        await world.happen()
+        await world.pass_over()
+        await world.sender.close()
+        assert (receiver.tried, receiver.canary_count) == ([], 0)
+        error = str(await world.scalar(select(deliveries.c.error)))
+        assert "not a public address" in error or "does not resolve" in error
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_an_answer_without_end_is_not_read(world: World) -> None:
+    await world.webhook("/huge")
+    await world.happen()
+    await world.pass_over()
+    assert await world.states("/huge") == {("delivered", 1): 1}  # its head said 200
+
+
+def test_the_waits_are_those_of_standard_webhooks() -> None:
+    total = sum((wait_after(n, 0.5) or timedelta() for n in range(1, len(WAITS_S) + 1)), timedelta())
+    assert timedelta(hours=75) < total < timedelta(hours=76)
+    assert wait_after(len(WAITS_S) + 1, 0.5) is None
+    assert (wait_after(1, 0.0), wait_after(1, 1.0)) == (timedelta(seconds=4), timedelta(seconds=6))
+
+
+def test_a_move_that_is_not_in_the_table_is_refused() -> None:
+    assert set(MOVES.values()) <= {"pending", "sending", "delivered", "dead", "cancelled"}
+    for state, move in (("delivered", "claim"), ("pending", "replay"), ("dead", "fail")):
+        with pytest.raises(KeyError):
+            after(state, move)  # type: ignore[arg-type]
