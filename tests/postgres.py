@@ -1,6 +1,6 @@
 """A real PostgreSQL for the tests, from a wheel that carries the server: no root needed, and none refused.
 
-Durability is off: a test that needs a power cut makes its own server.
+Durability is off: a test that kills the server makes its own, with ``synchronous_commit="on"``.
 """
 
 import os
@@ -37,9 +37,10 @@ RESTART_SEQUENCES = "SELECT setval(seqrelid, seqstart, false) FROM pg_sequence"
 
 
 class Postgres:
-    """A server of its own in a new directory; `stop` removes both."""
+    """A server of its own in a new directory; `stop` removes both. `settings` go over SETTINGS."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: str) -> None:
+        self._settings = {**SETTINGS, **settings}
         self.port = _free_port()
         self._home = Path(tempfile.mkdtemp(prefix="gpuproxy-pg-"))
         # PostgreSQL refuses to run as root, so then it runs as nobody, who may not look into root's folders.
@@ -54,19 +55,32 @@ class Postgres:
         return str(self._home / "data")
 
     def start(self) -> None:
-        """Start and wait until it answers."""
-        words = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
-        self._process = subprocess.Popen(
+        """Start and wait until it answers, also after `kill`."""
+        end_s = time.monotonic() + START_S_MAX
+        self._process = self._spawn()
+        while not self.answers():
+            assert time.monotonic() < end_s, "the server does not answer"
+            if self._process.poll() is not None:  # children of the one that was killed may still hold its memory
+                self._process = self._spawn()
+            time.sleep(0.05)
+
+    def answers(self) -> bool:
+        """Tell whether it takes connections."""
+        asked = [self._bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        return subprocess.run(asked, check=False).returncode == 0
+
+    def kill(self) -> None:
+        """Kill the server as a crash would; what was committed stays."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
+        words = [word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")]
+        return subprocess.Popen(
             [self._bin / "postgres", "-D", self._data, "-p", str(self.port), *words],
             stderr=subprocess.DEVNULL, cwd=self._home, user=self._user,
         )  # fmt: skip
-        end_s = time.monotonic() + START_S_MAX
-        while subprocess.run(
-            [self._bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)], check=False
-        ).returncode:
-            assert self._process.poll() is None, "the server ended while starting"
-            assert time.monotonic() < end_s, "the server does not answer"
-            time.sleep(0.05)
 
     def stop(self) -> None:
         """End the server and remove what it kept."""
