@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gateways import Gateway, Origin, Place, Receipt, running
+from gateways import Gateway, Origin, Place, Receipt, process
 from postgres import Postgres
 from redis_server import RedisServer
 from sqlalchemy import text
@@ -80,10 +80,14 @@ def cluster(directory: Path, origin: Origin, tail: str = "", workers: int = 1, *
         redis.start()
         made = Cluster(postgres, redis, postgres.url(asyncio.run(postgres.create())))
         key, key_id = made.use(people)
+        places = []
         for name in ("a", "b"):
             (directory / name).mkdir()
             shared = {"store": {"url": made.url}, "redis": {"url": redis.url}, "server": {"workers": workers}}
-            place = Place(directory / name, origin._replace(key=key, key_id=key_id), **{**shared, **settings})
-            place.configure(tail=tail)
-            made.gateways.append(stack.enter_context(running(place)))
+            places.append(Place(directory / name, origin._replace(key=key, key_id=key_id), **{**shared, **settings}))
+            places[-1].configure(tail=tail)
+        started = [(place, stack.enter_context(process(place))) for place in places]  # both at once
+        made.gateways = [Gateway.announced(place, child) for place, child in started]
         yield made
+    for place in places:
+        assert "Traceback" not in place.log.read_text(), place.log.read_text()

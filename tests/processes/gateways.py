@@ -21,7 +21,7 @@ from gpuproxy.access.accounts import create_key, create_user
 from gpuproxy.store.engine import open_store
 from gpuproxy.store.migrate import upgrade
 
-START_S = STOP_S = 20.0
+START_S, STOP_S = 60.0, 20.0
 POLL_S = 0.01
 MODEL = "mock-model"
 CONTROL, WORKER = "gpuproxy.control.app", "gpuproxy.proxy.worker"
