@@ -17,6 +17,9 @@ from gpuproxy.store.engine import Store, open_store
 from gpuproxy.store.migrate import upgrade
 
 USER = "caller@example.com"
+PAID_MODEL = "paid-model"
+CALL_NANOUSD = 100_000_000
+PRICES = f'[[prices]]\nmodel = "{PAID_MODEL}"\nper_request_usd = "0.10"\n'
 MONEY_NANOUSD = 10**15
 Result = TypeVar("Result")
 
@@ -85,7 +88,7 @@ def cluster(directory: Path, origin: Origin, tail: str = "", workers: int = 1, *
             (directory / name).mkdir()
             shared = {"store": {"url": made.url}, "redis": {"url": redis.url}, "server": {"workers": workers}}
             places.append(Place(directory / name, origin._replace(key=key, key_id=key_id), **{**shared, **settings}))
-            places[-1].configure(tail=tail)
+            places[-1].configure(PAID_MODEL, tail=PRICES + tail)
         started = [(place, stack.enter_context(process(place))) for place in places]  # both at once
         made.gateways = [Gateway.announced(place, child) for place, child in started]
         yield made

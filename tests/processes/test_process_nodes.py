@@ -2,19 +2,22 @@
 
 import asyncio
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from callers import Answer, Caller, all_refused
-from cluster import USER, Cluster, cluster
+from callers import CHAT, Answer, Caller, all_refused
+from cluster import CALL_NANOUSD, PAID_MODEL, USER, Cluster, cluster
 from conftest import MakeCaller
 from gateways import Gateway, Origin
 
-from gpuproxy.access.accounts import create_key, revoke_key
+from gpuproxy.access.accounts import create_key, create_user, revoke_key
+from gpuproxy.ledger.book import credit
 from gpuproxy.store.engine import Store
 
 HEAL_S = 30.0
+MONEY_ROUNDS = int(os.environ.get("GPUPROXY_TEST_MONEY_ROUNDS", "2"))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,24 @@ async def test_no_more_than_the_limit_pass_over_all_nodes(nodes: Cluster, new_ca
 
     statuses = Counter(status for row in await asyncio.gather(*map(many, callers)) for status in row)
     assert statuses == {200: limit, 429: 2 * callers_each * calls_each - limit}
+
+
+@pytest.mark.parametrize("round_", range(MONEY_ROUNDS))
+async def test_with_money_for_ten_exactly_ten_of_a_hundred_pass(
+    nodes: Cluster, new_caller: MakeCaller, round_: int
+) -> None:
+    async def make(store: Store) -> str:
+        user = await create_user(store, f"ten{round_}@example.com")
+        await credit(store, user.id, 10 * CALL_NANOUSD, f"ten{round_}")
+        secret, _ = await create_key(store, user.email, rpm=0)
+        return secret
+
+    key = await nodes.in_store(make)
+    callers = [new_caller(nodes.gateways[number % 2]) for number in range(100)]
+    for caller in callers:
+        caller.key = key
+    answers = await asyncio.gather(*(caller.post({**CHAT, "model": PAID_MODEL}) for caller in callers))
+    assert Counter(answer.status for answer in answers) == {200: 10, 402: 90}
 
 
 async def test_a_revoked_key_is_dead_on_every_node_within_a_second(nodes: Cluster, new_caller: MakeCaller) -> None:
