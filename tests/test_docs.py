@@ -10,7 +10,7 @@ import pytest
 from msgspec import Struct
 
 from gpuproxy.cli import cli
-from gpuproxy.config import Config, Payment, Price, Provider, Upstream, load
+from gpuproxy.config import Config, Model, Payment, Price, Provider, Upstream, load
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
 from gpuproxy.plugin import Call, Registry, Usage
@@ -18,7 +18,13 @@ from gpuproxy.plugin import Call, Registry, Usage
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIG = (ROOT / "config.toml").read_text()
-BLOCKS: dict[str, type[Struct]] = {"upstreams": Upstream, "prices": Price, "providers": Provider, "payments": Payment}
+BLOCKS: dict[str, type[Struct]] = {
+    "upstreams": Upstream,
+    "models": Model,
+    "prices": Price,
+    "providers": Provider,
+    "payments": Payment,
+}
 SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Config) if field.name not in BLOCKS}
 
 

@@ -10,21 +10,21 @@ import msgspec
 from msgspec import Meta, Struct
 
 from gpuproxy.config import checks
+from gpuproxy.config.kinds import Name, Positive, PositiveSeconds, Text, VariableName
+from gpuproxy.config.models import Model as Model
+from gpuproxy.config.models import Target as Target
+from gpuproxy.config.models import check_models
 from gpuproxy.config.reader import Faults, bare, read_struct, unknown
+from gpuproxy.config.routing import Routing
 from gpuproxy.config.toml_lines import key_lines
 from gpuproxy.errors import ConfigError
 
-Positive = Annotated[int, Meta(ge=1, le=1 << 48)]
-PositiveSeconds = Annotated[float, Meta(gt=0, le=31_536_000)]  # a year; timers overflow far above
-Text = Annotated[str, Meta(extra={"check": checks.text})]
-Name = Annotated[str, Meta(extra={"check": checks.upstream_name})]
 BaseUrl = Annotated[str, Meta(extra={"check": checks.base_url})]
 StoreUrl = Annotated[str, Meta(extra={"check": checks.store_url, "secret": True})]
 RedisUrl = Annotated[str, Meta(extra={"check": checks.redis_url, "secret": True})]
 Network = Annotated[str, Meta(extra={"check": checks.network})]
 ReadableFile = Annotated[str, Meta(extra={"check": checks.readable_file})]
 Usd = Annotated[str, Meta(extra={"check": checks.usd})]
-VariableName = Annotated[str, Meta(extra={"check": checks.variable_name, "secret": True})]
 Level = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_LEVELS)})]
 Format = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_FORMATS)})]
 Connections = Annotated[dict[str, str], Meta(extra={"check": checks.connection})]
@@ -163,7 +163,8 @@ class Upstream(Struct, forbid_unknown_fields=True, frozen=True):
     """A configured destination; its address is trusted and passes no guard.
 
     ``api_key_env`` names an environment variable whose value is sent as Bearer. ``verify_tls`` and
-    ``ca_file`` concern https URLs. A ``urls`` list of several is used in turn.
+    ``ca_file`` concern https URLs. A ``urls`` list of several is used in turn. ``probe_path`` is asked now and then
+    by every worker: an endpoint that does not answer it with 2xx gets no calls.
     """
 
     name: Name
@@ -178,6 +179,7 @@ class Upstream(Struct, forbid_unknown_fields=True, frozen=True):
     ca_file: ReadableFile = ""
     first_byte_s: PositiveSeconds | None = None
     idle_s: PositiveSeconds | None = None
+    probe_path: Annotated[str, Meta(extra={"check": checks.optional_path})] = ""
 
 
 class Price(Struct, forbid_unknown_fields=True, frozen=True):
@@ -243,7 +245,9 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     egress: Egress = Egress()
     log: Log = Log()
     plugins: Plugins = Plugins()
+    routing: Routing = Routing()
     upstreams: tuple[Upstream, ...] = ()
+    models: tuple[Model, ...] = ()
     prices: tuple[Price, ...] = ()
     providers: tuple[Provider, ...] = ()
     payments: tuple[Payment, ...] = ()
@@ -251,7 +255,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
 
 PREFIX = "GPUPROXY_"
 CONVENTIONAL = {"LOG_LEVEL": ("log", "level"), "LOG_FORMAT": ("log", "format")}  # names other programs share
-BLOCKS = ("upstreams", "prices", "providers", "payments")  # of which there may be several
+BLOCKS = ("upstreams", "models", "prices", "providers", "payments")  # of which there may be several
 SECTIONS: dict[str, type[Struct]] = {
     field.name: field.type for field in msgspec.structs.fields(Config) if field.name not in BLOCKS
 }
@@ -274,6 +278,7 @@ def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
     faults = faults or Faults()
     config = read_struct(Config, tree, (), faults)
     _check_names_differ("upstreams", tree.get("upstreams"), faults)
+    check_models(tree, faults)
     _check_names_differ("providers", tree.get("providers"), faults)
     _check_names_differ("payments", tree.get("payments"), faults)
     _check_prices_differ(tree.get("prices"), faults)
@@ -291,6 +296,12 @@ def warnings(config: Config, environment: Mapping[str, str]) -> list[str]:
             said.append(f"{place}.api_key_env: {variable} is not set, so no credential is sent; export it")
         if not upstream.verify_tls:
             said.append(f"{place}.verify_tls: any certificate is believed; name the right one in ca_file instead")
+    for index, model in enumerate(config.models):
+        for at, target in enumerate(model.targets):
+            variable = target.api_key_env
+            if variable and not environment.get(variable):
+                place = f"models[{index}].targets[{at}].api_key_env"
+                said.append(f"{place}: {variable} is not set, so no credential is sent; export it")
     for index, provider in enumerate(config.providers):
         variable = provider.api_key_env
         if provider.enabled and variable and not environment.get(variable):

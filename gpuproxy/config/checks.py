@@ -76,6 +76,16 @@ def optional_base_url(value: str) -> str | None:
     return base_url(value) if value else None
 
 
+def optional_path(value: str) -> str | None:
+    """Accept a path with its query below a base URL, or nothing."""
+    return None if re.fullmatch(r"(/[!-~]*)?", value) else f"{show(value)} is no path; write /PATH"
+
+
+def field_name(value: str) -> str | None:
+    """Accept the name of a header field (RFC 9110 §5.1)."""
+    return header(value, "")
+
+
 def option(name: str, value: str) -> str | None:
     """Accept a provider's option; what it may say only its plugin knows."""
     return text(name) or (text(value) if value else None)

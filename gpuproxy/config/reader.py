@@ -7,7 +7,8 @@ True}`` keeps the value out of messages.
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
@@ -71,7 +72,7 @@ def read_struct(kind: type[AnyStruct], tree: Any, path: KeyPath, faults: Faults)
     if not isinstance(tree, Mapping):
         faults.add(path, f"expected a table, got {show(tree)}")
         return None
-    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     for key in tree:
         if key not in fields:
             faults.add((*path, key), unknown("key", key, fields))
@@ -81,7 +82,9 @@ def read_struct(kind: type[AnyStruct], tree: Any, path: KeyPath, faults: Faults)
     values = {
         name: _read(field.type, tree[name], (*path, name), faults) for name, field in fields.items() if name in tree
     }
-    return None if missing or None in values.values() else kind(**values)
+    if missing or None in values.values():
+        return None
+    return kind(**{fields[name].name: value for name, value in values.items()})
 
 
 def bare(kind: Any) -> tuple[Any, dict[str, Any]]:
@@ -93,6 +96,7 @@ def bare(kind: Any) -> tuple[Any, dict[str, Any]]:
 
 def _read(kind: Any, value: Any, path: KeyPath, faults: Faults) -> Any:
     """Return the value as `kind`, or None after noting what is wrong with it (TOML has no null)."""
+    kind = _present(kind)
     inner, extra = bare(kind)
     if isinstance(inner, type) and issubclass(inner, Struct):
         return read_struct(inner, value, path, faults)
@@ -104,6 +108,14 @@ def _read(kind: Any, value: Any, path: KeyPath, faults: Faults) -> Any:
     if get_origin(inner) is dict and isinstance(value, Mapping):
         return _read_table(value, extra, path, faults)
     return _read_leaf(kind, extra, value, path, faults)
+
+
+def _present(kind: Any) -> Any:
+    """Return what a value that is written must be: the type without its None."""
+    if get_origin(kind) not in (UnionType, Union):
+        return kind
+    kinds = [each for each in get_args(kind) if each is not NoneType]
+    return kinds[0] if len(kinds) == 1 else kind
 
 
 def _read_table(table: Mapping[str, Any], extra: dict[str, Any], path: KeyPath, faults: Faults) -> Any:

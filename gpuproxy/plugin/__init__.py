@@ -7,6 +7,7 @@ and nothing else of gpuproxy. A wrong one stops the start with its name and the 
 
 from gpuproxy.codec.sse import EVENT_BYTES_MAX, TAIL_BYTES, EventFilter, event_payloads
 from gpuproxy.errors import CODES, Code, GatewayError, PluginError
+from gpuproxy.plugin.models import ModelLister, ModelOffer, ModelRenamer
 from gpuproxy.plugin.offers import best_offers, is_fitting, is_same_model, short_model
 from gpuproxy.plugin.payment import (
     Checkout,
@@ -79,6 +80,9 @@ __all__ = [
     "InsufficientFunds",
     "Intent",
     "InvalidAnswer",
+    "ModelLister",
+    "ModelOffer",
+    "ModelRenamer",
     "NotSupported",
     "Offer",
     "OfferQuery",

@@ -9,23 +9,27 @@ from typing import TYPE_CHECKING
 from gpuproxy.errors import CODES, GatewayError
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.plugin import AnswerEditor, Call, Intent, ProtocolHandler, UpstreamRequest, UsageReader
-from gpuproxy.pricing import cost_of
+from gpuproxy.pricing import FREE, Price, cost_of
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy import refusal, tunnel
 from gpuproxy.proxy.credit import Bill, no_credit, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
-from gpuproxy.proxy.route import CONTROL, ENVELOPE, Destination, Route
+from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
+from gpuproxy.proxy.route import CONTROL, ENVELOPE, Route
 from gpuproxy.types import Grant, Outcome, Receipt, Usage
 
 if TYPE_CHECKING:
+    from gpuproxy.proxy.breaker import Replica
+    from gpuproxy.proxy.destination import Destination
     from gpuproxy.proxy.downstream import Downstream
+    from gpuproxy.proxy.endpoint import Endpoint
     from gpuproxy.proxy.pool import Origin
     from gpuproxy.proxy.upstream import UpstreamConnection
     from gpuproxy.proxy.worker import Plane
 
 # States, in the order they are passed through.
-NEW, ADMITTING, COLLECTING, CONNECTING, SENT, DONE = range(6)
+NEW, ADMITTING, COLLECTING, WAITING, CONNECTING, SENT, DONE = range(7)
 
 # Reasons not to read from the client for now; reading goes on when none is left.
 READ_UPLOAD, READ_QUEUE, READ_BUFFER = 1, 2, 4
@@ -38,6 +42,7 @@ JOINED_BYTES_MAX = 16_384  # a body up to this is copied behind its head for one
 NEVER_BYTES = 1 << 62
 TIME_AHEAD_US = 2_000_000  # a few sweeps: time is reserved that early before it is used up
 
+ATTEMPTS = b"X-Gpuproxy-Attempts: %d\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -48,14 +53,18 @@ class Answer:
     """
 
     __slots__ = (
+        "_asked",
+        "_attempt_ns",
         "_attempts",
         "_bill",
         "_call",
         "_collected",
         "_destination",
         "_editor",
+        "_endpoint",
         "_error",
         "_first_byte_ns",
+        "_generation",
         "_grant",
         "_handler",
         "_head",
@@ -74,6 +83,7 @@ class Answer:
         "_sending",
         "_started_ns",
         "_status",
+        "_tried",
         "content_length",
         "downstream",
         "has_body",
@@ -94,6 +104,8 @@ class Answer:
     route: Route
     _started_ns: int
     _sending: tuple[bytes, bytes, list[Field], bytes | None, UpstreamRequest]
+    _tried: list["Replica"]  # valid after the first attempt has failed
+    _asked: str  # the model's name as the caller wrote it
 
     def __init__(self, plane: "Plane", downstream: "Downstream", head: RequestHead, content_length: int) -> None:
         self.plane = plane
@@ -116,10 +128,13 @@ class Answer:
         self._call: Call | None = None
         self._intent: Intent | None = None
         self._destination: Destination | None = None
+        self._endpoint: Endpoint | None = None
+        self._attempt_ns = 0  # when an attempt began whose time is wanted
+        self._generation = -1  # of the endpoint's breaker; -1: no attempt is under way there
         self._origin: Origin | None = None
         self._head = b""
         self._attempts = 0
-        self._patience_s = plane.timeouts.first_byte_s  # for the answer's first byte
+        self._patience_s = 0.0  # for the answer's first byte
         # the answer
         self.has_sent_head = self._is_answer_chunked = self._is_answer_until_close = self._is_paused = False
         self._reader: UsageReader | None = None
@@ -134,6 +149,11 @@ class Answer:
 
     def _connect_to(self, origin: "Origin") -> None:
         raise NotImplementedError  # the way there: `Exchange`
+
+    def _goes_elsewhere(
+        self, reason: str, connection: "UpstreamConnection | None" = None, has_failed: bool = True
+    ) -> bool:
+        raise NotImplementedError
 
     # -- relay ------------------------------------------------------------------------------------------
 
@@ -155,7 +175,13 @@ class Answer:
             return
         downstream = self.downstream
         is_complete = connection.is_complete
-        out = b"" if self.has_sent_head else self._answer_head(connection)
+        if self.has_sent_head:
+            out = b""
+        else:
+            status = connection.head.status
+            if status >= 429 and status in STATUS_REASONS and self._goes_elsewhere(STATUS_REASONS[status], connection):
+                return
+            out = self._answer_head(connection)
         outbox = self.plane.outbox
         seen = body
         if self._editor is not None:
@@ -225,9 +251,11 @@ class Answer:
 
     def _answer_head(self, connection: "UpstreamConnection") -> bytes:
         self.has_sent_head = True
-        self._first_byte_ns = time.monotonic_ns()
+        now_ns = self._first_byte_ns = time.monotonic_ns()
         head = connection.head
         status = self._status = head.status
+        if self._generation >= 0 and (status >= 400 or not self._endpoint.replica.is_calm):  # type: ignore[union-attr]
+            self._report(head, now_ns)
         self._head = b""
         self.held_body = []
         if self._editor is not None and (status != 200 or head.kind[:17] != b"text/event-stream" or head.is_encoded):
@@ -255,9 +283,20 @@ class Answer:
             framing += b"Connection: close\r\n"
         elif self.head.is_http_1_0:
             framing += b"Connection: keep-alive\r\n"
+        if self._attempts > 1:
+            framing += ATTEMPTS % self._attempts
         if self._grant is not None and self._grant.rpm:
             framing += self.plane.limits_by_key.fields(self._grant)
         return b"%bX-Request-Id: %b\r\n%b\r\n" % (head.start, self.request_id.encode(), framing)
+
+    def _report(self, head: AnswerHead, now_ns: int) -> None:
+        replica = self._endpoint.replica  # type: ignore[union-attr]  # an attempt is under way there
+        assert replica is not None
+        status = head.status
+        if status >= 429 and (wait_s := wait_told(head)):
+            replica.told_to_wait(wait_s, self._generation)
+        began_ns = self._attempt_ns or now_ns  # unknown if nobody wanted to know then
+        replica.answered(status, (now_ns - began_ns) / 1000, self._generation)
 
     def _complete(self, connection: "UpstreamConnection") -> None:
         self.upstream = None
@@ -292,8 +331,8 @@ class Answer:
                 self.upstream.transport.resume_reading()
 
     def _stream_idle_s(self) -> float:
-        destination = self._destination
-        return self.plane.timeouts.idle_s if destination is None else destination.idle_s
+        endpoint = self._endpoint
+        return self.plane.timeouts.idle_s if endpoint is None else endpoint.idle_s
 
     # -- what it costs --------------------------------------------------------------------------------------
 
@@ -369,6 +408,8 @@ class Answer:
         assert collected is not None
         if not self._first_byte_ns:
             self._first_byte_ns = time.monotonic_ns()
+            if self._generation >= 0:
+                self._report(connection.head, self._first_byte_ns)
         if not collected.add(body):
             limit_bytes = collected.limit_bytes
             self.upstream_faulted(connection, f'its answer is over {limit_bytes} bytes; use "stream": true')
@@ -407,6 +448,8 @@ class Answer:
         self.has_sent_head = True
         self._status = status
         self._response_bytes += len(body)
+        if self._attempts > 1:
+            extra_fields += ATTEMPTS % self._attempts
         if self._grant is not None and self._grant.rpm:
             extra_fields += self.plane.limits_by_key.fields(self._grant)
         if not self.keeps_alive or self.plane.is_draining:
@@ -452,7 +495,7 @@ class Answer:
             assert self._origin is not None
             self._attempts += 1
             self._connect_to(self._origin)
-        else:
+        elif not self._goes_elsewhere("lost"):
             message = f"{connection.origin.label} closed the connection before its answer was whole"
             self.refuse(GatewayError("UPSTREAM_INVALID", message))
 
@@ -492,11 +535,20 @@ class Answer:
             self.downstream.abort()  # the client stopped reading: connection_lost settles the call
         elif state == COLLECTING or (state == SENT and self._waits_for_upload()):
             self.refuse(GatewayError("REQUEST_TIMEOUT", "the body did not arrive in time"))
+        elif state == WAITING:
+            self.refuse(self._destination.busy())  # type: ignore[union-attr]  # it waits there
         elif state == ADMITTING:
             self.refuse(GatewayError("UNAVAILABLE", "keys cannot be checked at the moment; try again", 1))
-        else:
+        elif self.has_sent_head or not self._goes_elsewhere("first_byte"):
             label = self._origin.label if self._origin is not None else "the upstream"
             self.refuse(GatewayError("UPSTREAM_TIMEOUT", f"{label} did not answer in time"))
+
+    def expire_total(self) -> None:
+        """The time for the whole call has passed."""
+        if self.state == WAITING:
+            self.expire()
+        else:
+            self.refuse(GatewayError("UPSTREAM_TIMEOUT", "the call took longer than this model's total_s allows"))
 
     def _waits_for_upload(self) -> bool:
         return not self.is_received and not self.has_sent_head and not self.downstream.is_reading_blocked(READ_UPLOAD)
@@ -545,6 +597,16 @@ class Answer:
 
     def _finish(self, outcome: Outcome) -> None:
         """Write the receipt and let the connection go on. Runs once."""
+        if self._generation >= 0:
+            replica = self._endpoint.replica  # type: ignore[union-attr]  # an attempt is under way there
+            if replica.is_calm and outcome != "upstream_failed":  # type: ignore[union-attr]
+                replica.ended_count += 1  # type: ignore[union-attr]
+            else:
+                self._end_attempt(outcome == "upstream_failed")
+        elif self.state == WAITING:
+            self._destination.leave(self)  # type: ignore[union-attr]  # it waits there
+        if self.plane.bounded:
+            self.plane.bounded.pop(self, None)
         self.state = DONE
         self.held_body = []
         route = self.route
@@ -556,7 +618,7 @@ class Answer:
             grant = self._grant or NO_GRANT
             intent = self._intent or NO_INTENT
             handler = self._handler
-            destination = self._destination
+            place = self._endpoint or self._destination or NO_PLACE
             reader = self._reader
             usage = (reader.finish() if reader is not None else None) or NO_USAGE
             bill = self._bill
@@ -569,7 +631,7 @@ class Answer:
                 grant.user_id,
                 grant.key_id,
                 handler.name if handler is not None else "",
-                destination.name if destination is not None else "",
+                place.upstream,
                 intent.model,
                 self.method.decode(),
                 route.shown,
@@ -587,14 +649,34 @@ class Answer:
             )
             if bill is not None:
                 plane.timed.pop(self, None)
-                plane.credit.settle(bill, cost_of(receipt, bill.price))
+                plane.credit.settle(bill, cost_of(receipt, self._price_of(receipt, bill.price)))
             plane.journal.append(receipt)
             if not plane.outbox.is_scheduled:
                 plane.outbox.schedule()
         if self._status != 101:
             self.downstream.ended(self, not self.keeps_alive or (outcome == "ok" and not self.is_received))
 
+    def _price_of(self, receipt: Receipt, reserved: Price) -> Price:
+        # the price of the place that served the call, which need not be the highest, by which it has reserved
+        destination = self._destination
+        if destination is None or len(destination.places) == 1:
+            return reserved
+        return self.plane.prices.find(receipt.model, receipt.upstream, receipt.started_ns) or FREE
 
+    def _end_attempt(self, has_failed: bool) -> None:
+        replica = self._endpoint.replica  # type: ignore[union-attr]  # an attempt is under way there
+        assert replica is not None
+        generation, self._generation = self._generation, -1
+        if has_failed:
+            replica.failed(generation)
+        replica.end(generation)
+
+
+class _NoPlace:
+    upstream = ""
+
+
+NO_PLACE = _NoPlace()
 NO_GRANT = Grant("", "")
 NO_HEAD = AnswerHead()
 NO_INTENT = Intent()

@@ -17,7 +17,7 @@ from gpuproxy.link.messages import Leased, Recall, Return
 from gpuproxy.link.wallet import Outcome, Wallet
 from gpuproxy.plugin import Intent, UsageReader
 from gpuproxy.pricing import Price, upper_bound
-from gpuproxy.proxy.route import Endpoint
+from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.types import Grant, Usage
 
 CALLS_AHEAD = 64  # a lease is asked for so many calls; control gives less the less is left

@@ -12,13 +12,12 @@ The methods are longer and flatter than elsewhere because each call and attribut
 import time
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from gpuproxy.errors import GatewayError
 from gpuproxy.guard import parse_target
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Call, Intent, UpstreamRequest
+from gpuproxy.pricing import Price
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy.admit import is_expired
 from gpuproxy.proxy.answer import (
@@ -34,9 +33,10 @@ from gpuproxy.proxy.answer import (
     READ_UPLOAD,
     SENT,
     VIA_HOPS_MAX,
-    Answer,
 )
+from gpuproxy.proxy.attempts import Attempts
 from gpuproxy.proxy.credit import no_credit, unknown_credit
+from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.headers import (
     Field,
     checked_fields,
@@ -44,7 +44,8 @@ from gpuproxy.proxy.headers import (
     replace_fields,
     without_nominated,
 )
-from gpuproxy.proxy.route import CONTROL, ENVELOPE, MOUNT, UNKNOWN, Endpoint, joined_path
+from gpuproxy.proxy.offers import highest
+from gpuproxy.proxy.route import CONTROL, ENVELOPE, MOUNT, UNKNOWN, joined_path
 from gpuproxy.types import ALL_SCOPES, Grant
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 _log = get_logger("gpuproxy.exchange")
 
 
-class Exchange(Answer):
+class Exchange(Attempts):
     """One request and its answer on a client connection: the way there. `Answer` is the way back."""
 
     __slots__ = ()
@@ -265,8 +266,14 @@ class Exchange(Answer):
                 intent = self._intent = handler.describe(call)
                 assert route.upstream is not None
                 destination = self._destination = route.upstream
-            if self._grant.models is not None:  # type: ignore[union-attr]  # admitted
-                self._check_model(intent.model)
+            grant = self._grant
+            if grant.models is not None:  # type: ignore[union-attr]  # admitted
+                self._check_model(intent.model, destination.model)
+            if not intent.model and route.kind == MOUNT and self._lists_models(call, handler, intent):
+                return
+            self._asked = intent.model
+            if destination.model:
+                intent.model = destination.model  # the caller may have used another name of it
             call.may_ask_usage = destination.may_ask_usage
             request = handler.prepare(call, intent)
             self._editor = request.editor
@@ -275,24 +282,20 @@ class Exchange(Answer):
             path = request.path
             if path is None:
                 path = route.path if intent.path is None else intent.path
-            fields = head.fields
-            if destination.fixed_names:
-                fields = [field for field in fields if field[0].lower() not in destination.fixed_names]
-            self._patience_s = destination.first_byte_s
-            if plane.prices.is_any and not self._reserve(intent, destination.name, body):
-                self._sending = self.method, path, fields, body, request
-            else:
-                self._forward(destination.endpoint(), self.method, path, fields, body, request)
+            self._sending = self.method, path, head.fields, body, request
+            if not plane.prices.is_any or self._reserve(intent, body):
+                self._go(destination)
         except GatewayError as error:
             self.refuse(error)
         except Exception:
             self._fail()
 
-    def _check_model(self, model: str) -> None:
+    def _check_model(self, model: str, name: str = "") -> None:
+        # `name` is the model's own, if `model` may be an alias
         grant = self._grant
         assert grant is not None
         models = grant.models
-        if models is not None and model not in models and (model or self.has_body):
+        if models is not None and model not in models and name not in models and (model or self.has_body):
             allowed = ", ".join(models[:20]) or "none"
             raise GatewayError(
                 "FORBIDDEN",
@@ -317,7 +320,9 @@ class Exchange(Answer):
         endpoint = router.endpoint_at(target.scheme, target.host, target.port)
         if endpoint is None:
             origin = self.plane.pools.user_given(target.scheme, target.host, target.port)
-            endpoint = Endpoint(origin, b"", b"", target.authority.encode())
+            timeouts = self.plane.timeouts
+            endpoint = Endpoint(origin, target.authority.encode(), timeouts.first_byte_s, timeouts.idle_s)
+        endpoint = endpoint.at_root(envelope.timeout_s)  # a target's path is whole
         if not envelopes.wants_stream(envelope):
             limit_bytes = self.plane.limits.envelope_answer_bytes_max
             self._collected = envelopes.Collected(limit_bytes, envelope.timeout_s, self._started_ns)
@@ -325,22 +330,18 @@ class Exchange(Answer):
         self.held_body = []
         self.content_length = -1 if content is None else len(content)
         self.has_body = content is not None
-        if envelope.timeout_s is not None:
-            self._patience_s = envelope.timeout_s
         path = request.path if request.path is not None else call.path or b"/"
-        endpoint = msgspec.structs.replace(endpoint, base_path=b"")  # a target's path is whole
         fields = envelopes.completed_fields(envelope, fields, request.headers, self._collected is not None)
-        if self.plane.prices.is_any and not self._reserve(intent, "", content, endpoint):
-            self._sending = call.method, path, fields, content, request
-        else:
-            self._forward(endpoint, call.method, path, fields, content, request)
+        self._sending = call.method, path, fields, content, request
+        if not self.plane.prices.is_any or self._reserve(intent, content, endpoint):
+            self._forward(endpoint)
 
     # -- pay ----------------------------------------------------------------------------------------------
 
-    def _reserve(self, intent: Intent, upstream: str, body: bytes | None, endpoint: Endpoint | None = None) -> bool:
+    def _reserve(self, intent: Intent, body: bytes | None, endpoint: Endpoint | None = None) -> bool:
         # set aside the most the call may cost; False: `paid` goes on with it
         plane = self.plane
-        price = plane.prices.find(intent.model, upstream, plane.wall_offset_ns + self._started_ns)
+        price = self._highest_price(intent.model)
         if price is None:
             return True
         grant = self._grant
@@ -355,6 +356,14 @@ class Exchange(Answer):
         self.state = ADMITTING
         self.downstream.deadline_s = plane.now_s + plane.config.auth.authorize_timeout_s + 1
         return False
+
+    def _highest_price(self, model: str) -> Price | None:
+        # where the call goes is not known yet: it must be able to pay for any place
+        prices, destination = self.plane.prices, self._destination
+        at_ns = self.plane.wall_offset_ns + self._started_ns
+        if destination is None or len(destination.places) == 1:
+            return prices.find(model, destination.upstream if destination is not None else "", at_ns)
+        return highest([prices.find(name or model, upstream, at_ns) for name, upstream in destination.places])
 
     def _input_bytes_max(self) -> int:
         if not self.has_body:
@@ -372,8 +381,9 @@ class Exchange(Answer):
             endpoint = bill.endpoint
             if endpoint is None:
                 assert self._destination is not None
-                endpoint = self._destination.endpoint()
-            self._forward(endpoint, *self._sending)
+                self._go(self._destination)
+            else:
+                self._forward(endpoint)
         except GatewayError as error:
             self.refuse(error)
         except Exception:
@@ -385,16 +395,24 @@ class Exchange(Answer):
 
     # -- forward ----------------------------------------------------------------------------------------
 
-    def _forward(
-        self,
-        endpoint: Endpoint,
-        method: bytes,
-        path: bytes,
-        fields: list[Field],
-        body: bytes | None,
-        request: UpstreamRequest,
-    ) -> None:
-        self._sending = method, path, fields, body, request
+    def _forward(self, endpoint: Endpoint) -> None:
+        method, path, fields, body, request = self._sending
+        if request.body is not None:
+            body = request.body
+        self._endpoint = endpoint
+        self._patience_s = endpoint.first_byte_s
+        replica = endpoint.replica
+        if replica is not None:
+            if replica.is_calm:
+                replica.begun_count += 1
+                self._generation = replica.generation
+            else:
+                self._attempt_ns = time.monotonic_ns()
+                self._generation = replica.begin()
+            if endpoint.model and endpoint.model != self._asked:
+                path, body = self._renamed(endpoint, path, body)
+        if endpoint.fixed_names:
+            fields = [field for field in fields if field[0].lower() not in endpoint.fixed_names]
         head = self.head
         is_plain = fields is head.fields and not request.headers
         block = head.blocks.get(request.identity) if is_plain else None
@@ -402,8 +420,6 @@ class Exchange(Answer):
             block = self._block(fields, request)
             if is_plain:
                 head.blocks[request.identity] = block
-        if request.body is not None:
-            body = request.body
         if head.is_upgrade:
             framing = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
         elif body is not None:
@@ -431,6 +447,8 @@ class Exchange(Answer):
         )
         self._attempts += 1
         origin = self._origin = endpoint.origin
+        if self._attempts == 1 and endpoint.destination is not None and endpoint.destination.terms.total_s:
+            self.plane.bounded[self] = self.plane.now_s + endpoint.destination.terms.total_s
         connection = origin.take(self.plane.now_s)
         if connection is not None:
             self._send(connection)
@@ -459,7 +477,8 @@ class Exchange(Answer):
         fields = [*head.fields, *head.own_fields] if head.own_fields else head.fields
         if head.expects_continue and not self.is_received:
             self._write(CONTINUE)
-        self._forward(self.plane.control_endpoint, self.method, head.target, fields, None, _UNCHANGED)
+        self._sending = self.method, head.target, fields, None, _UNCHANGED
+        self._forward(self.plane.control_endpoint)
 
     def _connect_to(self, origin: "Origin") -> None:
         self.state = CONNECTING
@@ -467,7 +486,7 @@ class Exchange(Answer):
 
     async def _connect(self, origin: "Origin") -> None:
         try:
-            connection = await origin.connect()
+            connection = await origin.connect(self._endpoint.connect_s)  # type: ignore[union-attr]  # chosen
         except GatewayError as error:
             if self.state == CONNECTING:
                 self._unreachable(error)
@@ -478,11 +497,9 @@ class Exchange(Answer):
             origin.give(connection, self.plane.now_s)
 
     def _unreachable(self, error: GatewayError) -> None:
-        destination = self._destination
-        retries = error.code in ("UPSTREAM_UNREACHABLE", "UPSTREAM_TIMEOUT", "UPSTREAM_BUSY")
-        if retries and destination is not None and self._attempts < len(destination.endpoints):
-            self._forward(destination.endpoint(), *self._sending)  # nothing was sent: another replica may take it
-        else:
+        # nothing was sent: another replica may take it
+        is_retriable = error.code in ("UPSTREAM_UNREACHABLE", "UPSTREAM_TIMEOUT", "UPSTREAM_BUSY")
+        if not is_retriable or not self._goes_elsewhere("", has_failed=error.code != "UPSTREAM_BUSY"):
             self.refuse(error)
 
     def _send(self, connection: "UpstreamConnection") -> None:

@@ -102,17 +102,21 @@ class Origin:
         """Tell whether no connection, idle or busy, is open."""
         return self._connections == 0
 
-    async def connect(self) -> "UpstreamConnection":
-        """Open a connection. Raises GatewayError UPSTREAM_UNREACHABLE, _TIMEOUT, _BUSY or TARGET_FORBIDDEN."""
+    async def connect(self, connect_s: float | None = None) -> "UpstreamConnection":
+        """Open a connection within `connect_s`, None: as the policy says.
+
+        Raises GatewayError UPSTREAM_UNREACHABLE, _TIMEOUT, _BUSY or TARGET_FORBIDDEN.
+        """
+        connect_s = connect_s or self._policy.connect_s
         if self._connections >= self._policy.connections_max:
             raise GatewayError("UPSTREAM_BUSY", f"{self.label} has {self._connections} connections in use", 1)
         self._connections += 1
         try:
-            async with asyncio.timeout(self._policy.connect_s):
+            async with asyncio.timeout(connect_s):
                 return await self._open()
         except BaseException as error:
             self._connections -= 1
-            raise self._mapped(error) from error
+            raise self._mapped(error, connect_s) from error
 
     async def _open(self) -> "UpstreamConnection":
         loop = asyncio.get_running_loop()
@@ -156,11 +160,9 @@ class Origin:
             self._policy.guard.check(key.host, found)
         return [(address, port) for address in dict.fromkeys(found[:ADDRESSES_MAX])]
 
-    def _mapped(self, error: BaseException) -> BaseException:
+    def _mapped(self, error: BaseException, connect_s: float) -> BaseException:
         if isinstance(error, TimeoutError):
-            return GatewayError(
-                "UPSTREAM_TIMEOUT", f"{self.label} took no connection within {self._policy.connect_s:g} s"
-            )
+            return GatewayError("UPSTREAM_TIMEOUT", f"{self.label} took no connection within {connect_s:g} s")
         if isinstance(error, ssl.SSLError | ssl.CertificateError):
             reason = getattr(error, "verify_message", "") or error.reason or "handshake failed"
             return GatewayError("UPSTREAM_UNREACHABLE", f"{self.label}: TLS: {reason}")
@@ -187,15 +189,24 @@ class Pools:
         self._keepalive_s = keepalive_s
         self._user_tls: ssl.SSLContext | None = None
         self._user_ca_file = ca_file
-        self._origins: dict[OriginKey | tuple[OriginKey, str], Origin] = {}
+        self._origins: dict[OriginKey | tuple[OriginKey, str, str, bool], Origin] = {}
 
-    def configured(self, key: OriginKey, label: str, tls: ssl.SSLContext | None, keepalive_s: float = 0) -> Origin:
+    def configured(
+        self, key: OriginKey, label: str, ca_file: str = "", verify: bool = True, keepalive_s: float = 0
+    ) -> Origin:
         """Return the pool of a configured upstream's origin; upstreams never share one (TLS settings differ)."""
-        origin = self._origins.get((key, label))
+        place = key, label, ca_file, verify
+        origin = self._origins.get(place)
         if origin is None:
+            tls = tls_context(ca_file, verify) if key.scheme == "https" else None
             origin = Origin(key, label, self._policy, tls, self._make, keepalive_s or self._keepalive_s)
-            self._origins[(key, label)] = origin
+            self._origins[place] = origin
         return origin
+
+    def keep_only(self, used: "set[Origin]") -> None:
+        """Forget configured origins that no upstream has any more, once their connections are gone."""
+        for place in [place for place, origin in self._origins.items() if _is_over(place, origin, used)]:
+            del self._origins[place]
 
     def user_given(self, scheme: str, host: str, port: int) -> Origin:
         """Return the pool of a user-given origin; an address literal is judged here, a name when it is resolved."""
@@ -228,6 +239,11 @@ class Pools:
     def _forget_unused(self) -> None:
         for key in [key for key, origin in self._origins.items() if isinstance(key, OriginKey) and origin.is_unused]:
             del self._origins[key]
+
+
+def _is_over(place: object, origin: Origin, used: "set[Origin]") -> bool:
+    is_configured = not isinstance(place, OriginKey) and not origin.key.unix_path
+    return is_configured and origin not in used and origin.is_unused
 
 
 def tls_context(ca_file: str, verify: bool = True) -> ssl.SSLContext:

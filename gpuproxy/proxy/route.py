@@ -4,16 +4,19 @@ A target is classified once and remembered, so a repeated path costs one dict lo
 the clock, the network or the caller.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping
-from urllib.parse import urlsplit
+from collections.abc import Mapping
 
 from msgspec import Struct
 
-from gpuproxy.config import Config, Timeouts, Upstream
+from gpuproxy.config import Config
 from gpuproxy.errors import GatewayError
-from gpuproxy.plugin import Intent, ProtocolHandler, Registry
-from gpuproxy.proxy.pool import Origin, OriginKey, Pools, tls_context
+from gpuproxy.plugin import Intent, ModelOffer, ProtocolHandler, Registry
+from gpuproxy.proxy.breaker import Replicas
+from gpuproxy.proxy.destination import Destination
+from gpuproxy.proxy.destinations import Builder
+from gpuproxy.proxy.endpoint import Endpoint
+from gpuproxy.proxy.offers import FindPrice, offer
+from gpuproxy.proxy.pool import Origin, Pools
 
 PREFIX = b"/api/v1/gpu/proxy"
 ALIAS = b"/v1/"  # /v1/... is short for PREFIX/v1/...
@@ -34,73 +37,32 @@ class Route(Struct, frozen=True, gc=False):
     fault: str = ""
 
 
-class Endpoint(Struct, frozen=True, gc=False):
-    """One base URL of an upstream. `fixed_fields` are the header lines every request to it carries but Host."""
-
-    origin: Origin
-    base_path: bytes
-    fixed_fields: bytes
-    host: bytes
-    preserves_host: bool = False
-
-
-class Destination:
-    """A configured upstream with its endpoints, taken in turn."""
-
-    __slots__ = (
-        "_turns",
-        "config",
-        "endpoint",
-        "endpoints",
-        "first_byte_s",
-        "fixed_names",
-        "handler",
-        "idle_s",
-        "may_ask_usage",
-        "name",
-    )
-
-    def __init__(
-        self, config: Upstream, handler: ProtocolHandler, endpoints: tuple[Endpoint, ...], timeouts: Timeouts
-    ) -> None:
-        self.config = config
-        self.first_byte_s = config.first_byte_s or timeouts.first_byte_s
-        self.idle_s = config.idle_s or timeouts.idle_s
-        self.may_ask_usage = config.include_usage
-        self.name = config.name
-        self.handler = handler
-        self.endpoints = endpoints
-        self.fixed_names = frozenset(name.lower().encode() for name in config.headers)
-        self._turns: Iterator[Endpoint] = itertools.cycle(endpoints)
-        self.endpoint = self._turns.__next__  # returns the endpoint whose turn it is
-
-
 class Router:
     """All routes and destinations of a worker."""
 
-    def __init__(self, config: Config, registry: Registry, pools: Pools, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        pools: Pools,
+        environment: Mapping[str, str],
+        replicas: Replicas | None = None,
+        find_price: FindPrice = lambda model, upstream: None,
+    ) -> None:
         self.registry = registry
-        self._timeouts = config.timeouts
+        self.config = config
+        self.find_price = find_price
         self.routes: dict[bytes, Route] = {}
-        self._by_name: dict[str, Destination] = {}
-        self._by_model: dict[str, list[Destination]] = {}
-        self._by_protocol: dict[str, list[Destination]] = {}
+        replicas = replicas or Replicas(config.routing)
+        builder = Builder(config, self.handler, pools, environment, replicas, find_price)
+        self.upstreams = builder.upstreams()
+        self.models = builder.models()  # by every name of them
+        self._by_protocol = builder.protocols()
         self._by_address: dict[tuple[str, str, int], Endpoint] = {}
-        self._turn = itertools.count()
-        for upstream in config.upstreams:
-            self._add(upstream, pools, environment)
-
-    def _add(self, upstream: Upstream, pools: Pools, environment: Mapping[str, str]) -> None:
-        handler = self.handler(upstream.protocol)
-        endpoints = tuple(_endpoint(url, upstream, pools, environment) for url in upstream.urls)
-        destination = Destination(upstream, handler, endpoints, self._timeouts)
-        self._by_name[upstream.name] = destination
-        self._by_protocol.setdefault(upstream.protocol, []).append(destination)
-        for endpoint in endpoints:
-            key = endpoint.origin.key
-            self._by_address.setdefault((key.scheme, key.host, key.port), endpoint)
-        for model in upstream.models:
-            self._by_model.setdefault(model, []).append(destination)
+        for destination in self.upstreams.values():
+            for endpoint in destination.endpoints:
+                key = endpoint.origin.key
+                self._by_address.setdefault((key.scheme, key.host, key.port), endpoint)
 
     def handler(self, protocol: str) -> ProtocolHandler:
         """Return the handler of a protocol. Raises GatewayError UNKNOWN_PROTOCOL naming the known ones."""
@@ -159,14 +121,27 @@ class Router:
 
     def upstream(self, name: str) -> Destination:
         """Return the upstream of that name. Raises GatewayError UNKNOWN_UPSTREAM."""
-        destination = self._by_name.get(name)
+        destination = self.upstreams.get(name)
         if destination is None:
             raise GatewayError(
                 "UNKNOWN_UPSTREAM",
-                f"no upstream {name[:100]!r}; known: {_names(self._by_name)}",
+                f"no upstream {name[:100]!r}; known: {_names(self.upstreams)}",
                 param="upstream",
             )
         return destination
+
+    def offers(self, handler: ProtocolHandler, models: tuple[str, ...] | None) -> list[ModelOffer]:
+        """Return what a caller who may use `models` (None: all) is offered in a protocol, sorted by name."""
+        served = [(name, place) for name, place in sorted(self.models.items()) if place.handler is handler]
+        return [
+            offer(name, {endpoint.upstream for endpoint in place.endpoints}, self.find_price)
+            for name, place in served
+            if name == place.model and (models is None or name in models)
+        ]
+
+    def origins(self) -> set[Origin]:
+        """Return the origins of all endpoints."""
+        return {endpoint.origin for place in self.upstreams.values() for endpoint in place.endpoints}
 
     def endpoint_at(self, scheme: str, host: str, port: int) -> Endpoint | None:
         """Return the configured endpoint at this address, if there is one: it needs no guard."""
@@ -174,54 +149,29 @@ class Router:
 
     def destination(self, intent: Intent, handler: ProtocolHandler) -> Destination:
         """Return the upstream an intent means. Raises GatewayError UNKNOWN_MODEL or UNKNOWN_UPSTREAM."""
-        choices = self._by_model.get(intent.model)
-        if choices is not None and len(choices) == 1 and not intent.upstream:
-            return choices[0]
-        if intent.upstream:
-            destination = self.upstream(intent.upstream)
-            if destination.handler is not handler:
-                served = [name for name, other in self._by_name.items() if other.handler is handler]
-                raise GatewayError(
-                    "UNKNOWN_UPSTREAM",
-                    f"upstream {intent.upstream!r} speaks {destination.config.protocol}; known here: {_names(served)}",
-                    param="upstream",
-                )
-            return destination
-        if intent.model:
-            if choices is None:
-                raise GatewayError(
-                    "UNKNOWN_MODEL",
-                    f"no model {intent.model[:100]!r}; known: {_names(self._by_model)}",
-                    param="model",
-                )
-        else:
-            choices = self._by_protocol.get(handler.name)
-            if choices is None:
+        if not intent.upstream:
+            destination = self.models.get(intent.model) if intent.model else self._by_protocol.get(handler.name)
+            if destination is not None:
+                return destination
+            if not intent.model:
                 raise GatewayError("UNKNOWN_UPSTREAM", f"no upstream speaks {handler.name}; add one to [[upstreams]]")
-        if len(choices) == 1:
-            return choices[0]
-        return choices[next(self._turn) % len(choices)]
+            known = f"known: {_names(self.models)}"
+            raise GatewayError("UNKNOWN_MODEL", f"no model {intent.model[:100]!r}; {known}", param="model")
+        destination = self.upstream(intent.upstream)
+        if destination.handler is not handler:
+            served = [name for name, other in self.upstreams.items() if other.handler is handler]
+            raise GatewayError(
+                "UNKNOWN_UPSTREAM",
+                f"upstream {intent.upstream!r} speaks {destination.handler.name}; known here: {_names(served)}",
+                param="upstream",
+            )
+        return destination
 
 
 def _names(known: "Mapping[str, object] | list[str]") -> str:
     names = sorted(known)
     shown = ", ".join(names[:20]) or "none"
     return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
-
-
-def _endpoint(url: str, upstream: Upstream, pools: Pools, environment: Mapping[str, str]) -> Endpoint:
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    host = parts.hostname or ""
-    tls = tls_context(upstream.ca_file, upstream.verify_tls) if parts.scheme == "https" else None
-    origin = pools.configured(OriginKey(parts.scheme, host, port), f"upstream {upstream.name!r}", tls)
-    fields = dict(upstream.headers)
-    key = environment.get(upstream.api_key_env, "") if upstream.api_key_env else ""
-    if key:
-        fields["Authorization"] = f"Bearer {key}"
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    base_path = parts.path.rstrip("/").encode()
-    return Endpoint(origin, base_path, lines.encode(), parts.netloc.encode(), upstream.preserve_host)
 
 
 def _refuse_climbing(path: bytes) -> None:

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,20 @@ from gpuproxy.link.client import LinkClient
 from gpuproxy.link.messages import Hello, Recall
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import Registry, load_plugins
+from gpuproxy.pricing import Price, from_config
 from gpuproxy.process import Boot, on_stop, receive_boot, report_draining, report_ready
 from gpuproxy.proxy.admit import Admission
 from gpuproxy.proxy.answer import Answer
+from gpuproxy.proxy.breaker import Replicas
 from gpuproxy.proxy.credit import Credit
 from gpuproxy.proxy.downstream import Downstream
+from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.journal import Journal, segment_name
 from gpuproxy.proxy.limits import Limits
 from gpuproxy.proxy.outbox import Outbox
 from gpuproxy.proxy.pool import ConnectPolicy, OriginKey, Pools
 from gpuproxy.proxy.prices import Prices
-from gpuproxy.proxy.route import Endpoint, Router
+from gpuproxy.proxy.route import Router
 from gpuproxy.proxy.tunnel import TunnelEnd
 from gpuproxy.proxy.upstream import UpstreamConnection
 
@@ -56,6 +60,7 @@ class Plane:
     ) -> None:
         loop = asyncio.get_running_loop()
         self.config = config
+        self._registry = registry
         self.limits = config.limits
         self.timeouts = config.timeouts
         self._time = loop.time
@@ -80,19 +85,49 @@ class Plane:
             Guard(config.egress.allow),
         )
         self.pools = Pools(policy, UpstreamConnection, self.timeouts.upstream_keepalive_s, config.egress.ca_file)
-        self.router = Router(config, registry, self.pools, os.environ)
+        self.replicas = Replicas(config.routing, loop.time())
+        self.prices = Prices()
+        self.prices.replace(map(from_config, config.prices))  # until control tells those in force
+        self.router = self.build_router(config)
+        self.bounded: dict[Answer, float] = {}  # calls with a total time, and its end
         self.admission = Admission(config.auth, link, loop.time)
         self.limits_by_key = Limits(link)
-        self.prices = Prices()
-        link.on_prices = self.prices.replace
+        link.on_prices = self.take_prices
         self.credit = Credit(config.credit, link)
         self.timed: dict[Answer, None] = {}  # open calls whose price is by the second
         link.on_recall = self._recall
         link.on_revoke = self.admission.revoke
         link.on_reconnect = self.admission.refresh_all
         control = OriginKey("http", "control", 0, unix_path=control_path)
-        origin = self.pools.configured(control, "the management plane", None, CONTROL_KEEPALIVE_S)
-        self.control_endpoint = Endpoint(origin, b"", b"", b"localhost", preserves_host=True)
+        origin = self.pools.configured(control, "the management plane", keepalive_s=CONTROL_KEEPALIVE_S)
+        self.control_endpoint = Endpoint(origin, b"localhost", self.timeouts.first_byte_s, self.timeouts.idle_s)
+        self.control_endpoint.preserves_host = True
+
+    def build_router(self, config: Config) -> Router:
+        """Return a router for these upstreams and models, on the pools and replicas there are."""
+        self.replicas.begin_rebuild()
+        try:
+            return Router(config, self._registry, self.pools, os.environ, self.replicas, self._find_price)
+        finally:
+            self.replicas.end_rebuild()
+
+    def _find_price(self, model: str, upstream: str) -> Price | None:
+        return self.prices.find(model, upstream, time.time_ns())
+
+    def take_router(self, router: Router) -> None:
+        """Route by it from now on. Calls under way go on; those that wait for an endpoint wait for its new ones."""
+        before, self.router = self.router, router
+        for destination in set(before.models.values()):
+            waiting, destination.waiting = destination.waiting, OrderedDict()
+            for exchange in waiting:
+                exchange.move_to(router.models.get(destination.model))
+        self.pools.keep_only(router.origins())
+
+    def take_prices(self, prices: list[Price]) -> None:
+        """Go by the prices that control has told; where they decide who gets calls, decide anew."""
+        self.prices.replace(prices)
+        if any(place.terms.strategy == "cheapest" for place in self.router.models.values()):
+            self.take_router(self.build_router(self.router.config))
 
     def new_id(self) -> str:
         """Return an id for a request and its receipt, unique over all workers and restarts, growing with time."""
@@ -132,10 +167,13 @@ class Plane:
         """Act on every deadline that has passed."""
         now_s = self._time()
         self.now_s = now_s + SWEEP_S
+        self.replicas.sweep(now_s)
         for downstream in [d for d in self.downstreams if d.deadline_s <= now_s]:
             downstream.expire()
         for exchange in list(self.timed):
             exchange.prolong()
+        for exchange in [each for each, until_s in self.bounded.items() if until_s <= now_s]:
+            exchange.expire_total()
         idle_since_s = now_s - self.config.timeouts.idle_s
         for ends in list(self.tunnels.values()):
             if max(end.last_byte_s for end in ends) < idle_since_s:

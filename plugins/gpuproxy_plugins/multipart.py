@@ -1,7 +1,7 @@
 """The small fields of a multipart/form-data body that is in memory (RFC 7578)."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 _HEAD_BYTES_MAX = 8_192  # of one part; real ones are under 300
 _VALUE_BYTES_MAX = 4_096
@@ -18,19 +18,34 @@ def is_form(content_type: bytes | None) -> bool:
 
 def form_fields(body: bytes, content_type: bytes, wanted: Collection[bytes]) -> dict[bytes, bytes]:
     """Return the wanted fields that are there. Raises ValueError on a malformed form or a repeated field."""
-    delimiter = b"--" + _boundary(content_type)
     fields: dict[bytes, bytes] = {}
+    for name, start, end in _parts(body, content_type):
+        if name in wanted:
+            _keep(fields, name, body, start, end)
+    return fields
+
+
+def field_span(body: bytes, content_type: bytes, wanted: bytes) -> tuple[int, int] | None:
+    """Return where the value of a field stands, None if it is not there. Raises ValueError on a malformed form."""
+    return next(((start, end) for name, start, end in _parts(body, content_type) if name == wanted), None)
+
+
+def _parts(body: bytes, content_type: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the name of each part, and where its value begins and ends."""
+    delimiter = b"--" + _boundary(content_type)
     at = 0 if body.startswith(delimiter) else body.find(b"\r\n" + delimiter) + 2
     if at == 1:
         raise ValueError("the form's boundary does not occur in the body")
     for _ in range(_PARTS_MAX):
         at += len(delimiter)
         if body.startswith(b"--", at):
-            return fields
+            return
         end = body.find(b"\r\n" + delimiter, at)
         if end < 0:
             raise ValueError("the form's last part does not end")
-        _keep(fields, body, at, end, wanted)
+        head_end = body.find(b"\r\n\r\n", at, min(end, at + _HEAD_BYTES_MAX))
+        found = _DISPOSITION.search(body[at : max(head_end, at)])
+        yield (_parameters(found[1]).get(b"name", b"") if found else b""), head_end + 4, end
         at = end + 2
     raise ValueError(f"the form has more than {_PARTS_MAX} parts")
 
@@ -47,15 +62,10 @@ def _parameters(value: bytes) -> dict[bytes, bytes]:
     return {name.lower(): quoted or plain for name, quoted, plain in _PARAMETER.findall(value)}
 
 
-def _keep(fields: dict[bytes, bytes], body: bytes, start: int, end: int, wanted: Collection[bytes]) -> None:
-    """Put the part ``body[start:end]`` into `fields` if it is wanted."""
-    head_end = body.find(b"\r\n\r\n", start, min(end, start + _HEAD_BYTES_MAX))
-    found = _DISPOSITION.search(body[start : max(head_end, start)])
-    name = _parameters(found[1]).get(b"name", b"") if found else b""
-    if name not in wanted:
-        return
+def _keep(fields: dict[bytes, bytes], name: bytes, body: bytes, start: int, end: int) -> None:
+    """Put the value ``body[start:end]`` into `fields`."""
     if name in fields:
         raise ValueError(f"the form has the field {name.decode('latin-1')!r} twice")
-    if end - head_end > _VALUE_BYTES_MAX:
+    if end - start > _VALUE_BYTES_MAX:
         raise ValueError(f"the form's field {name.decode('latin-1')!r} is over {_VALUE_BYTES_MAX} bytes")
-    fields[name] = body[head_end + 4 : end]
+    fields[name] = body[start:end]

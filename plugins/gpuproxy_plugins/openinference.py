@@ -5,10 +5,15 @@ Under /v1 the body names the model, so it is read whole before routing; under /v
 decode only the fields they name.
 """
 
+from collections.abc import Sequence
+
 from gpuproxy.plugin import (
     Call,
     GatewayError,
     Intent,
+    ModelLister,
+    ModelOffer,
+    ModelRenamer,
     ProtocolHandler,
     Registry,
     UpstreamRequest,
@@ -22,7 +27,9 @@ from gpuproxy_plugins.openinference_intent import (
     intent_of_path,
     refuse_dot_segments,
 )
+from gpuproxy_plugins.openinference_models import asks_for_models, listing
 from gpuproxy_plugins.openinference_refusal import refusal
+from gpuproxy_plugins.openinference_rename import renamed
 from gpuproxy_plugins.openinference_shape import completed_path
 from gpuproxy_plugins.openinference_stream import GENERATE, StreamUsageReader, TgiStreamReader, marker_of
 from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader
@@ -79,6 +86,18 @@ class OpenInference:
         """Return the answer as it is."""
         return content_type, body
 
+    def rename(self, call: Call, path: bytes, body: bytes | None, model: str) -> tuple[bytes, bytes | None]:
+        """Return path and body with another name for the model. Raises BAD_REQUEST."""
+        return renamed(call, path, body, model)
+
+    def asks_for_models(self, call: Call) -> bool:
+        """Tell whether the call asks for the list of models."""
+        return asks_for_models(call)
+
+    def list_models(self, call: Call, offers: Sequence[ModelOffer]) -> bytes:
+        """Return the list in the dialect of the caller. Raises METHOD_NOT_ALLOWED."""
+        return listing(call, offers)
+
     def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
         """Return the error in the dialect of the path."""
         return refusal(path, error, request_id)
@@ -110,3 +129,5 @@ def register(registry: Registry) -> None:
 
 
 _: type[ProtocolHandler] = OpenInference
+_renames: type[ModelRenamer] = OpenInference
+_lists: type[ModelLister] = OpenInference

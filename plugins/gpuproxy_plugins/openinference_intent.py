@@ -78,6 +78,11 @@ def _prompt_count(prompt: bytes) -> int:
     return len(parts) if parts and bytes(parts[0])[:1] in (b'"', b"[") else 1
 
 
+def model_of(body: bytes) -> str:
+    """Return the model that a body names which `intent_of_body` has read."""
+    return _decode(body).model
+
+
 def refuse_model(model: str) -> NoReturn:
     """Raise BAD_REQUEST for a model name that is empty or too long."""
     if model:

@@ -13,6 +13,7 @@ from gpuproxy.plugin import Registry
 from gpuproxy.proxy.exchange import Exchange
 
 from .harness import Gateway, running
+from .wire import Listener
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -55,3 +56,12 @@ async def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 async def gateway(serve: Serve) -> Gateway:
     """Run a gateway with the default config."""
     return await serve()
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[tuple[Listener, Listener]]:
+    """Two scripted upstreams."""
+    listeners = Listener(), Listener()
+    yield listeners
+    for listener in listeners:
+        listener.close()

@@ -355,3 +355,4 @@ def answered(
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 OK_SENT = answered(b"200 OK", framing=b"Content-Length: 2", body=b"ok")
+OK_SENT_AGAIN = answered(b"200 OK", framing=b"Content-Length: 2", body=b"ok", last=b"X-Gpuproxy-Attempts: 2")

@@ -327,7 +327,7 @@ async def test_a_full_journal_takes_no_more_calls(serve: Serve) -> None:
 
 
 async def test_replicas_take_calls_in_turn_and_stand_in_for_each_other(serve: Serve) -> None:
-    gateway = await serve(llm={"urls": ["http://127.0.0.1:1", "http://127.0.0.1:1"]}, raw={"models": ["r"]})
+    gateway = await serve(llm={"urls": ["http://127.0.0.1:1", "http://127.0.0.1:2"]}, raw={"models": ["r"]})
     client = await gateway.ask(request(b"POST " + CHAT, body=CHAT_BODY))
     answer = await client.answer()
     assert (answer.status, answer.json()["error"]["code"]) == (502, "UPSTREAM_UNREACHABLE")

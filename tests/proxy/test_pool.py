@@ -3,7 +3,7 @@
 import pytest
 
 from .conftest import Serve
-from .harness import CHAT, KEY, OK, OK_SENT, RAW, Gateway, answered, forwarded, request
+from .harness import CHAT, KEY, OK, OK_SENT, OK_SENT_AGAIN, RAW, Gateway, answered, forwarded, request
 from .wire import Wire
 
 LEAK = b"HTTP/1.1 200 OK\r\nX-Leak: 1\r\nContent-Length: 4\r\n\r\nleak"
@@ -92,7 +92,7 @@ async def test_a_connection_that_closes_under_a_request_is_replaced_once(
     upstream = await gateway.raw.accept()
     await upstream.expect_request(expected)
     await upstream.send(OK)
-    await client.expect(OK_SENT)
+    await client.expect(OK_SENT_AGAIN)
     receipt = await gateway.receipt(2)
     assert (receipt.outcome, receipt.attempts) == ("ok", 2)
 
@@ -196,7 +196,7 @@ async def test_an_unasked_answer_just_after_the_next_request_reaches_nobody(gate
     upstream.send_what_fits(LEAK[part:])
     await fresh.read_head()
     await fresh.send(OK)
-    await client.expect(OK_SENT)
+    await client.expect(OK_SENT_AGAIN)
     await gateway.receipt(2)
 
 

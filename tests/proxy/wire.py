@@ -219,6 +219,11 @@ class Listener:
         self.wires.append(wire)
         return wire
 
+    @property
+    def url(self) -> str:
+        """Return where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
     def is_untouched(self) -> bool:
         """Tell whether no connection waits to be accepted."""
         poll = select.poll()

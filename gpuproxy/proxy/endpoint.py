@@ -1,0 +1,101 @@
+"""One base URL of an upstream, as one model (or the upstream by its own name) sees it."""
+
+from typing import TYPE_CHECKING
+
+from gpuproxy.proxy.breaker import Replica
+
+if TYPE_CHECKING:
+    from gpuproxy.proxy.balance import Level
+    from gpuproxy.proxy.destination import Destination
+    from gpuproxy.proxy.pool import Origin
+
+
+class Endpoint:
+    """Where a call can be sent, and on which terms.
+
+    ``fixed_fields`` are the header lines every request to it carries but Host, ``fixed_names`` their names in lower
+    case. ``model`` is the model's name there, empty to leave it. Times are in seconds. Those that callers name by
+    address have no replica: nothing is remembered of them.
+    """
+
+    __slots__ = (
+        "base_path",
+        "connect_s",
+        "destination",
+        "first_byte_s",
+        "fixed_fields",
+        "fixed_names",
+        "host",
+        "idle_s",
+        "is_listed",
+        "level",
+        "limit",
+        "may_ask_usage",
+        "model",
+        "origin",
+        "preserves_host",
+        "priority",
+        "replica",
+        "step",
+        "upstream",
+        "weight",
+    )
+
+    destination: "Destination | None"
+    level: "Level"
+
+    def __init__(
+        self, origin: "Origin", host: bytes, first_byte_s: float, idle_s: float, replica: Replica | None = None
+    ) -> None:
+        self.origin = origin
+        self.host = host
+        self.first_byte_s = first_byte_s  # for the answer's first byte
+        self.idle_s = idle_s
+        self.replica = replica
+        self.connect_s: float | None = None
+        self.base_path = b""
+        self.fixed_fields = b""
+        self.fixed_names: frozenset[bytes] = frozenset()
+        self.preserves_host = False
+        self.may_ask_usage = False
+        self.upstream = ""
+        self.model = ""
+        self.priority = 0
+        self.weight = 1
+        self.limit = 0  # calls at once in this worker; 0: no bound
+        self.destination = None
+        self.is_listed = False  # whether its level may choose it
+        self.step = 1.0  # what one call weighs: the more, the fewer it gets
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether it is below its limit of calls."""
+        return not self.limit or self.replica is None or self.replica.open_count < self.limit
+
+    def refresh(self) -> None:
+        """List it or not, as breaker and limit say now."""
+        replica = self.replica
+        assert replica is not None  # only those with a replica belong to a level
+        is_listed = replica.admits and self.has_room
+        if is_listed == self.is_listed:
+            return
+        self.is_listed = is_listed
+        if is_listed:
+            self.level.add(self)
+            if self.destination is not None:
+                self.destination.serve_waiting()
+        else:
+            self.level.remove(self)
+
+    def weigh(self) -> None:
+        """Take weight and share into account."""
+        assert self.replica is not None
+        self.step = 1.0 / (self.weight * self.replica.share)
+        self.level.weighed(self)
+
+    def at_root(self, first_byte_s: float | None) -> "Endpoint":
+        """Return the same place without base path, choice or second try: what an envelope's target names."""
+        copy = Endpoint(self.origin, self.host, first_byte_s or self.first_byte_s, self.idle_s, self.replica)
+        copy.fixed_fields, copy.fixed_names = self.fixed_fields, self.fixed_names
+        copy.preserves_host, copy.connect_s = self.preserves_host, self.connect_s
+        return copy

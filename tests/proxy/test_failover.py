@@ -1,0 +1,353 @@
+"""Second tries: which failures earn one, where it goes, what client and receipt are told, and how many there may be."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from gpuproxy.types import Receipt
+
+from .conftest import Serve
+from .harness import CHAT, OK, OK_SENT, OK_SENT_AGAIN, Gateway, request, until
+from .wire import Answer, Listener, Wire
+
+Pair = tuple[Listener, Listener]
+BODY = b'{"model":"two","messages":[{"role":"user","content":"Hi"}]}'
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nbusy"
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def blocks(pair: Pair, **model: Any) -> dict[str, Any]:
+    """Return the configuration of two upstreams, a and b, that serve the model "two"."""
+    names = zip("ab", pair, strict=True)
+    upstreams = [{"name": name, "protocol": "openinference", "urls": [each.url]} for name, each in names]
+    return {
+        "upstreams": upstreams,
+        "models": [{"name": "two", "targets": [{"upstream": "a"}, {"upstream": "b"}], **model}],
+    }
+
+
+async def ask(gateway: Gateway, body: bytes = BODY, id: bytes = b"t1") -> Wire:
+    return await gateway.ask(request(b"POST " + CHAT, body=body, id=id))
+
+
+async def take(listener: Listener, body: bytes = BODY) -> Wire:
+    """Let an upstream get the call, whole, on a new connection."""
+    upstream = await listener.accept()
+    assert (await upstream.read_head()).startswith(b"POST /v1/chat/completions ")
+    await upstream.expect(body)
+    return upstream
+
+
+def told(receipt: Receipt) -> tuple[Any, ...]:
+    return receipt.upstream, receipt.status, receipt.outcome, receipt.error, receipt.attempts
+
+
+# -- one of two dies ------------------------------------------------------------------------------------------
+
+
+async def test_one_that_takes_no_connection_is_stood_in_for(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair))
+    pair[0].close()
+    client = await ask(gateway)
+    await (await take(pair[1])).send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    assert told(await gateway.receipt()) == ("b", 200, "ok", "", 2)
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+@pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nX-"])
+async def test_one_that_dies_before_its_answer_is_stood_in_for(
+    serve: Serve, pair: Pair, sent: bytes, is_reset: bool
+) -> None:
+    gateway = await serve(**blocks(pair))
+    client = await ask(gateway)
+    upstream = await take(pair[0])
+    await upstream.send(sent)
+    await gateway.turn()
+    upstream.reset() if is_reset else upstream.close()
+    await (await take(pair[1])).send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    assert told(await gateway.receipt()) == ("b", 200, "ok", "", 2)
+
+
+async def test_one_that_dies_in_the_middle_of_a_stream_leaves_a_broken_stream(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair))
+    client = await ask(gateway)
+    upstream = await take(pair[0])
+    await upstream.send(STREAM + b"5\r\ndata:\r\n")
+    await client.read_head()
+    await client.expect(b"5\r\ndata:\r\n")
+    upstream.reset()
+    await client.expect_end()
+    assert pair[1].is_untouched(), "what has reached the client cannot be taken back"
+    assert told(await gateway.receipt()) == ("a", 200, "upstream_failed", "UPSTREAM_INVALID", 1)
+
+
+async def test_a_head_that_reached_the_client_is_never_followed_by_a_second_one(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair))
+    client = await ask(gateway)
+    upstream = await take(pair[0])
+    await upstream.send(STREAM)
+    await client.read_head()
+    upstream.close()
+    await client.expect_end()
+    assert pair[1].is_untouched()
+    await gateway.receipt()
+
+
+async def test_when_both_are_dead_the_client_is_told_once(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair))
+    for listener in pair:
+        listener.close()
+    client = await ask(gateway)
+    answer = await client.answer()
+    assert (answer.status, answer.field(b"x-gpuproxy-attempts")) == (502, b"2")
+    assert told(await gateway.receipt()) == ("b", 502, "upstream_failed", "UPSTREAM_UNREACHABLE", 2)
+
+
+# -- by policy ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [b"429 Too Many Requests", b"502 Bad Gateway", b"503 Unavailable", b"504 Timeout"])
+@pytest.mark.parametrize("body", [b"Content-Length: 1\r\n\r\nx", b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"])
+async def test_an_answer_that_may_be_better_elsewhere_is_held_back(
+    serve: Serve, pair: Pair, status: bytes, body: bytes
+) -> None:
+    gateway = await serve(**blocks(pair))
+    client = await ask(gateway)
+    upstream = await take(pair[0])
+    await upstream.send(b"HTTP/1.1 " + status + b"\r\nX-Seen: no\r\n" + body)
+    await (await take(pair[1])).send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    assert told(await gateway.receipt()) == ("b", 200, "ok", "", 2)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 408, 500, 501])
+async def test_an_answer_that_would_be_the_same_elsewhere_passes(serve: Serve, pair: Pair, status: int) -> None:
+    gateway = await serve(**blocks(pair))
+    client = await ask(gateway)
+    await (await take(pair[0])).send(b"HTTP/1.1 %d No\r\nContent-Length: 2\r\n\r\nno" % status)
+    answer = await client.answer()
+    assert (answer.status, answer.body, answer.field(b"x-gpuproxy-attempts")) == (status, b"no", None)
+    assert pair[1].is_untouched()
+    await gateway.receipt()
+
+
+async def test_the_last_answer_passes_as_it_is_when_nobody_else_can(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair))
+    client = await ask(gateway)
+    await (await take(pair[0])).send(BUSY)
+    await (await take(pair[1])).send(BUSY)
+    answer = await client.answer()
+    assert (answer.status, answer.body, answer.field(b"retry-after")) == (503, b"busy", b"7")
+    assert answer.field(b"x-gpuproxy-attempts") == b"2"
+    assert told(await gateway.receipt()) == ("b", 503, "ok", "", 2)
+
+
+async def test_a_first_byte_that_does_not_come_is_awaited_elsewhere(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair, first_byte_s=4.0))
+    client = await ask(gateway)
+    upstream = await take(pair[0])
+    gateway.passes(4)
+    await upstream.expect_gone()
+    second = await take(pair[1])
+    await gateway.turn()
+    gateway.passes(2)
+    await second.send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    assert told(await gateway.receipt()) == ("b", 200, "ok", "", 2)
+
+
+async def test_a_policy_of_nothing_tries_nothing_again_but_what_nobody_got(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair, retry_on=[]))
+    client = await ask(gateway)
+    upstream = await take(pair[0])
+    await upstream.send(BUSY)
+    assert (await client.answer()).status == 503
+    assert pair[1].is_untouched()
+    pair[1].close()
+    client = await ask(gateway, id=b"t2")
+    await upstream.read_head()
+    await upstream.expect(BODY)
+    await upstream.send(OK)
+    assert (await client.answer()).field(b"x-gpuproxy-attempts") == b"2", "b took no connection"
+    assert (await gateway.receipt(2)).attempts == 2
+
+
+async def test_attempts_have_a_bound(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair, attempts_max=1))
+    client = await ask(gateway)
+    await (await take(pair[0])).send(BUSY)
+    assert (await client.answer()).status == 503
+    assert pair[1].is_untouched()
+    await gateway.receipt()
+
+
+async def test_an_upstream_by_its_name_gets_a_call_once(serve: Serve, pair: Pair) -> None:
+    tree = {"upstreams": [{"name": "two", "protocol": "https", "urls": [each.url for each in pair]}]}
+    gateway = await serve(**tree)
+    client = await gateway.ask(request(b"POST /api/v1/gpu/proxy/upstreams/two/x", body=b"abc"))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.send(BUSY)
+    assert (await client.answer()).status == 503
+    assert pair[1].is_untouched()
+    await gateway.receipt()
+
+
+async def test_retry_after_is_obeyed_towards_the_one_that_said_it(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair))
+    client = await ask(gateway)
+    upstream, other = await take(pair[0]), None
+    await upstream.send(BUSY)
+    for number in range(4):
+        other = other or await pair[1].accept()
+        await other.read_head()
+        await other.expect(BODY)
+        await other.send(OK)
+        answer = await client.answer()
+        assert answer.status == 200
+        await client.send(request(b"POST " + CHAT, body=BODY, id=b"n%d" % number))
+        await gateway.turn()
+    assert upstream.is_silent()
+    await other.read_head()  # type: ignore[union-attr]
+    await other.expect(BODY)  # type: ignore[union-attr]
+    await other.send(OK)  # type: ignore[union-attr]
+    await client.answer()
+    gateway.passes(7)
+    (replica,) = [each for each in gateway.plane.replicas.all() if each.upstream == "a"]
+    assert replica.admits, "after 7 s it may be asked again"
+
+
+# -- fallback -------------------------------------------------------------------------------------------------
+
+
+def with_fallback(pair: Pair, **model: Any) -> dict[str, Any]:
+    """Return the configuration of a model "main" at a, and one "spare" at b that stands in for it."""
+    tree = blocks(pair)
+    tree["models"] = [
+        {"name": "main", "targets": [{"upstream": "a"}], "fallback": ["spare"], **model},
+        {"name": "spare", "targets": [{"upstream": "b", "as": "spare-there"}]},
+    ]
+    return tree
+
+
+MAIN = b'{"model": "main" ,"x":1.0}'
+SPARE = b'{"model": "spare-there" ,"x":1.0}'
+
+
+async def test_another_model_stands_in_and_is_the_one_that_is_billed(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**with_fallback(pair))
+    client = await ask(gateway, MAIN)
+    await (await take(pair[0], MAIN)).send(BUSY)
+    await (await take(pair[1], SPARE)).send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    receipt = await gateway.receipt()
+    assert (receipt.model, *told(receipt)) == ("spare", "b", 200, "ok", "", 2)
+
+
+async def test_a_model_that_is_left_alone_is_not_tried_first(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**with_fallback(pair))
+    (replica,) = [each for each in gateway.plane.replicas.all() if each.upstream == "a"]
+    while replica.admits:
+        replica.failed(replica.generation)
+    client = await ask(gateway, MAIN)
+    await (await take(pair[1], SPARE)).send(OK)
+    await client.expect(OK_SENT)
+    assert (await gateway.receipt()).model == "spare"
+
+
+async def test_a_key_gets_no_model_it_may_not_use(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**with_fallback(pair))
+    key = gateway.keys.add(models=("main",))
+    client = await gateway.ask(request(b"POST " + CHAT, body=MAIN, key=key))
+    await (await take(pair[0], MAIN)).send(BUSY)
+    assert (await client.answer()).status == 503
+    assert pair[1].is_untouched()
+    assert (await gateway.receipt()).model == "main"
+
+
+# -- how many -------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A server that answers every call the same way."""
+
+    def __init__(self, sock: Any, answer: bytes) -> None:
+        self.call_count = 0
+        self._answer = answer
+        self._sock = sock
+
+    async def __aenter__(self) -> "Server":
+        self._server = await asyncio.start_server(self._serve, sock=self._sock.dup(), backlog=4096)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await reader.readuntil(b"\r\n\r\n"):
+                await reader.readexactly(len(BODY))
+                self.call_count += 1
+                writer.write(self._answer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+
+async def many(gateway: Gateway, count: int, connections: int = 20) -> list[Answer]:
+    """Make calls on several connections and return the answers."""
+    left = list(range(count))
+    answers: list[Answer] = []
+
+    async def one() -> None:
+        client = await gateway.client()
+        while left:
+            await client.send(request(b"POST " + CHAT, body=BODY, id=b"m%d" % left.pop()))
+            answers.append(await client.answer())
+
+    await asyncio.gather(*(one() for _ in range(connections)))
+    return answers
+
+
+async def test_second_tries_add_a_fifth_to_the_load_at_most(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair), routing={"failures_max": 1000})
+    plain = BUSY.replace(b"Retry-After: 7\r\n", b"")
+    async with Server(pair[0].sock, plain) as one, Server(pair[1].sock, plain) as other:
+        answers = await many(gateway, 500)
+    assert {answer.status for answer in answers} == {503}
+    assert 500 < one.call_count + other.call_count <= 500 * 1.2 + 10
+    assert sum(receipt.attempts for receipt in gateway.receipts()) == one.call_count + other.call_count
+    assert len(gateway.receipts()) == 500
+
+
+async def test_no_storm_breaks_out_when_2000_calls_meet_a_slow_upstream(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair, first_byte_s=30.0), limits={"connections_max": 5_000})
+    pair[0].sock.listen(4096)
+    clients: list[Wire] = []
+    async with Server(pair[1].sock, OK) as healthy:
+        for number in range(2_000):
+            clients.append(await ask(gateway, id=b"s%d" % number))
+        slow, quick = (
+            next(each for each in gateway.plane.replicas.all() if each.upstream == name) for name in ("a", "b")
+        )
+        await until(lambda: healthy.call_count == 1_000 and slow.open_count == 1_000 == quick.ended_count, "the calls")
+        await until(lambda: not gateway.plane._tasks, "all connections")
+        gateway.passes(30)  # all 1,000 calls at the slow one expire in one sweep
+        assert slow.opened_count == 1, "the breaker opened once, not once for each"
+        assert slow.open_until_s - gateway.plane.replicas.now_s <= gateway.config.routing.open_s
+        answers = await asyncio.gather(*(client.answer() for client in clients))
+        assert quick.state == 0, "the healthy one was not drowned in second tries"
+        extra = healthy.call_count - 1_000
+        assert 0 < extra <= 2_000 * 0.2 + 10
+        statuses = [answer.status for answer in answers]
+        assert (statuses.count(200), statuses.count(504)) == (1_000 + extra, 1_000 - extra)
+        gateway.passes(gateway.config.routing.open_s)
+        before = slow.begun_count
+        more = [await ask(gateway, id=b"h%d" % number) for number in range(50)]
+        await until(lambda: healthy.call_count == 1_049 + extra, "the calls after")
+        assert slow.begun_count == before + 1, "half open, it gets one call"
+        for client in [*clients, *more]:
+            client.close()
+    assert len({receipt.request_id for receipt in gateway.receipts()}) >= 2_000
