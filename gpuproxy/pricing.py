@@ -143,6 +143,18 @@ def with_markup(nanousd: int, percent_thousandths: int) -> int:
     return -(-nanousd * (100_000 + percent_thousandths) // 100_000)
 
 
+def markup_of(percent: str) -> int:
+    """Return a percentage such as ``12.5`` in thousandths of a percent, exactly; nothing is 0. Raises ValueError."""
+    if complaint := config.checks.percent(percent):
+        raise ValueError(complaint)
+    return int(Decimal(percent or "0").scaleb(3))
+
+
+def without_markup(nanousd: int, percent_thousandths: int) -> int:
+    """Return the most that, with the markup put on it, is not over `nanousd`."""
+    return nanousd * 100_000 // (100_000 + percent_thousandths)
+
+
 def seconds_paid(nanousd: int, nanousd_per_hour: int) -> int:
     """Return for how many whole seconds this much lasts at this rate; a rate of 0 lasts for ever."""
     return nanousd * 3_600 // nanousd_per_hour if nanousd_per_hour > 0 else METER_MAX

@@ -22,6 +22,7 @@ from gpuproxy.errors import ConfigError
 BaseUrl = Annotated[str, Meta(extra={"check": checks.base_url})]
 StoreUrl = Annotated[str, Meta(extra={"check": checks.store_url, "secret": True})]
 RedisUrl = Annotated[str, Meta(extra={"check": checks.redis_url, "secret": True})]
+Percent = Annotated[str, Meta(extra={"check": checks.percent})]
 Network = Annotated[str, Meta(extra={"check": checks.network})]
 ReadableFile = Annotated[str, Meta(extra={"check": checks.readable_file})]
 Usd = Annotated[str, Meta(extra={"check": checks.usd})]
@@ -153,6 +154,18 @@ class Log(Struct, forbid_unknown_fields=True, frozen=True):
     format: Format = "text"
 
 
+class Fleet(Struct, forbid_unknown_fields=True, frozen=True):
+    """How rented machines are looked after; where they are rented stands in ``[[providers]]``."""
+
+    reconcile_s: Annotated[float, Meta(ge=1, le=300)] = 60.0  # at most what is left after the last warning
+    poll_s: Annotated[float, Meta(ge=0.1, le=300)] = 5.0
+    offers_s: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
+    offers_stale_s: Annotated[float, Meta(ge=1, le=86_400)] = 300.0
+    provision_s: PositiveSeconds = 1_800.0
+    pending_s: PositiveSeconds = 600.0
+    rentals_max: Annotated[int, Meta(ge=1, le=10_000)] = 100
+
+
 class Plugins(Struct, forbid_unknown_fields=True, frozen=True):
     """Which entry points of the group ``gpuproxy.plugins`` are switched on."""
 
@@ -202,7 +215,8 @@ class Provider(Struct, forbid_unknown_fields=True, frozen=True):
     """A marketplace to rent GPUs at, by the name of an enabled plugin's provider.
 
     ``api_key_env`` names the environment variable with the credential. ``spacing_s`` is the least time between two
-    calls of one kind, None what the provider asks for. ``options`` are what only this provider knows.
+    calls of one kind, None what the provider asks for. ``markup_percent`` is what customers pay on top of the
+    provider's prices. ``options`` are what only this provider knows.
     """
 
     name: Text
@@ -211,6 +225,7 @@ class Provider(Struct, forbid_unknown_fields=True, frozen=True):
     spacing_s: Annotated[float, Meta(ge=0, le=60)] | None = None
     timeout_s: PositiveSeconds = 30.0
     enabled: bool = True
+    markup_percent: Percent = ""
     options: Options = {}
 
 
@@ -244,6 +259,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     webhooks: Webhooks = Webhooks()
     egress: Egress = Egress()
     log: Log = Log()
+    fleet: Fleet = Fleet()
     plugins: Plugins = Plugins()
     routing: Routing = Routing()
     upstreams: tuple[Upstream, ...] = ()

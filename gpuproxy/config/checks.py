@@ -124,6 +124,13 @@ def usd(value: str) -> str | None:
     return f'{show(value)} is no price; write dollars such as "0.15", under a million and with up to 9 decimals'
 
 
+def percent(value: str) -> str | None:
+    """Accept a percentage with up to three decimals, written out; nothing stands for none."""
+    if re.fullmatch(r"([0-9]{1,4}(\.[0-9]{1,3})?)?", value):
+        return None
+    return f'{show(value)} is no percentage; write "12.5", under 10000 and with up to 3 decimals'
+
+
 def network(value: str) -> str | None:
     """Accept an IPv4 or IPv6 network or single address."""
     try:

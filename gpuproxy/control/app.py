@@ -5,6 +5,7 @@ This is its composition root. Its sockets come from the supervisor, so nothing i
 
 import asyncio
 import gc
+import os
 import socket
 import sys
 from collections.abc import Mapping
@@ -29,12 +30,14 @@ from gpuproxy.control.parts import (
     BUS,
     CONFIG,
     EXPORTING,
+    FLEET,
     HASHER,
     HUB,
     KEYRING,
     LEADER,
     LISTENERS,
     NODES,
+    OFFERS,
     SOCKETS,
     STOPPING,
     STORE,
@@ -49,13 +52,16 @@ from gpuproxy.events.hub import Hub
 from gpuproxy.events.post import Bounds, Poster
 from gpuproxy.events.sender import Sender
 from gpuproxy.events.stream import Stream
+from gpuproxy.fleet.keeper import Keeper as FleetKeeper
+from gpuproxy.fleet.offers import Offers
+from gpuproxy.fleet.parts import Fleet
 from gpuproxy.guard import Guard
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.keeper import Keeper, requests_per_minute
 from gpuproxy.ledger.leases import Leases, LimitOf, node_id
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import configure_logs, get_logger
-from gpuproxy.plugin import PaymentProvider
+from gpuproxy.plugin import PaymentProvider, Registry, build_providers, load_plugins
 from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
 from gpuproxy.store.engine import Store, fault_of, open_store
 from gpuproxy.store.migrate import upgrade
@@ -132,7 +138,8 @@ async def _serve(
     await feed.start(auth.stale_grant_s)
     link.refresh = feed.poll_once
     await link.start(socket.socket(fileno=boot.link_fd))
-    app = application(store, stopping, boot.config, keyring, nodes, providers)
+    fleet = await open_fleet(store, boot.config)
+    app = application(store, stopping, boot.config, keyring, nodes, providers, fleet)
     await app[STREAM].start()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
@@ -146,6 +153,7 @@ async def _serve(
         app[STREAM].run(stopping),
         events.watch(app, stopping),
         webhook_sender(store, boot.config, keyring).run(stopping),
+        FleetKeeper(fleet, app[OFFERS], nodes.leader.confirm).run(stopping),
     )
     tasks = [asyncio.create_task(work) for work in works]
     gc.freeze()  # else every full collection walks all of SQLAlchemy and aiohttp: 50 ms
@@ -158,6 +166,7 @@ async def _serve(
         stopping.set()
         ingest.stop()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await fleet.close()
         await _last_pass(ingest)
 
 
@@ -176,6 +185,14 @@ async def _last_pass(ingest: Ingest) -> None:
     except Exception as error:
         logger.error("journal is left for the next start", error=f"{type(error).__name__}: {error}")
     ingest.close()
+
+
+async def open_fleet(store: Store, config: Config) -> Fleet:
+    """Return the fleet of the providers in the configuration. Raises what the store raises."""
+    registry = load_plugins(config.plugins.enabled) if config.providers else Registry()
+    fleet = Fleet(store, build_providers(config.providers, registry, os.environ), config.fleet, config.providers)
+    await fleet.open()
+    return fleet
 
 
 def journal_directory(config: Config) -> Path:
@@ -218,10 +235,11 @@ def application(
     keyring: Keyring | None = None,
     nodes: Nodes | None = None,
     providers: Mapping[str, PaymentProvider] | None = None,
+    fleet: Fleet | None = None,
 ) -> web.Application:
     """Return the management API over `store`; without a keyring its tokens end with it.
 
-    `providers` take payments; they are closed with the application.
+    `providers` take payments; they are closed with the application. Without a `fleet` nothing can be rented.
     """
     app = web.Application(middlewares=[errors_in_one_shape])
     nodes = nodes or Nodes(store)
@@ -232,6 +250,8 @@ def application(
     app[HASHER] = Hasher()
     app[ATTEMPTS] = Attempts()
     app[EXPORTING] = set()
+    app[FLEET] = fleet or Fleet(store, {}, app[CONFIG].fleet)
+    app[OFFERS] = Offers(app[FLEET])
     app[STOPPING] = stopping
     app[SOCKETS] = WeakSet()
     add_payments(app, store, providers or {})

@@ -14,6 +14,8 @@ from gpuproxy.config import Config
 from gpuproxy.control.nodes import Nodes
 from gpuproxy.events.hub import Hub
 from gpuproxy.events.stream import Stream
+from gpuproxy.fleet.offers import Offers
+from gpuproxy.fleet.parts import Fleet
 from gpuproxy.store.bus import Bus
 from gpuproxy.store.engine import Store
 from gpuproxy.store.leader import Leader
@@ -29,6 +31,8 @@ CONFIG = web.AppKey("config", Config)
 KEYRING = web.AppKey("keyring", Keyring)
 HASHER = web.AppKey("hasher", Hasher)
 ATTEMPTS = web.AppKey("attempts", Attempts)
+FLEET = web.AppKey("fleet", Fleet)
+OFFERS = web.AppKey("offers", Offers)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 EXPORTING: web.AppKey[set[str]] = web.AppKey("exporting")  # the users whose exports run
 HUB = web.AppKey("hub", Hub)

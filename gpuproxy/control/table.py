@@ -12,6 +12,7 @@ from gpuproxy.control import (
     docs,
     events,
     export,
+    fleet,
     health,
     keys,
     openapi,
@@ -26,6 +27,7 @@ from gpuproxy.events.webhooks import Delivery
 
 AUTH = "/api/v1/auth"
 HOOKS = "/api/v1/webhooks"
+GPU = "/api/v1/gpu"
 TABLE: tuple[Route, ...] = (
     Route("POST", f"{AUTH}/register", auth.register, "anyone", auth.Credentials, auth.LoggedIn, status=201),
     Route("POST", f"{AUTH}/login", auth.log_in, "anyone", auth.Credentials, auth.LoggedIn),
@@ -135,6 +137,36 @@ TABLE: tuple[Route, ...] = (
     ),
     Route("POST", f"{HOOKS}/deliveries/{{id}}/replay", webhooks.replay_delivery, "account", gives=Delivery, status=202),
     Route("POST", "/api/v1/ws/ticket", events.make_ticket, "read", gives=events.Ticket, status=201),
+    Route("GET", f"{GPU}/instances", fleet.list_offers, "key", None, fleet.OfferInfo, "list", query=fleet.LIST_QUERY),
+    Route(
+        "POST",
+        f"{GPU}/instances/reserve",
+        fleet.reserve,
+        "account",
+        fleet.Reservation,
+        fleet.Reserved,
+        status=201,
+        is_once=True,
+    ),
+    Route("GET", f"{GPU}/instances/{{provider}}/{{id}}", fleet.show_offer, "key", gives=fleet.OfferInfo),
+    Route(
+        "POST",
+        f"{GPU}/instances/{{provider}}/{{id}}",
+        fleet.rent_offer,
+        "account",
+        fleet.NewInstance,
+        fleet.RentalInfo,
+        status=201,
+        is_once=True,
+    ),
+    Route("DELETE", f"{GPU}/instances/{{provider}}/{{id}}", fleet.destroy, "account", gives=fleet.RentalInfo),
+    Route(
+        "GET", f"{GPU}/rentals", fleet.list_rentals, "read", None, fleet.RentalInfo, "list", query=fleet.RENTALS_QUERY
+    ),
+    Route("GET", f"{GPU}/rentals/{{id}}", fleet.show_rental, "read", gives=fleet.RentalInfo),
+    Route("GET", f"{GPU}/rentals/{{id}}/logs", fleet.show_logs, "read", gives=fleet.Logs, query=fleet.LOGS_QUERY),
+    Route("POST", f"{GPU}/rentals/{{id}}/start", fleet.start, "account", gives=fleet.RentalInfo),
+    Route("POST", f"{GPU}/rentals/{{id}}/stop", fleet.stop, "account", gives=fleet.RentalInfo),
     Route("GET", "/ws", events.events, "anyone", shape="other"),
     Route("GET", "/", health.about, "anyone", gives=health.About, shape="plain"),
     Route("GET", "/health", health.health, "anyone", gives=health.Health, shape="plain"),

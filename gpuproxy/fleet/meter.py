@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.rentals import Rental, change, living_of, microseconds
 from gpuproxy.fleet.states import State
 from gpuproxy.ledger import holds
@@ -116,6 +117,14 @@ def top_up(connection: Connection, rental: Rental, now: datetime) -> int:
     free = lock(connection, [credit_account(rental.user_id)])[credit_account(rental.user_id)].free_nanousd
     rates = sum(each.rate_nanousd_per_hour for each in living_of(connection, rental.user_id))
     return seconds_paid(max(0, remaining - unposted), rate) + seconds_paid(free, max(rate, rates))
+
+
+def reserve(connection: Connection, rental: Rental, seconds: int) -> None:
+    """Fill the hold for so long a time of running. Raises GatewayError INSUFFICIENT_CREDITS."""
+    wanted = Accrued().after(rental.price_nanousd_per_hour, seconds * 1_000_000).due_nanousd
+    if _filled(connection, rental, wanted) < wanted:
+        message = f"the account has not enough credit to run this for {seconds // 60} minutes"
+        raise GatewayError("INSUFFICIENT_CREDITS", message)
 
 
 def _charge(connection: Connection, rental: Rental, due_nanousd: int) -> tuple[int, int]:

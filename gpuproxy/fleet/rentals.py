@@ -10,6 +10,7 @@ from uuid import uuid4
 from msgspec import Struct, structs
 from sqlalchemy import ColumnElement, Connection, Row, select, update
 
+from gpuproxy.access.paging import Page, after
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.states import LIVING, State
 from gpuproxy.ledger.transfers import insert_new
@@ -133,6 +134,14 @@ def in_states(connection: Connection, states: tuple[State, ...] = LIVING, provid
 def living_of(connection: Connection, user_id: str) -> list[Rental]:
     """Return a user's rentals that have not ended."""
     return _all(connection, (rentals.c.user_id == user_id) & rentals.c.state.in_(LIVING))
+
+
+def page_of_user(connection: Connection, user_id: str, page: Page, is_living: bool) -> list[Rental]:
+    """Return a part of a user's rentals, oldest first."""
+    query = select(rentals).where(rentals.c.user_id == user_id)
+    if is_living:
+        query = query.where(rentals.c.state.in_(LIVING))
+    return [_rental(row) for row in connection.execute(after(query, rentals, page))]
 
 
 def of_group(connection: Connection, group_id: str) -> list[Rental]:

@@ -15,7 +15,7 @@ MOVES: dict[State, tuple[State, ...]] = {
     "pending": ("provisioning", "destroying", "failed"),
     "provisioning": ("running", "stopped", "destroying", "destroyed"),
     "running": ("stopping", "stopped", "destroying", "destroyed"),
-    "stopping": ("stopped", "destroying", "destroyed"),
+    "stopping": ("stopped", "running", "destroying", "destroyed"),
     "stopped": ("provisioning", "destroying", "destroyed"),
     "destroying": ("destroyed", "failed"),
     "destroyed": (),

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient
 from argon2 import PasswordHasher
+from gpuproxy_plugins.simulated import Simulated
 from sqlalchemy import insert
 
 from gpuproxy.access.accounts import create_key, create_user
@@ -18,7 +19,8 @@ from gpuproxy.access.sessions import start_session
 from gpuproxy.access.tokens import claims_for, sign
 from gpuproxy.config import Config, build
 from gpuproxy.control.app import application
-from gpuproxy.plugin import PaymentProvider
+from gpuproxy.fleet.parts import Fleet
+from gpuproxy.plugin import PaymentProvider, ProviderSettings
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import passwords
 
@@ -51,8 +53,9 @@ class Person(NamedTuple):
 class Api:
     """The management API over a store, and the people who use it."""
 
-    def __init__(self, store: Store, client: Client) -> None:
+    def __init__(self, store: Store, client: Client, fleet: Fleet) -> None:
         self.store = store
+        self.fleet = fleet
         self.client = client
         self._count = 0
 
@@ -91,11 +94,22 @@ async def providers() -> Mapping[str, PaymentProvider]:
 
 
 @pytest.fixture
+async def fleet(store: Store, settings: Config) -> Fleet:
+    """Return a fleet with a marketplace whose machines run at once."""
+    provider = Simulated(ProviderSettings(options={"boot_s": "0"}))
+    made = Fleet(store, {provider.name: provider}, settings.fleet)
+    await made.open()
+    return made
+
+
+@pytest.fixture
 async def api(
     store: Store,
     settings: Config,
     providers: Mapping[str, PaymentProvider],
+    fleet: Fleet,
     aiohttp_client: Callable[[web.Application], Awaitable[Client]],
 ) -> Api:
     """Serve the management API."""
-    return Api(store, await aiohttp_client(application(store, asyncio.Event(), settings, KEYRING, providers=providers)))
+    app = application(store, asyncio.Event(), settings, KEYRING, providers=providers, fleet=fleet)
+    return Api(store, await aiohttp_client(app), fleet)

@@ -5,12 +5,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
+from gpuproxy_plugins.simulated import Simulated
 
+from gpuproxy import config
 from gpuproxy.access.accounts import create_user
+from gpuproxy.fleet.parts import Fleet
+from gpuproxy.fleet.rent import Wish
 from gpuproxy.fleet.rentals import Rental, add, new_id, prefix_of
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import NANOUSD, credit
+from gpuproxy.plugin import InstanceSpec, OfferQuery
 from gpuproxy.store.engine import Store
+
+from .market import Market
 
 T = TypeVar("T")
 NOON = datetime(2026, 1, 12, 12, tzinfo=UTC)
@@ -76,3 +83,32 @@ def clock() -> Clock:
 async def books(store: Store, clock: Clock) -> Books:
     user = await create_user(store, "renter@example.com")
     return Books(store, user.id, clock)
+
+
+@pytest.fixture
+def market(clock: Clock) -> Market:
+    return Market(clock)
+
+
+@pytest.fixture
+async def fleet(books: Books, market: Market, clock: Clock) -> Fleet:
+    return await fleet_over(books.store, market, clock)
+
+
+async def fleet_over(store: Store, market: Market, clock: Clock) -> Fleet:
+    """Return a fleet as a process has it after its start."""
+    fleet = Fleet(store, {"simulated": market}, config.Fleet(), (config.Provider("simulated", markup_percent="20"),))
+    fleet.now = clock
+
+    async def sleep(seconds: float) -> None:
+        clock.advance(seconds)
+
+    fleet.sleep = sleep
+    await fleet.open()
+    return fleet
+
+
+async def wish_for(fleet: Fleet, user_id: str, **more: Any) -> Wish:
+    """Return the wish for the cheapest offer."""
+    offer = (await Simulated.offers(fleet.providers["simulated"], OfferQuery()))[0]  # type: ignore[arg-type]
+    return Wish(**{"user_id": user_id, "offer": offer, "spec": InstanceSpec(image="x", ports=(8000,)), **more})

@@ -1,0 +1,193 @@
+"""Leads one rental to where it is meant to be: asks the provider, looks at the answer, writes down what is proven.
+
+The intent is always stored before a provider is asked, so every step may be repeated by whoever finds it undone: the
+call that began it, another node, or the next start. Nothing here creates; see `rent`.
+"""
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection
+
+from gpuproxy.errors import GatewayError
+from gpuproxy.fleet.meter import reserve
+from gpuproxy.fleet.moves import begin_destroy, end, move
+from gpuproxy.fleet.parts import Fleet, failure_of, shown_id
+from gpuproxy.fleet.rentals import Rental, locked, of_group
+from gpuproxy.fleet.sight import ASKED, miss, see, take
+from gpuproxy.fleet.states import ENDED, State
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.plugin import (
+    CapacityGone,
+    InstanceGone,
+    NotSupported,
+    ProviderAdapter,
+    ProviderError,
+    ProviderInstance,
+)
+from gpuproxy.pricing import with_markup
+
+Ask = Callable[[str], Awaitable[None]]
+
+RESTART_S = 1_800  # a machine is started only with money for so long
+
+logger = get_logger(__name__)
+
+
+async def advance(fleet: Fleet, rental: Rental) -> Rental:
+    """Do the next step of a rental that is under way. Raises ProviderError, and what the store raises."""
+    adapter = fleet.providers.get(rental.provider)
+    if adapter is None:
+        return rental  # its provider is switched off; nothing can be known
+    if not rental.native_id:
+        return await resolve(fleet, adapter, rental)
+    if rental.state == "destroying":
+        return await _press_destroy(fleet, adapter, rental)
+    rental = await look(fleet, adapter, rental)
+    if rental.state == "stopping":
+        return await _press(fleet, adapter, rental, adapter.stop)
+    if rental.state == "provisioning" and rental.running_at is not None:
+        return await _press(fleet, adapter, rental, adapter.start)
+    if rental.state == "destroying":
+        return await _press_destroy(fleet, adapter, rental)
+    return rental
+
+
+async def look(fleet: Fleet, adapter: ProviderAdapter, rental: Rental) -> Rental:
+    """Ask for one machine and note what is answered. Raises ProviderError: then nothing is known."""
+    at = fleet.now()
+    instance = await adapter.get(rental.native_id)
+    if instance is None or instance.state == "gone":
+        return await fleet.write(miss, rental.id, at)
+    return await fleet.write(see, rental.id, instance, at, fleet.settings.provision_s)
+
+
+async def resolve(fleet: Fleet, adapter: ProviderAdapter, rental: Rental) -> Rental:
+    """Find out whether the provider has made the machine of a rental whose create nobody has seen the end of.
+
+    It is never asked to create again. What is not there after ``pending_s`` never was; should it come up still later,
+    it is destroyed as a stray.
+    """
+    at = fleet.now()
+    found = await adapter.find(rental.id)
+    living = [instance for instance in found if instance.state != "gone"]
+    if living:
+        rental = await adopt_instance(fleet, adapter, rental, living[0])
+        return await advance(fleet, rental) if rental.state == "destroying" and rental.native_id else rental
+    if at - rental.created_at < timedelta(seconds=fleet.settings.pending_s):
+        return rental
+    return await fleet.write(give_up, rental.id, fleet.now(), "the provider never made it")
+
+
+async def adopt_instance(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, instance: ProviderInstance) -> Rental:
+    """Note the machine a create has made, at what it costs."""
+    prices = {}
+    if instance.price_nanousd_per_hour:
+        prices["cost_nanousd_per_hour"] = instance.price_nanousd_per_hour
+        prices["price_nanousd_per_hour"] = with_markup(instance.price_nanousd_per_hour, fleet.markup(rental.provider))
+    shown = shown_id(adapter, instance.id)
+    at = fleet.now()
+    rental = await fleet.write(take, rental.id, instance, shown, at, **prices)
+    if rental.native_id == instance.id and rental.state == "provisioning":
+        rental = await fleet.write(see, rental.id, instance, at, fleet.settings.provision_s)
+    return rental
+
+
+def give_up(connection: Connection, rental_id: str, at: datetime, reason: str) -> Rental:
+    """End a rental that has no machine; with it go the others of its reservation."""
+    rental = locked(connection, rental_id)
+    if rental.native_id or rental.state not in ("pending", "destroying"):
+        return rental
+    if rental.state == "destroying":
+        return end(connection, rental, at)
+    rental = move(connection, rental, "failed", at, reason=reason, has_failed=True)
+    for other in of_group(connection, rental.group_id) if rental.group_id else ():
+        if other.id != rental.id:
+            begin_destroy(connection, locked(connection, other.id), at, "not all of the reservation could be had")
+    return rental
+
+
+async def destroy(fleet: Fleet, rental: Rental, reason: str = ASKED) -> Rental:
+    """Bring a rental to its end; when the provider does not answer now, it stays ``destroying`` and is seen to."""
+    rental = await fleet.write(_begun, rental.id, fleet.now(), reason)
+    if rental.state in ENDED:
+        return rental
+    try:
+        return await advance(fleet, rental)
+    except ProviderError as error:
+        logger.warning("instance cannot be destroyed yet", contract_id=rental.id, error=str(error))
+        return rental
+
+
+async def stop(fleet: Fleet, rental: Rental) -> Rental:
+    """Stop a running machine; its storage goes on costing. One that is stopped or stopping stays so.
+
+    Raises GatewayError CONFLICT for one that does not run, UNPROCESSABLE where the provider cannot stop.
+    """
+    if rental.state in ("stopping", "stopped"):
+        return rental
+    if rental.state != "running":
+        raise GatewayError("CONFLICT", f"rental {rental.id} is {rental.state}; only a running one can be stopped")
+    rental = await fleet.write(_moved, rental.id, "stopping", fleet.now(), ASKED)
+    return await _pressed(fleet, rental)
+
+
+async def start(fleet: Fleet, rental: Rental) -> Rental:
+    """Start a stopped machine. Raises as `stop`, and INSUFFICIENT_CREDITS without money for a while."""
+    if rental.state in ("provisioning", "running"):
+        return rental
+    if rental.state != "stopped":
+        raise GatewayError("CONFLICT", f"rental {rental.id} is {rental.state}; only a stopped one can be started")
+    rental = await fleet.write(_restarted, rental.id, fleet.now())
+    return await _pressed(fleet, rental)
+
+
+async def _pressed(fleet: Fleet, rental: Rental) -> Rental:
+    try:
+        return await advance(fleet, rental)
+    except (NotSupported, CapacityGone) as error:
+        raise failure_of(error) from error
+    except ProviderError as error:
+        logger.warning("provider will be asked again", contract_id=rental.id, error=str(error))
+        return rental
+
+
+async def _press(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, ask: Ask) -> Rental:
+    """Ask for a start or stop, and look. A refusal puts the rental back to what it was."""
+    try:
+        await ask(rental.native_id)
+    except InstanceGone:
+        return await look(fleet, adapter, rental)
+    except (NotSupported, CapacityGone) as error:
+        back = "stopped" if rental.state == "provisioning" else "running"
+        await fleet.write(_moved, rental.id, back, fleet.now(), str(error), rental.state)
+        raise
+    return await look(fleet, adapter, rental)
+
+
+async def _press_destroy(fleet: Fleet, adapter: ProviderAdapter, rental: Rental) -> Rental:
+    """Ask for the end and whether it has come; only the provider's own word that there is nothing ends the rental."""
+    await adapter.destroy(rental.native_id)
+    return await look(fleet, adapter, rental)
+
+
+def _begun(connection: Connection, rental_id: str, at: datetime, reason: str) -> Rental:
+    return begin_destroy(connection, locked(connection, rental_id), at, reason)
+
+
+def _moved(
+    connection: Connection, rental_id: str, to: State, at: datetime, reason: str, only_from: State | None = None
+) -> Rental:
+    rental = locked(connection, rental_id)
+    if rental.state == to or (only_from and rental.state != only_from):
+        return rental
+    return move(connection, rental, to, at, reason=reason)
+
+
+def _restarted(connection: Connection, rental_id: str, at: datetime) -> Rental:
+    rental = locked(connection, rental_id)
+    if rental.state != "stopped":
+        return rental
+    rental = move(connection, rental, "provisioning", at, reason="")
+    reserve(connection, rental, RESTART_S)
+    return rental

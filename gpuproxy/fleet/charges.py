@@ -1,0 +1,91 @@
+"""Our count of what providers cost against what they say they took, a day at a time.
+
+The difference is reported and nothing is changed: who is right is for a person to find out.
+"""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from msgspec import Struct, structs
+from sqlalchemy import Connection, Row, select
+
+from gpuproxy.fleet.parts import Fleet
+from gpuproxy.fleet.rentals import microseconds
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.plugin import ProviderError
+from gpuproxy.store.schema import rentals
+
+TOLERANCE_THOUSANDTHS = 5  # half a percent
+DAY = timedelta(days=1)
+
+logger = get_logger(__name__)
+
+
+class Comparison(Struct, frozen=True):
+    """What the machines that ended in a span of time have cost, by a provider's word and by ours, and those apart."""
+
+    provider: str
+    rental_count: int = 0
+    told_nanousd: int = 0
+    counted_nanousd: int = 0
+    unknown_nanousd: int = 0  # taken for machines that are not ours
+    differing: tuple[str, ...] = ()  # contract ids
+
+    @property
+    def is_off(self) -> bool:
+        """Tell whether the difference is worth a look."""
+        return _differs(self.told_nanousd, self.counted_nanousd)
+
+
+async def compare(fleet: Fleet, provider: str, since: datetime, until: datetime) -> Comparison:
+    """Compare a provider's charges with our count, for the rentals that ended in [since, until).
+
+    Raises ProviderError.
+    """
+    ended, known = await fleet.read(_ended, provider, since, until)
+    begin = min((row.created_at for row in ended), default=since)
+    told: dict[str, int] = {}
+    for charge in await fleet.providers[provider].charges(_unix_ns(begin), _unix_ns(fleet.now())):
+        told[charge.instance_id] = told.get(charge.instance_id, 0) + charge.amount_nanousd
+    pairs = [(row.id, told.get(row.native_id, 0), row.cost_posted_nanousd) for row in ended]
+    return Comparison(
+        provider,
+        len(pairs),
+        sum(each[1] for each in pairs),
+        sum(each[2] for each in pairs),
+        sum(amount for native, amount in told.items() if native not in known),
+        tuple(id for id, one, other in pairs if _differs(one, other)),
+    )
+
+
+async def report(fleet: Fleet) -> list[Comparison]:
+    """Compare the last day with every provider and say what is off."""
+    until = fleet.now()
+    found = []
+    for provider in fleet.providers:
+        try:
+            comparison = await compare(fleet, provider, until - DAY, until)
+        except ProviderError as error:
+            logger.warning("provider does not say what it took", provider=provider, error=str(error))
+            continue
+        found.append(comparison)
+        say = logger.warning if comparison.is_off else logger.info
+        say("a day of rentals compared with the provider's charges", **structs.asdict(comparison))
+    return found
+
+
+def _ended(connection: Connection, provider: str, since: datetime, until: datetime) -> tuple[list[Row[Any]], set[str]]:
+    """Return the rentals that ended in the span, and the provider's ids of all that were ever ours."""
+    of_provider = (rentals.c.provider == provider) & (rentals.c.native_id != "")
+    in_span = (rentals.c.ended_at >= since) & (rentals.c.ended_at < until)
+    shown = (rentals.c.id, rentals.c.native_id, rentals.c.cost_posted_nanousd, rentals.c.created_at)
+    ended: list[Row[Any]] = list(connection.execute(select(*shown).where(of_provider, in_span)))
+    return ended, set(connection.scalars(select(rentals.c.native_id).where(of_provider)))
+
+
+def _differs(told_nanousd: int, counted_nanousd: int) -> bool:
+    return abs(told_nanousd - counted_nanousd) * 1_000 > max(told_nanousd, counted_nanousd) * TOLERANCE_THOUSANDTHS
+
+
+def _unix_ns(time: datetime) -> int:
+    return microseconds(datetime(1970, 1, 1, tzinfo=UTC), time) * 1_000

@@ -1,0 +1,71 @@
+"""What the fleet does by itself while control runs: reconcile and watch the money, see to what is under way.
+
+Of several nodes the one that leads does it. Every step is a conditional write, so two leaders for a moment do no harm.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from gpuproxy.fleet import charges
+from gpuproxy.fleet.offers import Offers
+from gpuproxy.fleet.parts import Fleet
+from gpuproxy.fleet.reconcile import Reconciler
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.engine import fault_of
+
+DAY_S = 86_400.0
+
+logger = get_logger(__name__)
+
+
+class Keeper:
+    """Runs until told to stop, through outages of store and providers. ``leads()`` tells whether this node leads."""
+
+    def __init__(self, fleet: Fleet, offers: Offers, leads: Callable[[], Awaitable[bool]]) -> None:
+        self._fleet = fleet
+        self._offers = offers
+        self._leads = leads
+        self._reconciler = Reconciler(fleet)
+        self._failing: set[str] = set()
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Work until `stopping` is set."""
+        if not self._fleet.providers:
+            await stopping.wait()
+            return
+        settings = self._fleet.settings
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._every(settings.reconcile_s, self._reconciler.cycle, stopping))
+            group.create_task(self._every(settings.poll_s, self._reconciler.tend, stopping))
+            group.create_task(self._every(settings.offers_s, self._offers.refresh_all, stopping))
+            group.create_task(self._every(DAY_S, self._compare, stopping, DAY_S / 24))
+
+    async def _compare(self) -> None:
+        await charges.report(self._fleet)
+
+    async def _every(
+        self, period_s: float, work: Callable[[], Awaitable[None]], stopping: asyncio.Event, first_s: float = 0.0
+    ) -> None:
+        name = work.__name__
+        await _pause(first_s, stopping)
+        while not stopping.is_set():
+            try:
+                if await self._leads():
+                    await work()
+                self._failing.discard(name)
+            except Exception as error:
+                if name not in self._failing:
+                    logger.error("the fleet is not kept, will go on", work=name, error=_told(error))
+                self._failing.add(name)
+            await _pause(period_s, stopping)
+
+
+async def _pause(seconds: float, stopping: asyncio.Event) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await stopping.wait()
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {fault_of(error)}"

@@ -1,0 +1,213 @@
+"""What can be rented now: asked of every provider in the background, answered from memory.
+
+A shelf holds the offers of one provider and kind (to stay, or to the highest bidder). It is refreshed while somebody
+asks; a listing waits only where there is nothing yet or it is too old, for all such providers at once and not for long.
+A provider that fails keeps its last offers until they are too old, and the listing says what is wrong with it.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+
+from msgspec import Struct, structs
+from sqlalchemy import Connection
+
+from gpuproxy.errors import GatewayError
+from gpuproxy.events.outbox import record
+from gpuproxy.fleet.parts import Fleet, native_id, shown_id
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.plugin import Offer, OfferQuery, ProviderError, best_offers, is_same_model
+from gpuproxy.pricing import with_markup, without_markup
+
+OFFERS_MAX = 2_000  # kept of one provider and kind, the cheapest
+WAIT_S = 8.0  # what a listing waits for at most
+DISK_GB = 10  # what listed prices include
+NEWS_MAX = 20  # told of in one refresh
+SORTS = {
+    "price": lambda offer: (offer.price_nanousd_per_hour, offer.provider, offer.id),
+    "-price": lambda offer: (-offer.price_nanousd_per_hour, offer.provider, offer.id),
+    "vram": lambda offer: (-offer.vram_gb, offer.price_nanousd_per_hour, offer.id),
+    "reliability": lambda offer: (-(offer.reliability or 0), offer.price_nanousd_per_hour, offer.id),
+    "gpu_count": lambda offer: (-offer.gpu_count, offer.price_nanousd_per_hour, offer.id),
+}
+
+logger = get_logger(__name__)
+
+
+class Shelf:
+    """The offers of one provider and kind as they were at a time, and what went wrong since."""
+
+    def __init__(self) -> None:
+        self.offers: tuple[Offer, ...] = ()
+        self.observed_at: datetime | None = None
+        self.tried_at: datetime | None = None
+        self.error = ""
+        self.refreshing: asyncio.Task[None] | None = None
+
+
+class ShelfStatus(Struct):
+    """How a provider's part of a listing is: ``ok``, ``stale`` (its last answer failed) or ``failed`` (none there)."""
+
+    status: str
+    count: int = 0
+    observed_at: datetime | None = None
+    error: str = ""
+
+
+class Offers:
+    """The shelves of all providers."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._shelves: dict[tuple[str, bool], Shelf] = {}
+        self._models: dict[str, set[str]] = {}  # of each provider, as last told
+
+    async def find(
+        self, names: Sequence[str], query: OfferQuery, sort: str
+    ) -> tuple[list[Offer], dict[str, ShelfStatus]]:
+        """Return the offers that fit, best first, and how each provider is. Prices are the provider's.
+
+        The price in the query is the customer's, markup included.
+        """
+        is_spot = bool(query.is_spot)
+        await self._stock(names, is_spot)
+        found: list[Offer] = []
+        for name in names:
+            found += best_offers(self._fresh(name, is_spot), self._for_provider(query, name))
+        return sorted(found, key=SORTS[sort]), {name: self._status(name, is_spot) for name in names}
+
+    async def get(self, name: str, id: str) -> Offer:
+        """Return one offer. Raises GatewayError NOT_FOUND for one that is not there (any more)."""
+        wanted = native_id(self._fleet.providers[name], id)
+        for is_spot in (False, True):
+            await self._stock([name], is_spot)
+            for offer in self._fresh(name, is_spot):
+                if offer.id == wanted:
+                    return offer
+        failing = next((error for is_spot in (False, True) if (error := self._shelf(name, is_spot).error)), "")
+        if failing:
+            raise GatewayError("PROVIDER_FAILED", failing, retry_after_s=5)
+        raise GatewayError("NOT_FOUND", f"no offer {id[:100]!r} at {name} any more; list them anew")
+
+    async def like(self, offer: Offer, most_nanousd_per_hour: int | None) -> tuple[Offer, ...]:
+        """Return the offers that may stand in for one, best first: no worse, and no dearer than it or than the most."""
+        most = offer.price_nanousd_per_hour
+        if most_nanousd_per_hour is not None:
+            most = without_markup(most_nanousd_per_hour, self._fleet.markup(offer.provider))
+        query = OfferQuery(
+            gpu_model=offer.gpu_model,
+            gpu_count=offer.gpu_count,
+            min_vram_gb=offer.vram_gb,
+            max_price_nanousd_per_hour=most,
+            is_spot=offer.is_spot,
+        )
+        await self._stock([offer.provider], offer.is_spot)
+        fitting = best_offers(self._fresh(offer.provider, offer.is_spot), query)
+        return tuple(each for each in fitting if each.id != offer.id and is_same_model(offer.gpu_model, each.gpu_model))
+
+    def take(self, provider: str, *offer_ids: str) -> None:
+        """Show offers no more that were rented, or are gone, until the provider is asked again."""
+        for is_spot in (False, True):
+            shelf = self._shelf(provider, is_spot)
+            shelf.offers = tuple(offer for offer in shelf.offers if offer.id not in offer_ids)
+
+    def price(self, offer: Offer) -> int:
+        """Return what the customer pays for an offer per hour."""
+        return max(1, with_markup(offer.price_nanousd_per_hour, self._fleet.markup(offer.provider)))
+
+    async def refresh_all(self) -> None:
+        """Ask every provider anew, at once, and tell which models have come."""
+        await asyncio.gather(*(self._refreshed(name, False) for name in self._fleet.providers))
+        for name in self._fleet.providers:
+            await self._tell_news(name)
+
+    def status(self) -> dict[str, str]:
+        """Return what is wrong with each provider, nothing for one that is well."""
+        return {name: self._shelf(name, False).error for name in self._fleet.providers}
+
+    async def _stock(self, names: Iterable[str], is_spot: bool) -> None:
+        """Have offers on the shelves: refresh old ones in the background, wait only for those that are of no use."""
+        waiting = []
+        for name in names:
+            age_s = self._age_s(name, is_spot)
+            if age_s is None or age_s >= self._fleet.settings.offers_s:
+                task = self._refreshed(name, is_spot)
+                if age_s is None or age_s >= self._fleet.settings.offers_stale_s:
+                    waiting.append(task)
+        if waiting:
+            await asyncio.wait(waiting, timeout=WAIT_S)
+
+    def _refreshed(self, name: str, is_spot: bool) -> "asyncio.Task[None]":
+        """Return the running refresh of a shelf, begun if there is none."""
+        shelf = self._shelf(name, is_spot)
+        if shelf.refreshing is None or shelf.refreshing.done():
+            shelf.refreshing = asyncio.create_task(self._refresh(name, is_spot))
+        return shelf.refreshing
+
+    async def _refresh(self, name: str, is_spot: bool) -> None:
+        shelf, at = self._shelf(name, is_spot), self._fleet.now()
+        query = OfferQuery(is_spot=is_spot, limit=OFFERS_MAX, disk_gb=DISK_GB)
+        try:
+            found = await self._fleet.providers[name].offers(query)
+        except ProviderError as error:
+            if not shelf.error:
+                logger.warning("provider tells no offers", provider=name, error=str(error))
+            shelf.error = str(error)[:500]
+        else:
+            shelf.offers, shelf.observed_at, shelf.error = tuple(found), at, ""
+
+    def _shelf(self, name: str, is_spot: bool) -> Shelf:
+        return self._shelves.setdefault((name, is_spot), Shelf())
+
+    def _age_s(self, name: str, is_spot: bool) -> float | None:
+        observed_at = self._shelf(name, is_spot).observed_at
+        return None if observed_at is None else (self._fleet.now() - observed_at) / timedelta(seconds=1)
+
+    def _fresh(self, name: str, is_spot: bool) -> tuple[Offer, ...]:
+        age_s = self._age_s(name, is_spot)
+        is_stale = age_s is None or age_s >= self._fleet.settings.offers_stale_s
+        return () if is_stale else self._shelf(name, is_spot).offers
+
+    def _for_provider(self, query: OfferQuery, name: str) -> OfferQuery:
+        most = query.max_price_nanousd_per_hour
+        if most is not None:
+            most = without_markup(most, self._fleet.markup(name))
+        return structs.replace(query, max_price_nanousd_per_hour=most, limit=OFFERS_MAX)
+
+    def _status(self, name: str, is_spot: bool) -> ShelfStatus:
+        shelf, offers = self._shelf(name, is_spot), self._fresh(name, is_spot)
+        error = shelf.error
+        if not offers and not error and shelf.observed_at is None:
+            error = f"{name} has not answered yet; ask again"
+        status = ("stale" if offers else "failed") if error else "ok"
+        return ShelfStatus(status, len(offers), shelf.observed_at, error)
+
+    async def _tell_news(self, name: str) -> None:
+        """Record an event for everybody for each model that can be had again; the first look tells nothing."""
+        shelf = self._shelf(name, False)
+        if shelf.error or shelf.observed_at is None:
+            return
+        cheapest: dict[str, Offer] = {}
+        for offer in sorted(shelf.offers, key=SORTS["price"]):
+            cheapest.setdefault(offer.gpu_model, offer)
+        before, self._models[name] = self._models.get(name), set(cheapest)
+        news = [offer for model, offer in cheapest.items() if before is not None and model not in before]
+        if news:
+            await self._fleet.write(_record_news, [self.shown(offer) for offer in news[:NEWS_MAX]])
+
+    def shown(self, offer: Offer) -> dict[str, object]:
+        """Return what an event says of an offer."""
+        return {
+            "id": shown_id(self._fleet.providers[offer.provider], offer.id),
+            "provider": offer.provider,
+            "gpu_model": offer.gpu_model,
+            "gpu_count": offer.gpu_count,
+            "vram_gb": offer.vram_gb,
+            "region": offer.region,
+            "price_per_hour": self.price(offer) / 1e9,
+        }
+
+
+def _record_news(connection: Connection, news: list[dict[str, object]]) -> None:
+    for each in news:
+        record(connection, "gpu_available", None, each)

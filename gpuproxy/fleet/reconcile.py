@@ -1,0 +1,130 @@
+"""Our rows against the provider's list, every minute: nothing is rented that nobody knows, nor billed when it is gone.
+
+A list that fails or looks odd changes nothing: whatever it does not show is asked for alone first, and only the
+provider's own word that it does not exist counts. What carries our installation's tag and belongs to no living rental
+is destroyed: a create that was doubled or came up late. What carries another tag or none is somebody else's, and is
+never touched.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+
+from gpuproxy.fleet import money
+from gpuproxy.fleet.care import advance, look
+from gpuproxy.fleet.parts import Fleet
+from gpuproxy.fleet.rent import IN_FLIGHT_S
+from gpuproxy.fleet.rentals import Rental, find, in_states
+from gpuproxy.fleet.sight import is_as_expected, see
+from gpuproxy.fleet.states import ENDED, LIVING, UNDER_WAY
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.plugin import ProviderAdapter, ProviderError, ProviderInstance
+
+SUSPECTS_MAX = 10_000
+
+logger = get_logger(__name__)
+
+
+class Reconciler:
+    """Keeps what is rented and what we believe the same. One runs among all nodes."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._suspects: set[tuple[str, str]] = set()  # provider, native id: seen once with our tag, but no row
+        self._foreign: dict[str, int] = {}
+
+    async def cycle(self) -> None:
+        """Look at every provider at once, then at every customer's money. Raises what the store raises."""
+        rows = await self._fleet.read(in_states, LIVING)
+        names = list(self._fleet.providers)
+        await asyncio.gather(*(self._reconcile(name, [row for row in rows if row.provider == name]) for name in names))
+        await self.check_money()
+
+    async def check_money(self) -> None:
+        """Fill holds, warn, and begin to destroy what cannot be paid; what is destroyed is seen to at once."""
+        now = self._fleet.now()
+        for rental in await self._fleet.read(in_states, LIVING):
+            checked = await self._fleet.write(money.check, rental.id, now, self._fleet.settings.reconcile_s)
+            if checked.state == "destroying" and rental.state != "destroying":
+                await self._advance(checked)
+
+    async def tend(self) -> None:
+        """Do the next step of everything that is under way."""
+        rows = await self._fleet.read(in_states, UNDER_WAY)
+        now = self._fleet.now()
+        due = [row for row in rows if row.native_id or now - row.created_at >= timedelta(seconds=IN_FLIGHT_S)]
+        by_provider = {name: [row for row in due if row.provider == name] for name in self._fleet.providers}
+        await asyncio.gather(*(self._advance_all(each) for each in by_provider.values()))
+
+    async def _advance_all(self, rows: Iterable[Rental]) -> None:
+        for rental in rows:
+            await self._advance(rental)
+
+    async def _advance(self, rental: Rental) -> None:
+        try:
+            await advance(self._fleet, rental)
+        except ProviderError as error:
+            logger.warning("rental waits for its provider", contract_id=rental.id, error=str(error))
+
+    async def _reconcile(self, name: str, rows: Sequence[Rental]) -> None:
+        adapter, at = self._fleet.providers[name], self._fleet.now()
+        try:
+            listed = [instance for instance in await adapter.list() if instance.state != "gone"]
+        except ProviderError as error:
+            logger.warning("provider cannot be listed, nothing is changed", provider=name, error=str(error))
+            return
+        seen = {instance.id: instance for instance in listed}
+        for rental in rows:
+            if rental.native_id:
+                await self._compare(adapter, rental, seen.get(rental.native_id), at)
+        await self._look_at_strays(adapter, listed)
+
+    async def _compare(
+        self, adapter: ProviderAdapter, rental: Rental, instance: ProviderInstance | None, at: datetime
+    ) -> None:
+        """Believe the list where it says what we expect; ask again for this one where it does not."""
+        try:
+            if instance is not None and is_as_expected(rental, instance):
+                await self._fleet.write(see, rental.id, instance, at, self._fleet.settings.provision_s)
+            else:
+                rental = await look(self._fleet, adapter, rental)
+                if rental.state == "destroying":
+                    await advance(self._fleet, rental)
+        except ProviderError as error:
+            logger.warning("instance cannot be looked at", contract_id=rental.id, error=str(error))
+
+    async def _look_at_strays(self, adapter: ProviderAdapter, listed: Sequence[ProviderInstance]) -> None:
+        suspects = set()
+        foreign = 0
+        for instance in listed:
+            if not instance.tag.startswith(self._fleet.prefix):
+                foreign += 1
+                continue
+            rental = await self._fleet.read(find, instance.tag)
+            if rental is None:
+                suspects.add((adapter.name, instance.id))
+            if _is_stray(rental, instance) and (rental or (adapter.name, instance.id) in self._suspects):
+                await self._destroy_stray(adapter, instance)
+            elif rental is None:
+                logger.error("instance with our tag is unknown", provider=adapter.name, native_id=instance.id)
+        self._suspects = {each for each in self._suspects if each[0] != adapter.name} | suspects
+        self._report_foreign(adapter.name, foreign)
+
+    async def _destroy_stray(self, adapter: ProviderAdapter, instance: ProviderInstance) -> None:
+        logger.error("stray instance is destroyed", provider=adapter.name, native_id=instance.id, tag=instance.tag)
+        try:
+            await adapter.destroy(instance.id)
+        except ProviderError as error:
+            logger.error("stray instance cannot be destroyed yet", native_id=instance.id, error=str(error))
+
+    def _report_foreign(self, name: str, count: int) -> None:
+        if self._foreign.get(name, 0) != count:
+            logger.info("instances that are not ours", provider=name, instance_count=count)
+        self._foreign[name] = count
+
+
+def _is_stray(rental: Rental | None, instance: ProviderInstance) -> bool:
+    """Tell whether nobody can have a claim on an instance with our tag: not its rental's machine, nor yet to be it."""
+    if rental is None or rental.state in ENDED:
+        return True
+    return bool(rental.native_id) and rental.native_id != instance.id

@@ -1,0 +1,286 @@
+"""Renting: the intent and the first hour's money first, then the provider, once.
+
+    hold and row `pending` (one transaction) -> create at the provider -> row `provisioning` (one transaction)
+
+Whatever is killed in between, the row is there and carries the tag: a create that nobody has seen the end of is looked
+up by its tag, by the same call for a moment and by the keeper for as long as ``pending_s``, and never made again. An
+offer that is taken is a plain no, after which the next-best one may be tried if the caller allows it.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+from msgspec import Struct, structs
+from sqlalchemy import Connection, func, select
+
+from gpuproxy.errors import GatewayError
+from gpuproxy.fleet.care import adopt_instance, advance, destroy, give_up, resolve
+from gpuproxy.fleet.meter import PREPAID, reserve
+from gpuproxy.fleet.parts import Fleet, failure_of
+from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked, new_id
+from gpuproxy.fleet.states import LIVING
+from gpuproxy.ledger import holds
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.plugin import CapacityGone, InstanceSpec, Offer, ProviderAdapter, ProviderError, ProviderInstance
+from gpuproxy.pricing import with_markup, without_markup
+from gpuproxy.store.schema import rentals
+
+OFFERS_TRIED_MAX = 5
+CREATE_S = 150.0  # longer than any adapter's own wait for a create
+LOOKS_S = (0.0, 0.5, 1.0, 2.0)  # waits before each look for a create whose end was not seen
+IN_FLIGHT_S = 240  # CREATE_S, the looks and a margin: before that a pending rental is its call's own affair
+
+logger = get_logger(__name__)
+
+
+class RacedError(Exception):
+    """Another call with the same request key has stored its intent meanwhile."""
+
+
+class Wish(Struct, frozen=True, kw_only=True):
+    """What a customer wants to rent. Prices are theirs, markup included. `others` may be tried when `offer` is gone."""
+
+    user_id: str
+    offer: Offer
+    spec: InstanceSpec
+    duration_hours: int | None = None
+    max_price_nanousd_per_hour: int | None = None
+    bid_nanousd_per_hour: int | None = None
+    others: tuple[Offer, ...] = ()
+    request_key: str | None = None
+    request_hash: str = ""
+    group_id: str = ""
+
+
+async def rent(fleet: Fleet, wish: Wish) -> tuple[Rental, bool]:
+    """Rent, and return the rental and whether it is new: the same request key gives the same rental.
+
+    It may still be ``pending`` when the provider's answer did not come; the keeper finds out. Raises GatewayError
+    INSUFFICIENT_CREDITS, CAPACITY_GONE, CONFLICT for one rental too many, UNPROCESSABLE, PROVIDER_FAILED.
+    """
+    [(rental, is_new)] = await _intended(fleet, [wish])
+    if not is_new:
+        return _repeated(rental, wish), False
+    return await _fulfil(fleet, rental, wish), True
+
+
+async def reserve_all(fleet: Fleet, wishes: Sequence[Wish]) -> tuple[list[Rental], bool]:
+    """Rent all or nothing: what could be had is destroyed again when one could not. Raises as `rent`."""
+    group_id = uuid4().hex
+    grouped = [structs.replace(wish, group_id=group_id) for wish in wishes]
+    intended = await _intended(fleet, grouped)
+    if not all(is_new for _, is_new in intended):
+        return [_repeated(rental, wish) for (rental, _), wish in zip(intended, wishes, strict=True)], False
+    tasks = [_fulfil(fleet, rental, wish) for (rental, _), wish in zip(intended, grouped, strict=True)]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    if failed := [result for result in results if isinstance(result, BaseException)]:
+        for rental, _ in intended:
+            await destroy(fleet, rental, "not all of the reservation could be had")
+        raise failed[0]
+    return [result for result in results if isinstance(result, Rental)], True
+
+
+async def wait_until_running(fleet: Fleet, rental: Rental, wait_s: float, poll_s: float = 1.0) -> Rental:
+    """Look after a rental until it runs or ends, for at most `wait_s`; return it as it is then."""
+    deadline = fleet.now() + timedelta(seconds=wait_s)
+    while rental.state in ("pending", "provisioning") and fleet.now() < deadline:
+        await fleet.sleep(poll_s)
+        try:
+            if rental.state == "provisioning":
+                rental = await advance(fleet, rental)
+        except ProviderError as error:
+            logger.info("provider does not say how an instance is", contract_id=rental.id, error=str(error))
+        found: Rental | None = await fleet.read(find, rental.id)
+        rental = found or rental
+    return rental
+
+
+async def _intended(fleet: Fleet, wishes: Sequence[Wish]) -> list[tuple[Rental, bool]]:
+    """Store intents, all or none; of calls with one request key at the same time one does, the others find its."""
+    try:
+        return await fleet.write(_intend_all, fleet, wishes, fleet.now())
+    except RacedError:
+        return await fleet.write(_intend_all, fleet, wishes, fleet.now())
+
+
+def _intend_all(
+    connection: Connection, fleet: Fleet, wishes: Sequence[Wish], now: datetime
+) -> list[tuple[Rental, bool]]:
+    return [_intend(connection, fleet, wish, now) for wish in wishes]
+
+
+def _intend(connection: Connection, fleet: Fleet, wish: Wish, now: datetime) -> tuple[Rental, bool]:
+    """Store the intent with its first hour held, all hours if they are paid beforehand; or find it stored."""
+    if wish.request_key and (before := by_request(connection, wish.request_key)):
+        return before, False
+    _check_count(connection, fleet, wish.user_id)
+    rental_id = new_id(fleet.prefix)
+    terms = _terms(fleet, wish, wish.offer)
+    hours = terms["committed_hours"] or 1
+    owner = f"rental:{rental_id}"
+    hold = holds.place(connection, wish.user_id, terms["price_nanousd_per_hour"] * hours, owner, owner)
+    rental = Rental(
+        id=rental_id,
+        user_id=wish.user_id,
+        state="pending",
+        label=wish.spec.label,
+        spec=_shown_spec(wish.spec),
+        hold_id=hold.id,
+        request_key=wish.request_key,
+        request_hash=wish.request_hash,
+        group_id=wish.group_id,
+        metered_at=now,
+        created_at=now,
+        moved_at=now,
+        expires_at=now + timedelta(hours=wish.duration_hours) if wish.duration_hours else None,
+        **terms,
+    )
+    if add(connection, rental):
+        return rental, True
+    raise RacedError  # takes the hold back too
+
+
+def _check_count(connection: Connection, fleet: Fleet, user_id: str) -> None:
+    chosen = (rentals.c.user_id == user_id) & rentals.c.state.in_(LIVING)
+    most = fleet.settings.rentals_max
+    if (connection.scalar(select(func.count()).select_from(rentals).where(chosen)) or 0) >= most:
+        raise GatewayError("CONFLICT", f"there are {most} rentals already; destroy one, or ask the operator for more")
+
+
+def _terms(fleet: Fleet, wish: Wish, offer: Offer) -> dict[str, Any]:
+    """Return what an offer makes of a rental, as columns."""
+    markup = fleet.markup(offer.provider)
+    cost = _bid(fleet, wish, offer) or offer.price_nanousd_per_hour
+    storage = offer.storage_nanousd_per_gb_hour * wish.spec.disk_gb
+    basis = fleet.providers[offer.provider].basis
+    return {
+        "provider": offer.provider,
+        "offer_id": offer.id,
+        "gpu_model": offer.gpu_model,
+        "gpu_count": offer.gpu_count,
+        "region": offer.region,
+        "basis": basis,
+        "cost_nanousd_per_hour": cost,
+        "price_nanousd_per_hour": max(1, with_markup(cost, markup)),
+        "storage_cost_nanousd_per_hour": 0 if basis == PREPAID else storage,
+        "storage_price_nanousd_per_hour": 0 if basis == PREPAID else with_markup(storage, markup),
+        "committed_hours": (wish.duration_hours or 1) if basis == PREPAID else 0,
+    }
+
+
+def _bid(fleet: Fleet, wish: Wish, offer: Offer) -> int | None:
+    """Return what the provider is bid: the customer's bid without the markup."""
+    if wish.bid_nanousd_per_hour is None:
+        return None
+    return without_markup(wish.bid_nanousd_per_hour, fleet.markup(offer.provider))
+
+
+async def _fulfil(fleet: Fleet, rental: Rental, wish: Wish) -> Rental:
+    """Ask the provider for the machine, and for the next-best ones while they are taken."""
+    adapter = fleet.providers[rental.provider]
+    try:
+        for offer in (wish.offer, *wish.others)[:OFFERS_TRIED_MAX]:
+            if offer is not wish.offer:
+                rental = await fleet.write(_turn_to, fleet, rental.id, wish, offer)
+            try:
+                return await _create(fleet, adapter, rental, wish, offer)
+            except CapacityGone as error:
+                refusal = failure_of(error)
+                await _scrap(adapter, error)
+    except GatewayError as error:
+        refusal = error
+    await fleet.write(give_up, rental.id, fleet.now(), refusal.message)
+    raise refusal
+
+
+async def _create(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, wish: Wish, offer: Offer) -> Rental:
+    """Create once. Raises CapacityGone for a plain no of that kind, GatewayError for any other."""
+    try:
+        async with asyncio.timeout(CREATE_S):
+            instance = await adapter.create(offer.id, _provider_spec(fleet, wish, offer), rental.id)
+    except TimeoutError:
+        return await _look_for(fleet, adapter, rental)
+    except ProviderError as error:
+        if error.may_have_worked:
+            logger.warning("create is in doubt, looking", contract_id=rental.id, error=str(error))
+            return await _look_for(fleet, adapter, rental)
+        if isinstance(error, CapacityGone):
+            raise
+        await _scrap(adapter, error)
+        logger.warning("instance cannot be rented", contract_id=rental.id, error=str(error))
+        raise failure_of(error) from error
+    return await _adopted(fleet, adapter, rental, instance)
+
+
+async def _adopted(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, instance: ProviderInstance) -> Rental:
+    rental = await adopt_instance(fleet, adapter, rental, instance)
+    if rental.state == "destroying" and rental.native_id == instance.id:  # its owner has thought better of it
+        return await destroy(fleet, rental, rental.reason)
+    return rental
+
+
+async def _look_for(fleet: Fleet, adapter: ProviderAdapter, rental: Rental) -> Rental:
+    """Look whether a create has worked after all; a rental that is still pending is the keeper's."""
+    for wait_s in LOOKS_S:
+        await fleet.sleep(wait_s)
+        try:
+            rental = await resolve(fleet, adapter, rental)
+        except ProviderError as error:
+            logger.warning("create is still in doubt", contract_id=rental.id, error=str(error))
+        if rental.state != "pending":
+            break
+    return rental
+
+
+async def _scrap(adapter: ProviderAdapter, error: ProviderError) -> None:
+    """Destroy what a refused create has left behind; if that fails the keeper finds it by its tag."""
+    if not error.instance_id:
+        return
+    try:
+        await adapter.destroy(error.instance_id)
+    except ProviderError as failure:
+        logger.warning("leftover of a refused create stays for now", error=str(failure))
+
+
+def _turn_to(connection: Connection, fleet: Fleet, rental_id: str, wish: Wish, offer: Offer) -> Rental:
+    """Let a pending rental be for another offer, with its first hour held. Raises INSUFFICIENT_CREDITS."""
+    rental = locked(connection, rental_id)
+    if rental.state != "pending":
+        raise GatewayError("CONFLICT", f"rental {rental_id} was given up")
+    rental = change(connection, rental, **_terms(fleet, wish, offer))
+    reserve(connection, rental, 3_600 * (rental.committed_hours or 1))
+    return rental
+
+
+def _provider_spec(fleet: Fleet, wish: Wish, offer: Offer) -> InstanceSpec:
+    """Return the spec with the prices the provider is told: never dearer than what the customer has seen or allows."""
+    most = offer.price_nanousd_per_hour
+    if wish.max_price_nanousd_per_hour is not None:
+        most = without_markup(wish.max_price_nanousd_per_hour, fleet.markup(offer.provider))
+    bid = _bid(fleet, wish, offer)
+    hours = wish.duration_hours or 1
+    return structs.replace(
+        wish.spec, max_price_nanousd_per_hour=max(most, bid or 0), bid_nanousd_per_hour=bid, duration_hours=hours
+    )
+
+
+def _shown_spec(spec: InstanceSpec) -> dict[str, Any]:
+    """Return what is kept of a spec. Values of variables and commands often hold secrets, so they are not."""
+    return {
+        "image": spec.image,
+        "env": sorted(spec.env),
+        "ports": list(spec.ports),
+        "disk_gb": spec.disk_gb,
+        "has_command": bool(spec.command),
+        "has_ssh_key": bool(spec.ssh_key),
+    }
+
+
+def _repeated(rental: Rental, wish: Wish) -> Rental:
+    if rental.request_hash != wish.request_hash:
+        message = "this Idempotency-Key was used for another request; take a new one"
+        raise GatewayError("UNPROCESSABLE", message, param="Idempotency-Key")
+    return rental

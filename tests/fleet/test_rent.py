@@ -1,0 +1,140 @@
+"""Renting: the intent first, once, whatever the provider's answer is."""
+
+import asyncio
+
+import pytest
+
+from gpuproxy.errors import GatewayError
+from gpuproxy.fleet.offers import Offers
+from gpuproxy.fleet.parts import Fleet
+from gpuproxy.fleet.reconcile import Reconciler
+from gpuproxy.fleet.rent import IN_FLIGHT_S, rent, reserve_all, wait_until_running
+from gpuproxy.fleet.rentals import Rental, find, in_states, of_group
+from gpuproxy.ledger.book import NANOUSD, balance
+from gpuproxy.ledger.verify import verify
+from gpuproxy.plugin import OfferQuery
+
+from .conftest import Books, Clock, wish_for
+from .market import Market
+
+
+async def now(fleet: Fleet, rental: Rental) -> Rental:
+    found: Rental | None = await fleet.read(find, rental.id)
+    assert found is not None
+    return found
+
+
+async def test_a_rental_holds_its_first_hour_and_runs(fleet: Fleet, books: Books, market: Market, clock: Clock) -> None:
+    await books.give(10)
+    wish = await wish_for(fleet, books.user_id)
+    rental, is_new = await rent(fleet, wish)
+    assert (is_new, rental.state) == (True, "provisioning")
+    assert rental.price_nanousd_per_hour == -(-wish.offer.price_nanousd_per_hour * 6 // 5)
+    assert await balance(books.store, books.user_id) == 10 * NANOUSD - rental.price_nanousd_per_hour
+    rental = await wait_until_running(fleet, rental, 60)
+    assert (rental.state, rental.ip, list(rental.ports)) == ("running", (await market.there())[0].ip, ["8000"])
+    assert [instance.tag for instance in await market.there()] == [rental.id]
+
+
+async def test_who_has_not_the_first_hour_rents_nothing(fleet: Fleet, books: Books, market: Market) -> None:
+    await books.give(0.01)
+    with pytest.raises(GatewayError, match="not enough credit") as caught:
+        await rent(fleet, await wish_for(fleet, books.user_id))
+    assert caught.value.code == "INSUFFICIENT_CREDITS"
+    assert "create" not in market.asked
+    assert await fleet.read(in_states) == []
+
+
+async def test_a_create_whose_answer_was_lost_is_found_and_not_made_again(
+    fleet: Fleet, books: Books, market: Market
+) -> None:
+    await books.give(10)
+    market.faults = {"create": "lost_answer"}
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    assert rental.state == "provisioning"
+    assert market.asked.count("create") == 1
+    assert len(await market.there()) == 1
+
+
+async def test_a_create_in_doubt_stays_pending_until_it_shows(
+    fleet: Fleet, books: Books, market: Market, clock: Clock
+) -> None:
+    await books.give(10)
+    market.faults = {"create": "lost_answer"}
+    market.chance, keep = 0.0, market.find
+    market.find = nothing_found  # type: ignore[method-assign]
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    assert rental.state == "pending"
+    market.find = keep  # type: ignore[method-assign]
+    await Reconciler(fleet).tend()
+    assert (await now(fleet, rental)).state == "pending"  # its call may still be at it
+    clock.advance(IN_FLIGHT_S)
+    await Reconciler(fleet).tend()
+    assert (await now(fleet, rental)).native_id == (await market.there())[0].id
+    assert market.asked.count("create") == 1
+
+
+async def nothing_found(tag: str) -> list[object]:
+    return []
+
+
+async def test_a_create_that_never_was_fails_in_time_and_gives_the_money_back(
+    fleet: Fleet, books: Books, market: Market, clock: Clock
+) -> None:
+    await books.give(10)
+    market.faults = {"create": "never"}
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    clock.advance(fleet.settings.pending_s)
+    await Reconciler(fleet).tend()
+    assert (await now(fleet, rental)).state == "failed"
+    assert await balance(books.store, books.user_id) == 10 * NANOUSD
+
+
+async def test_a_plain_no_gives_the_money_back_and_says_so(fleet: Fleet, books: Books, market: Market) -> None:
+    await books.give(10)
+    market.faults = {"create": "taken"}
+    with pytest.raises(GatewayError) as caught:
+        await rent(fleet, await wish_for(fleet, books.user_id))
+    assert caught.value.code == "CAPACITY_GONE"
+    assert await balance(books.store, books.user_id) == 10 * NANOUSD
+    assert [each.state for each in await fleet.read(in_states, ("failed",))] == ["failed"]
+
+
+async def test_the_next_best_offer_is_taken_if_the_caller_allows(fleet: Fleet, books: Books, market: Market) -> None:
+    await books.give(100)
+    shelves = Offers(fleet)
+    choices = [(offer, await shelves.like(offer, 100 * NANOUSD)) for offer in await market.offers(OfferQuery())]
+    offer, others = next(each for each in choices if each[1])
+    market.faults = {"create": "taken"}
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id, offer=offer, others=others))
+    assert rental.offer_id == others[0].id != offer.id
+    assert (rental.gpu_model, rental.gpu_count) == (offer.gpu_model, offer.gpu_count)
+    assert [instance.tag for instance in await market.there()] == [rental.id]
+
+
+async def test_a_repeated_request_gives_the_same_rental(fleet: Fleet, books: Books, market: Market) -> None:
+    await books.give(10)
+    wish = await wish_for(fleet, books.user_id, request_key="k", request_hash="a")
+    answers = await asyncio.gather(*(rent(fleet, wish) for _ in range(5)))
+    assert len({rental.id for rental, _ in answers}) == 1
+    assert sum(is_new for _, is_new in answers) == 1
+    assert len(await market.there()) == 1
+    other = await wish_for(fleet, books.user_id, request_key="k", request_hash="b")
+    with pytest.raises(GatewayError, match="another request"):
+        await rent(fleet, other)
+
+
+async def test_a_reservation_gets_all_or_nothing(fleet: Fleet, books: Books, market: Market) -> None:
+    await books.give(100)
+    found = await market.offers(OfferQuery())
+    wishes = [await wish_for(fleet, books.user_id, offer=offer) for offer in found[:3]]
+    rented, is_new = await reserve_all(fleet, wishes)
+    assert is_new
+    assert len(await market.there()) == 3
+    assert {each.id for each in await fleet.read(of_group, rented[0].group_id)} == {each.id for each in rented}
+    left = [await wish_for(fleet, books.user_id, offer=offer) for offer in found[3:6]]
+    market.faults = {"create": "taken"}
+    with pytest.raises(GatewayError):
+        await reserve_all(fleet, left)
+    assert len(await market.there()) == 3
+    assert await verify(books.store) == []
