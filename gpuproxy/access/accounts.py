@@ -27,6 +27,7 @@ KEY_REVOKED = "key_revoked"  # changes.kind; the subject is a key
 CHANGES_AT_ONCE = 1_000
 USER_BLOCKED = "user_blocked"  # changes.kind; the subject is a user
 USER_UNBLOCKED = "user_unblocked"
+INSTANCES_CHANGED = "instances_changed"
 ADMIN_SCOPE = "admin"
 SCOPES = {  # of API keys; who logs in has all their account allows
     "inference": "call models and tools",
@@ -83,11 +84,15 @@ KEY_COLUMNS = tuple(api_keys.c[field] for field in Key.__struct_fields__)
 
 
 class ChangedKeys(Struct, frozen=True):
-    """Keys whose right changed up to row `seq` of the change feed, by what they may do now."""
+    """Keys whose right changed up to row `seq` of the change feed, by what they may do now.
+
+    `renters` are users whose rented machines have changed.
+    """
 
     seq: int
     lost: tuple[str, ...] = ()
     restored: tuple[str, ...] = ()
+    renters: tuple[str, ...] = ()
 
 
 async def create_user(store: Store, email: str, is_admin: bool = False) -> User:
@@ -257,7 +262,8 @@ async def _changed(connection: AsyncConnection, newest: int, chosen: ColumnEleme
     )
     rows = (await connection.execute(query)).all()
     lost, restored = (tuple(row.id for row in rows if row.is_live == wanted) for wanted in (False, True))
-    return ChangedKeys(newest, lost, restored)
+    of_renters = select(changes.c.subject_id).where(chosen, changes.c.kind == INSTANCES_CHANGED).distinct()
+    return ChangedKeys(newest, lost, restored, tuple(await connection.scalars(of_renters)))
 
 
 async def _user(connection: AsyncConnection, email: str) -> User:

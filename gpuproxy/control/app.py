@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
@@ -55,6 +56,7 @@ from gpuproxy.events.stream import Stream
 from gpuproxy.fleet.keeper import Keeper as FleetKeeper
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
+from gpuproxy.fleet.reach import machines_of
 from gpuproxy.guard import Guard
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.keeper import Keeper, requests_per_minute
@@ -139,6 +141,7 @@ async def _serve(
     link.refresh = feed.poll_once
     await link.start(socket.socket(fileno=boot.link_fd))
     fleet = await open_fleet(store, boot.config)
+    link.machines_of = partial(machines_of, fleet)
     app = application(store, stopping, boot.config, keyring, nodes, providers, fleet)
     await app[STREAM].start()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)

@@ -47,6 +47,8 @@ class ChangeFeed:
             rows, changed = await unread_changes(self._store, self._cursor)
             self._cursor.advance(rows)
             self._link.readmit(changed.restored)
+            if changed.renters:
+                self._link.forget_machines(changed.renters)
             if changed.lost:
                 logger.info("keys revoked", key_ids=changed.lost)
                 self._link.revoke(changed.lost)

@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert
 
+from gpuproxy.access.accounts import INSTANCES_CHANGED
 from gpuproxy.events.outbox import record
 from gpuproxy.fleet.meter import PREPAID, charge_commitment, commit_cost, meter, rates_in, release
 from gpuproxy.fleet.rentals import Rental, change
@@ -12,7 +13,6 @@ from gpuproxy.fleet.states import ENDED, State, check_move
 from gpuproxy.ledger.book import format_usd
 from gpuproxy.store.schema import changes
 
-INSTANCES_CHANGED = "instances_changed"  # in the change feed, of a user: what workers know of them is out of date
 EVENT_BY_STATE: dict[State, str] = {
     "running": "instance.running",
     "stopped": "instance.stopped",

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from typing import cast
 
 from gpuproxy.link.messages import (
+    AskMachines,
     Authorize,
     Authorized,
+    ForgetMachines,
     FrameReader,
     Hello,
     Lease,
     Leased,
     LeaseKind,
+    Machine,
+    Machines,
     Prices,
     Recall,
     Return,
@@ -32,6 +36,7 @@ QUESTIONS_MAX = 10_000  # open at once; control answers a question in under a mi
 
 Answer = Callable[[Grant | None, bool], None]
 LeaseAnswer = Callable[[Leased | None], None]
+MachinesAnswer = Callable[[tuple[Machine, ...] | None], None]
 
 
 class LinkClient(asyncio.Protocol):
@@ -42,6 +47,7 @@ class LinkClient(asyncio.Protocol):
         self.on_reconnect: Callable[[], None] = lambda: None
         self.on_recall: Callable[[Recall], None] = lambda recall: None
         self.on_prices: Callable[[list[Price]], None] = lambda prices: None
+        self.on_forget_machines: Callable[[tuple[str, ...]], None] = lambda user_ids: None
         self.connected = asyncio.Event()
         self._path = path
         self._hello = hello
@@ -49,6 +55,7 @@ class LinkClient(asyncio.Protocol):
         self._reader = FrameReader()
         self._questions: dict[int, tuple[bytes, Answer]] = {}
         self._leases: dict[int, LeaseAnswer] = {}
+        self._machines: dict[int, MachinesAnswer] = {}
         self._prices: list[Price] = []  # of the messages so far
         self._next_id = 0
         self._lost = asyncio.Event()
@@ -85,6 +92,15 @@ class LinkClient(asyncio.Protocol):
         self._leases[self._next_id] = answer
         self._transport.write(frame(Lease(self._next_id, user_id, key_id, kind, least, wanted)))
 
+    def ask_machines(self, user_id: str, answer: MachinesAnswer) -> None:
+        """Ask for a user's machines; `answer` gets None, later, when control is away or cannot tell."""
+        if self._transport is None or len(self._machines) >= QUESTIONS_MAX:
+            asyncio.get_running_loop().call_soon(answer, None)  # never from within the question
+            return
+        self._next_id += 1
+        self._machines[self._next_id] = answer
+        self._transport.write(frame(AskMachines(self._next_id, user_id)))
+
     def send(self, message: Return) -> None:
         """Tell control something that needs no answer; while it is away it is told nothing, and lets leases expire."""
         if self._transport is not None:
@@ -114,12 +130,17 @@ class LinkClient(asyncio.Protocol):
                 case Unavailable():
                     asyncio.get_running_loop().call_later(RETRY_S, self._repeat, message.id)
                     self._leased(message.id, None)
+                    self._told_machines(message.id, None)
                 case Leased():
                     self._leased(message.id, message)
                 case Recall():
                     self.on_recall(message)
                 case Revoke():
                     self.on_revoke(message.key_ids)
+                case Machines():
+                    self._told_machines(message.id, message.machines)
+                case ForgetMachines():
+                    self.on_forget_machines(message.user_ids)
                 case Prices():
                     self._take_prices(message)
 
@@ -128,6 +149,8 @@ class LinkClient(asyncio.Protocol):
         self._transport = None
         for question in list(self._leases):
             self._leased(question, None)
+        for question in list(self._machines):
+            self._told_machines(question, None)
         self.connected.clear()
         self._lost.set()
 
@@ -145,6 +168,11 @@ class LinkClient(asyncio.Protocol):
         answer = self._leases.pop(question, None)
         if answer is not None:
             answer(leased)
+
+    def _told_machines(self, question: int, machines: tuple[Machine, ...] | None) -> None:
+        answer = self._machines.pop(question, None)
+        if answer is not None:
+            answer(machines)
 
     def _answer(self, question: int, grant: Grant | None, is_known: bool) -> None:
         _, answer = self._questions.pop(question, (b"", None))

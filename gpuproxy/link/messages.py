@@ -46,7 +46,7 @@ class Authorized(Struct, tag="authorized", frozen=True):
 
 
 class Unavailable(Struct, tag="unavailable", frozen=True):
-    """Answer to Authorize or Lease when the store cannot be asked now; says nothing about the key."""
+    """Answer to a question when the store cannot be asked now; says nothing about the key."""
 
     id: int
 
@@ -115,8 +115,37 @@ class Recall(Struct, tag="recall", frozen=True):
     kind: LeaseKind
 
 
-FromWorker = Hello | Authorize | Lease | Return
-FromControl = Authorized | Unavailable | Revoke | Prices | Leased | Recall
+class Machine(Struct, array_like=True, frozen=True):
+    """A rented machine that runs: where it is reached, its ports inside with those outside they are mapped to."""
+
+    contract_id: str
+    host: str
+    ports: dict[int, int]
+
+
+class AskMachines(Struct, tag="ask_machines", frozen=True):
+    """Ask which rented machines a user has running."""
+
+    id: int
+    user_id: str
+
+
+class Machines(Struct, tag="machines", frozen=True):
+    """Answer to AskMachines."""
+
+    id: int
+    user_id: str
+    machines: tuple[Machine, ...]
+
+
+class ForgetMachines(Struct, tag="forget_machines", frozen=True):
+    """Pushed: what is known of these users' machines is out of date."""
+
+    user_ids: tuple[str, ...]
+
+
+FromWorker = Hello | Authorize | Lease | Return | AskMachines
+FromControl = Authorized | Unavailable | Revoke | Prices | Leased | Recall | Machines | ForgetMachines
 
 _encoder = msgspec.msgpack.Encoder()
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

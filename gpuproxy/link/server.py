@@ -13,14 +13,18 @@ from typing import Any, Protocol, cast
 import msgspec
 
 from gpuproxy.link.messages import (
+    AskMachines,
     Authorize,
     Authorized,
+    ForgetMachines,
     FrameReader,
     FromControl,
     FromWorker,
     Hello,
     Lease,
     Leased,
+    Machine,
+    Machines,
     Prices,
     Recall,
     Return,
@@ -34,6 +38,7 @@ from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
 
 Authorizer = Callable[[bytes], Awaitable[Grant | None]]
+MachinesOf = Callable[[str], Awaitable[tuple[Machine, ...]]]
 
 QUESTIONS_MAX = 4_096  # open at once per worker; more are answered Unavailable
 UNSENT_BYTES_MAX = 4 << 20  # of a worker that does not read; it is cut off and will come back
@@ -64,6 +69,7 @@ class LinkServer:
     def __init__(self, authorize: Authorizer, timeout_s: float, remember_s: float) -> None:
         self.links: set[WorkerLink] = set()
         self.lessor: Lessor | None = None
+        self.machines_of: MachinesOf | None = None
         self.refresh: Callable[[], Awaitable[object]] | None = None
         self._authorize = authorize
         self._timeout_s = timeout_s
@@ -144,6 +150,24 @@ class LinkServer:
             work.add_done_callback(lambda done: self._take_back(epoch, ask, done))
             self._complain(error)
             return Unavailable(ask.id)
+
+    async def machines(self, question: AskMachines) -> Machines | Unavailable:
+        """Ask the store which machines a user has, for at most `timeout_s`."""
+        if self.machines_of is None:
+            return Machines(question.id, question.user_id, ())
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return Machines(question.id, question.user_id, await self.machines_of(question.user_id))
+        except Exception as error:
+            self._complain(error)
+            return Unavailable(question.id)
+
+    def forget_machines(self, user_ids: Iterable[str]) -> None:
+        """Tell every worker that these users have other machines now; one that is away forgets all on its return."""
+        told = tuple(user_ids)
+        for start in range(0, len(told), REVOKE_KEYS_MAX):
+            for link in list(self.links):
+                link.send(ForgetMachines(told[start : start + REVOKE_KEYS_MAX]))
 
     def push(self, epoch: str, message: Recall) -> bool:
         """Send to the worker with this epoch; False if it is not linked."""
@@ -246,11 +270,13 @@ class WorkerLink(asyncio.Protocol):
                 self._ask(message)
             case Lease():
                 self._ask(message)
+            case AskMachines():
+                self._ask(message)
             case Return():
                 if self._server.lessor is not None and self.epoch:
                     self._server.lessor.take_back(self.epoch, message)
 
-    def _ask(self, question: Authorize | Lease) -> None:
+    def _ask(self, question: Authorize | Lease | AskMachines) -> None:
         if len(self._answers) >= QUESTIONS_MAX:
             self.send(Unavailable(question.id))
             return
@@ -264,9 +290,11 @@ class WorkerLink(asyncio.Protocol):
     async def _welcome(self) -> None:
         self.send_revoked(await self._server.remembered_now())
 
-    async def _answer(self, question: Authorize | Lease) -> None:
+    async def _answer(self, question: Authorize | Lease | AskMachines) -> None:
         if isinstance(question, Authorize):
             self.send(await self._server.answer(question))
+        elif isinstance(question, AskMachines):
+            self.send(await self._server.machines(question))
         else:
             self.send(await self._server.lease(self.epoch, question))
 

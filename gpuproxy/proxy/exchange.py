@@ -16,7 +16,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.guard import parse_target
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.plugin import Call, Intent, UpstreamRequest
+from gpuproxy.plugin import Call, Intent, ProtocolHandler, UpstreamRequest
 from gpuproxy.pricing import Price
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy.admit import is_expired
@@ -44,8 +44,9 @@ from gpuproxy.proxy.headers import (
     replace_fields,
     without_nominated,
 )
+from gpuproxy.proxy.instances import Rented
 from gpuproxy.proxy.offers import highest
-from gpuproxy.proxy.route import CONTROL, ENVELOPE, MOUNT, UNKNOWN, joined_path
+from gpuproxy.proxy.route import CONTROL, ENVELOPE, INSTANCE, MOUNT, UNKNOWN, joined_path
 from gpuproxy.types import ALL_SCOPES, Grant
 
 if TYPE_CHECKING:
@@ -259,6 +260,9 @@ class Exchange(Attempts):
                 return
             head = self.head
             call = self._call = Call(self.method, route.path, head.fields, body)
+            if route.kind == INSTANCE:
+                self._resolve_instance(call, handler)
+                return
             if route.kind == MOUNT:
                 intent = self._intent = handler.inspect(call)
                 destination = self._destination = plane.router.destination(intent, handler)
@@ -319,9 +323,11 @@ class Exchange(Attempts):
         request = handler.prepare(call, intent)
         endpoint = router.endpoint_at(target.scheme, target.host, target.port)
         if endpoint is None:
-            origin = self.plane.pools.user_given(target.scheme, target.host, target.port)
-            timeouts = self.plane.timeouts
-            endpoint = Endpoint(origin, target.authority.encode(), timeouts.first_byte_s, timeouts.idle_s)
+            rented = self._rented()
+            if rented is None:
+                return
+            port = rented.outside(target.host, target.port)
+            endpoint = self._user_given(target.scheme, target.host, port, target.authority)
         endpoint = endpoint.at_root(envelope.timeout_s)  # a target's path is whole
         if not envelopes.wants_stream(envelope):
             limit_bytes = self.plane.limits.envelope_answer_bytes_max
@@ -392,6 +398,47 @@ class Exchange(Attempts):
     def _fail(self) -> None:
         _log.exception("exchange failed", request_id=self.request_id)
         self.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
+
+    def _resolve_instance(self, call: Call, handler: ProtocolHandler) -> None:
+        route = self.route
+        rented = self._rented()
+        if rented is None:
+            return
+        host, port = rented.at(route.contract_id, route.port)
+        intent = self._intent = handler.describe(call)
+        self._check_model(intent.model)
+        request = handler.prepare(call, intent)
+        self._editor = request.editor
+        body, call.body = call.body, None
+        call.body_bytes = self.request_bytes
+        endpoint = self._user_given("http", host, port, f"{host}:{port}")
+        path = request.path if request.path is not None else route.path
+        self._sending = self.method, path, self.head.fields, body, request
+        if not self.plane.prices.is_any or self._reserve(intent, body, endpoint):
+            self._forward(endpoint)
+
+    def _user_given(self, scheme: str, host: str, port: int, authority: str) -> Endpoint:
+        origin, timeouts = self.plane.pools.user_given(scheme, host, port), self.plane.timeouts
+        return Endpoint(origin, authority.encode(), timeouts.first_byte_s, timeouts.idle_s)
+
+    def _rented(self) -> Rented | None:
+        """Return the caller's machines; None if control must be asked: then `rented` goes on."""
+        grant = self._grant
+        assert grant is not None
+        rented = self.plane.instances.find(grant.user_id, self.rented)
+        if rented is None:
+            self.state = ADMITTING
+            self.downstream.deadline_s = self.plane.now_s + self.plane.config.auth.authorize_timeout_s + 1
+        return rented
+
+    def rented(self, result: Rented | GatewayError) -> None:
+        """Control has told which machines the caller has, or could not."""
+        if self.state != ADMITTING:
+            return
+        if isinstance(result, GatewayError):
+            self.refuse(result)
+        else:
+            self._resolve()
 
     # -- forward ----------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from msgspec import Struct
 from gpuproxy.config import Config
 from gpuproxy.errors import GatewayError
 from gpuproxy.plugin import Intent, ModelOffer, ProtocolHandler, Registry
+from gpuproxy.proxy import instances
 from gpuproxy.proxy.breaker import Replicas
 from gpuproxy.proxy.destination import Destination
 from gpuproxy.proxy.destinations import Builder
@@ -22,7 +23,7 @@ PREFIX = b"/api/v1/gpu/proxy"
 ALIAS = b"/v1/"  # /v1/... is short for PREFIX/v1/...
 ROUTES_MAX = 4096  # targets remembered
 
-CONTROL, ENVELOPE, MOUNT, UPSTREAM, UNKNOWN = range(5)
+CONTROL, ENVELOPE, MOUNT, UPSTREAM, UNKNOWN, INSTANCE = range(6)
 
 
 class Route(Struct, frozen=True, gc=False):
@@ -35,6 +36,8 @@ class Route(Struct, frozen=True, gc=False):
     upstream: "Destination | None" = None
     code: str = ""
     fault: str = ""
+    contract_id: str = ""  # of a rented machine, with a port inside
+    port: int = 0
 
 
 class Router:
@@ -92,6 +95,8 @@ class Router:
             rest = target[len(PREFIX) :]
             if rest.startswith(b"/upstreams/"):
                 return self._named(rest, shown)
+            if rest.startswith(instances.PREFIX):
+                return self._rented(rest, shown)
             return self._mount(rest, shown)
         return Route(CONTROL, shown=shown)
 
@@ -99,7 +104,7 @@ class Router:
         segment = rest[1:].split(b"?", 1)[0].split(b"/", 1)[0].decode("latin-1")
         handler = self.registry.mounts.get(segment)
         if handler is None:
-            known = ", ".join(sorted((*self.registry.mounts, "upstreams")))
+            known = ", ".join(sorted((*self.registry.mounts, "upstreams", "instances")))
             return Route(
                 UNKNOWN,
                 shown=shown,
@@ -118,6 +123,16 @@ class Router:
         except GatewayError as error:
             return Route(UNKNOWN, shown=shown, code=error.code, fault=error.message)
         return Route(UPSTREAM, destination.handler, slash + path, shown, destination)
+
+    def _rented(self, rest: bytes, shown: str) -> Route:
+        try:
+            contract_id, port, path = instances.split_target(rest)
+            mount = path[1:].partition(b"/")[0].decode("latin-1")
+            handler = self.registry.mounts.get(mount) if mount in ("v1", "v2") else None
+            handler = handler or self.handler("https")
+        except GatewayError as error:
+            return Route(UNKNOWN, shown=shown, code=error.code, fault=error.message)
+        return Route(INSTANCE, handler, path, shown, contract_id=contract_id, port=port)
 
     def upstream(self, name: str) -> Destination:
         """Return the upstream of that name. Raises GatewayError UNKNOWN_UPSTREAM."""

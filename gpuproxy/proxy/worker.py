@@ -34,6 +34,7 @@ from gpuproxy.proxy.breaker import Replicas
 from gpuproxy.proxy.credit import Credit
 from gpuproxy.proxy.downstream import Downstream
 from gpuproxy.proxy.endpoint import Endpoint
+from gpuproxy.proxy.instances import Instances
 from gpuproxy.proxy.journal import Journal, segment_name
 from gpuproxy.proxy.limits import Limits
 from gpuproxy.proxy.outbox import Outbox
@@ -97,7 +98,9 @@ class Plane:
         self.timed: dict[Answer, None] = {}  # open calls whose price is by the second
         link.on_recall = self._recall
         link.on_revoke = self.admission.revoke
-        link.on_reconnect = self.admission.refresh_all
+        self.instances = Instances(link, lambda: self._time())
+        link.on_forget_machines = self.instances.forget
+        link.on_reconnect = self._relinked
         control = OriginKey("http", "control", 0, unix_path=control_path)
         origin = self.pools.configured(control, "the management plane", keepalive_s=CONTROL_KEEPALIVE_S)
         self.control_endpoint = Endpoint(origin, b"localhost", self.timeouts.first_byte_s, self.timeouts.idle_s)
@@ -128,6 +131,11 @@ class Plane:
         self.prices.replace(prices)
         if any(place.terms.strategy == "cheapest" for place in self.router.models.values()):
             self.take_router(self.build_router(self.router.config))
+
+    def _relinked(self) -> None:
+        """Know nothing for sure that control may have taken back while it was away."""
+        self.admission.refresh_all()
+        self.instances.forget_all()
 
     def new_id(self) -> str:
         """Return an id for a request and its receipt, unique over all workers and restarts, growing with time."""
