@@ -54,10 +54,11 @@ def meter(connection: Connection, rental: Rental, until: datetime) -> Rental:
     price = Accrued(rental.accrued_nanousd, rental.accrued_rest).after(rental.rate_nanousd_per_hour, elapsed_us)
     cost = Accrued(rental.cost_accrued_nanousd, rental.cost_accrued_rest)
     cost = cost.after(rental.cost_rate_nanousd_per_hour, elapsed_us)
-    spent = {
-        "running": {"running_us": rental.running_us + elapsed_us},
-        "stopped": {"stopped_us": rental.stopped_us + elapsed_us},
-    }.get(rental.state, {})
+    spent = {}
+    if rental.state == "running":
+        spent["running_us"] = rental.running_us + elapsed_us
+    elif rental.running_at is not None and rental.state in ("stopping", "stopped", "provisioning"):
+        spent["stopped_us"] = rental.stopped_us + elapsed_us
     return settle(connection, rental, price, cost, metered_at=until, **spent)
 
 

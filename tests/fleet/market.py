@@ -6,9 +6,11 @@ twice, a machine that vanishes, a list that is empty or out of date.
 
 import random
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
 from gpuproxy_plugins.simulated import Simulated
+from msgspec import structs
 
 from gpuproxy.fleet.rentals import microseconds
 from gpuproxy.plugin import (
@@ -18,6 +20,7 @@ from gpuproxy.plugin import (
     OfferQuery,
     Phase,
     ProviderCharge,
+    ProviderError,
     ProviderInstance,
     ProviderSettings,
     ProviderUnavailable,
@@ -30,7 +33,9 @@ class Market(Simulated):
     """The simulated provider, whose next call of a kind fails as its name in `faults` says.
 
     ``lost_answer``: the work is done, the answer does not come. ``down``: nothing is done. ``doubled``: done twice.
-    ``empty``: the list has nothing in it. ``taken``: the offer is gone. ``forgotten``: an order is taken and not done.
+    ``empty``, ``partial``, ``stale``, ``lying``: the list has nothing in it, one half, is that of before, tells wrong
+    states. ``taken``: the offer is gone. ``forgotten``: an order is taken and not done. ``never``, ``late``: no answer,
+    and nothing is done, or a quarter of an hour later.
     """
 
     def __init__(self, now: Callable[[], datetime], **options: str) -> None:
@@ -41,6 +46,9 @@ class Market(Simulated):
         self.chance = 0.0
         self.random = random.Random(1)
         self.asked: list[str] = []
+        self._now = now
+        self._late: list[tuple[datetime, str, InstanceSpec, str]] = []
+        self._before: Sequence[ProviderInstance] = []
 
     def fault(self, phase: str, *known: str) -> str:
         """Take the fault that the next call of this kind has, if any."""
@@ -55,17 +63,20 @@ class Market(Simulated):
         return await super().offers(query)
 
     async def create(self, offer_id: str, spec: InstanceSpec, tag: str) -> ProviderInstance:
-        fault = self.fault("create", "lost_answer", "doubled", "down", "taken", "never")
+        fault = self.fault("create", "lost_answer", "doubled", "down", "taken", "never", "late")
         if fault == "down":
             raise unavailable("create", False)
-        if fault == "never":
+        if fault == "late":
+            self._late.append((self._now() + timedelta(seconds=900), offer_id, spec, tag))
+        if fault in ("never", "late"):
             raise unavailable("create", True)
         if fault == "taken":
             raise CapacityGone(self.name, "create", f"offer {offer_id} is taken; choose another")
         made = await super().create(offer_id, spec, tag)
         if fault == "doubled":
-            other = next(offer for offer in await super().offers(OfferQuery()))
-            await super().create(other.id, InstanceSpec(image=spec.image), tag)
+            others = await super().offers(OfferQuery())
+            if others:
+                await super().create(others[0].id, InstanceSpec(image=spec.image), tag)
         if fault == "lost_answer":
             raise unavailable("create", True)
         return made
@@ -76,11 +87,14 @@ class Market(Simulated):
         return await super().get(id)
 
     async def list(self) -> Sequence[ProviderInstance]:
-        fault = self.fault("list", "down", "empty", "partial")
+        fault = self.fault("list", "down", "empty", "partial", "stale", "lying")
         if fault == "down":
             raise unavailable("read", False)
+        await self._deliver()
         listed = await super().list()
-        return {"empty": [], "partial": listed[::2]}.get(fault, listed)
+        lying = [structs.replace(each, state=self.random.choice(("running", "stopped", "failed"))) for each in listed]
+        stale, self._before = self._before, listed
+        return {"empty": [], "partial": listed[::2], "stale": stale, "lying": lying}.get(fault, listed)
 
     async def find(self, tag: str) -> Sequence[ProviderInstance]:
         fault = self.fault("find", "down", "empty")
@@ -118,6 +132,14 @@ class Market(Simulated):
             raise unavailable("charges", False)
         return await super().charges(since_ns, until_ns)
 
+    async def _deliver(self) -> None:
+        """Do the creates that are late by now."""
+        due = [each for each in self._late if each[0] <= self._now()]
+        self._late = [each for each in self._late if each not in due]
+        for _, offer_id, spec, tag in due:
+            with suppress(ProviderError):
+                await super().create(offer_id, spec, tag)
+
     async def vanish(self, id: str) -> None:
         """Lose a machine without anybody's doing."""
         await super().destroy(id)
@@ -129,6 +151,7 @@ class Market(Simulated):
 
     async def there(self) -> Sequence[ProviderInstance]:
         """Return what is really there."""
+        await self._deliver()
         return await super().list()
 
 
