@@ -109,6 +109,7 @@ def give_up(connection: Connection, rental_id: str, at: datetime, reason: str) -
 
 async def destroy(fleet: Fleet, rental: Rental, reason: str = ASKED) -> Rental:
     """Bring a rental to its end; when the provider does not answer now, it stays ``destroying`` and is seen to."""
+    await _last_look(fleet, rental)
     rental = await fleet.write(_begun, rental.id, fleet.now(), reason)
     if rental.state in ENDED:
         return rental
@@ -128,7 +129,8 @@ async def stop(fleet: Fleet, rental: Rental) -> Rental:
         return rental
     if rental.state != "running":
         raise GatewayError("CONFLICT", f"rental {rental.id} is {rental.state}; only a running one can be stopped")
-    rental = await fleet.write(_moved, rental.id, "stopping", fleet.now(), ASKED)
+    await _last_look(fleet, rental)
+    rental = await fleet.write(_stopping, rental.id, fleet.now())
     return await _pressed(fleet, rental)
 
 
@@ -140,6 +142,17 @@ async def start(fleet: Fleet, rental: Rental) -> Rental:
         raise GatewayError("CONFLICT", f"rental {rental.id} is {rental.state}; only a stopped one can be started")
     rental = await fleet.write(_restarted, rental.id, fleet.now())
     return await _pressed(fleet, rental)
+
+
+async def _last_look(fleet: Fleet, rental: Rental) -> None:
+    """See a running machine once more, so that it is charged up to this moment and not to the last cycle."""
+    adapter = fleet.providers.get(rental.provider)
+    if adapter is None or rental.state != "running":
+        return
+    try:
+        await look(fleet, adapter, rental)
+    except ProviderError as error:
+        logger.warning("instance is charged to when it was last seen", contract_id=rental.id, error=str(error))
 
 
 async def _pressed(fleet: Fleet, rental: Rental) -> Rental:
@@ -175,11 +188,14 @@ def _begun(connection: Connection, rental_id: str, at: datetime, reason: str) ->
     return begin_destroy(connection, locked(connection, rental_id), at, reason)
 
 
-def _moved(
-    connection: Connection, rental_id: str, to: State, at: datetime, reason: str, only_from: State | None = None
-) -> Rental:
+def _stopping(connection: Connection, rental_id: str, at: datetime) -> Rental:
     rental = locked(connection, rental_id)
-    if rental.state == to or (only_from and rental.state != only_from):
+    return move(connection, rental, "stopping", at, reason=ASKED) if rental.state == "running" else rental
+
+
+def _moved(connection: Connection, rental_id: str, to: State, at: datetime, reason: str, only_from: State) -> Rental:
+    rental = locked(connection, rental_id)
+    if rental.state != only_from:
         return rental
     return move(connection, rental, to, at, reason=reason)
 

@@ -1,8 +1,8 @@
 """What a rental costs: the customer's price and the provider's cost, counted apart, exact to the nanodollar.
 
 Both grow with time at the rates in force since ``metered_at``; a move to another state meters first and then sets the
-rates of the new one. A running machine is metered up to when the provider last said that it is there, so nobody pays
-for a machine that is lost. The customer's meter stops with their wish to stop, the provider's when the machine is
+rates of the new one. A running machine is metered up to when the provider last said that it runs, so nobody pays
+for one that is lost. The customer's meter stops with their wish to stop, the provider's when the machine is
 proven to be gone. What the customer owes comes out of the rental's hold, which runs ahead of it.
 """
 

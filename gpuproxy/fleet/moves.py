@@ -26,13 +26,14 @@ REASON_CHARACTERS_MAX = 500
 def move(connection: Connection, rental: Rental, to: State, at: datetime, **values: Any) -> Rental:
     """Move a rental, whose row is locked, to another state; `values` are columns that change with it.
 
-    It is metered up to `at` with the rates of the state it leaves. Raises IllegalMoveError.
+    It is metered up to `at` with the rates of the state it leaves, one that runs only to when it was last seen: nobody
+    knows what has become of it since. Raises IllegalMoveError.
     """
     check_move(rental.state, to)
     before = rental.state
-    rental = meter(connection, rental, at)
+    rental = meter(connection, rental, at if before != "running" else min(at, rental.seen_at or at))
     moved_at = max(at, rental.metered_at)
-    values = {"state": to, "moved_at": moved_at, "metered_at": moved_at, "missing_count": 0, **values}
+    values = {"state": to, "moved_at": moved_at, "missing_count": 0, **values}
     if "reason" in values:
         values["reason"] = values["reason"][:REASON_CHARACTERS_MAX]
     if to == "running":
@@ -68,7 +69,7 @@ def begin_destroy(
     if rental.state in (*ENDED, "destroying"):
         return rental
     if rental.basis == PREPAID and rental.native_id and not has_failed:
-        rental = charge_commitment(connection, meter(connection, rental, at))
+        rental = charge_commitment(connection, rental)
         rental = change(connection, rental, rate_nanousd_per_hour=0)
     return move(connection, rental, "destroying", at, reason=reason, has_failed=has_failed)
 

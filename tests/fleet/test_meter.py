@@ -6,7 +6,7 @@ from sqlalchemy import select
 
 from gpuproxy.fleet.meter import AHEAD_S, meter, payable, top_up
 from gpuproxy.fleet.moves import adopt, begin_destroy, end, lose, move
-from gpuproxy.fleet.rentals import Rental, locked
+from gpuproxy.fleet.rentals import Rental, change, locked
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.transfers import PROVIDER_COST, REVENUE, WRITE_OFF, credit_account, lock
@@ -31,6 +31,11 @@ async def running(books: Books, **values: object) -> Rental:
     rental = await books.rental(**{"price_nanousd_per_hour": PRICE, "cost_nanousd_per_hour": COST, **values})
     rental = await books.do(adopt, rental, "77", books.clock())
     return await books.do(move, rental, "running", books.clock())
+
+
+async def seen(books: Books, rental: Rental) -> Rental:
+    """Let the provider say that it runs."""
+    return await books.do(change, rental, seen_at=books.clock())
 
 
 async def test_a_life_costs_its_seconds_times_the_price_however_often_it_was_metered(
@@ -70,7 +75,8 @@ async def test_the_customer_pays_nothing_after_the_wish_to_destroy_but_the_provi
 ) -> None:
     await books.give(10)
     rental = await running(books)
-    rental = await books.do(begin_destroy, rental, clock.advance(60), "asked")
+    clock.advance(60)
+    rental = await books.do(begin_destroy, await seen(books, rental), clock(), "asked")
     charged = rental.charged_nanousd
     rental = await books.do(end, rental, clock.advance(60))
     assert rental.charged_nanousd == charged == -(-PRICE * 60 // 3_600)
@@ -141,7 +147,8 @@ async def test_what_was_paid_beforehand_is_owed_at_once_and_charged_to_its_end(b
 async def test_who_prepaid_for_a_machine_that_failed_pays_what_it_lived(books: Books, clock: Clock) -> None:
     await books.give(10)
     rental = await running(books, basis="prepaid", committed_hours=3, price_nanousd_per_hour=NANOUSD)
-    rental = await books.do(begin_destroy, rental, clock.advance(360), "exited", has_failed=True)
+    clock.advance(360)
+    rental = await books.do(begin_destroy, await seen(books, rental), clock(), "exited", has_failed=True)
     rental = await books.do(end, rental, clock())
     assert (rental.state, rental.charged_nanousd) == ("failed", NANOUSD // 10)
 
