@@ -37,5 +37,5 @@ def _warn(connection: Connection, rental: Rental, left_s: int) -> Rental:
     if mark == rental.warned_s:
         return rental
     if mark and (not rental.warned_s or mark < rental.warned_s):
-        tell(connection, "instance.low_balance", rental, seconds_left=left_s)
+        tell(connection, "instance.warning", rental, seconds_left=left_s)
     return change(connection, rental, warned_s=mark)

@@ -210,4 +210,4 @@ class Offers:
 
 def _record_news(connection: Connection, news: list[dict[str, object]]) -> None:
     for each in news:
-        record(connection, "gpu_available", None, each)
+        record(connection, "gpu.available", None, each)

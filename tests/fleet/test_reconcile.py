@@ -200,8 +200,8 @@ async def test_who_runs_out_of_money_is_warned_and_then_destroyed(
         await reconciler.cycle()
         for at, name in enumerate(await names(fleet)):
             told.setdefault(f"{at} {name}", (clock.now - began).total_seconds() / 60)
-    assert {key.partition(" ")[2]: minutes for key, minutes in told.items()}["instance.low_balance"] > 85
-    assert [key.partition(" ")[2] for key in told].count("instance.low_balance") == 2
+    assert {key.partition(" ")[2]: minutes for key, minutes in told.items()}["instance.warning"] > 85
+    assert [key.partition(" ")[2] for key in told].count("instance.warning") == 2
     ended = await now(fleet, rental)
     assert ended.written_off_nanousd == 0
     assert 88 <= (clock.now - began).total_seconds() / 60 <= 90
