@@ -116,7 +116,7 @@ def gpuproxy(upstream_port: int, cpu: int, home: Path) -> Iterator[Contender]:
     email = "benchmark@example.com"
     _run_gateway_command(environment, "migrate")
     _run_gateway_command(environment, "user", "create", email, "--credits", "1000000")
-    key = _run_gateway_command(environment, "key", "create", "--user", email)
+    key = _run_gateway_command(environment, "key", "create", "--user", email, "--rpm", "1000000000")
     with started([*_GATEWAY, "serve", "-c", str(config)], cpu, log, environment) as process:
         wait_until(lambda: _is_healthy(port), process, log, "gpuproxy")
         try:

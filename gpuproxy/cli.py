@@ -189,6 +189,8 @@ def key() -> None:
 @click.option("--models", metavar="A,B", help="Allow these models only.")
 @click.option("--scopes", metavar="A,B", help="Default: inference,account. Also: read, admin.")
 @click.option("--rpm", type=click.IntRange(0), metavar="N", help="Requests per minute; 0: no limit.")
+@click.option("--rpm-ceiling", type=click.IntRange(0), metavar="N", help="How far a call may raise --rpm by header.")
+@click.option("--tpm", type=click.IntRange(0), metavar="N", help="Tokens per minute; 0: no limit.")
 @with_config
 @with_json
 def key_create(
@@ -198,6 +200,8 @@ def key_create(
     models: str | None,
     scopes: str | None,
     rpm: int | None,
+    rpm_ceiling: int | None,
+    tpm: int | None,
     config_path: Path | None,
     as_json: bool,
 ) -> None:
@@ -208,7 +212,10 @@ def key_create(
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
     allowed = None if models is None else _names(models)
     may = ALL_SCOPES if scopes is None else _names(scopes)
-    secret, made = _with_store(config_path, lambda store: create_key(store, email, name, expires_at, allowed, may, rpm))
+    secret, made = _with_store(
+        config_path,
+        lambda store: create_key(store, email, name, expires_at, allowed, may, rpm, rpm_ceiling, tpm),
+    )
     _show(_key_fields(made) | {"api_key": secret}, secret, as_json)
 
 

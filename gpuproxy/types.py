@@ -18,7 +18,8 @@ class Grant(Struct, array_like=True):
     """What a worker may know of one API key.
 
     ``models`` is None when every model is allowed. ``expires_ns`` is unix time in nanoseconds, 0 for never.
-    ``rpm`` is the key's own limit of requests per minute, 0 for none.
+    ``rpm`` and ``tpm`` are the limits of requests and tokens per minute, 0 for none; those that are shared count
+    for all keys of the user. ``rpm_ceiling`` is how far a call may raise ``rpm``.
     ``revoked`` is set in place by a push from control, so that whoever still holds the grant sees it.
     """
 
@@ -29,6 +30,10 @@ class Grant(Struct, array_like=True):
     expires_ns: int = 0
     revoked: bool = False
     rpm: int = 0
+    is_rpm_shared: bool = False
+    rpm_ceiling: int = 0
+    tpm: int = 0
+    is_tpm_shared: bool = False
 
 
 class Usage(Struct, array_like=True, gc=False):

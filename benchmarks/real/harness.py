@@ -105,7 +105,7 @@ def gateway(upstreams: Mapping[str, Mapping[str, object]]) -> Iterator[Gateway]:
         config = Path(place) / "config.toml"
         config.write_text(_config(place, upstreams))
         _gpuproxy(config, "user", "create", "caller@example.com")
-        key = _gpuproxy(config, "key", "create", "--user", "caller@example.com")
+        key = _gpuproxy(config, "key", "create", "--user", "caller@example.com", "--rpm", "0")
         process = subprocess.Popen([GPUPROXY, "serve", "-c", config], stdout=subprocess.PIPE, cwd=place)
         try:
             assert process.stdout is not None

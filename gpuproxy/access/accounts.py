@@ -55,7 +55,8 @@ class User(Struct, frozen=True):
 class Key(Struct, frozen=True):
     """What may be shown of an API key; `prefix` is its first characters.
 
-    `models` is None when all are allowed; `rpm`, requests per minute, when the default holds, 0 for no limit.
+    `models` is None when all are allowed; `rpm` and `tpm`, requests and tokens per minute, when the user's hold, 0 for
+    no limit; `rpm_ceiling`, how far a call may raise `rpm`, when none may.
     """
 
     id: str
@@ -68,6 +69,8 @@ class Key(Struct, frozen=True):
     revoked_at: datetime | None
     created_at: datetime
     rpm: int | None = None
+    rpm_ceiling: int | None = None
+    tpm: int | None = None
 
 
 class KeyTerms(Struct, frozen=True):
@@ -78,6 +81,8 @@ class KeyTerms(Struct, frozen=True):
     models: tuple[str, ...] | None = None
     expires_at: datetime | None = None
     rpm: int | None = None
+    rpm_ceiling: int | None = None
+    tpm: int | None = None
 
 
 KEY_COLUMNS = tuple(api_keys.c[field] for field in Key.__struct_fields__)
@@ -163,12 +168,14 @@ async def create_key(
     models: Sequence[str] | None = None,
     scopes: Sequence[str] = ALL_SCOPES,
     rpm: int | None = None,
+    rpm_ceiling: int | None = None,
+    tpm: int | None = None,
 ) -> tuple[str, Key]:
     """Add an API key for the user; return it, the only time it can be seen, and what is kept of it.
 
     Raises GatewayError NOT_FOUND for an unknown user, UNPROCESSABLE for bad terms.
     """
-    terms = KeyTerms(name, tuple(scopes), None if models is None else tuple(models), expires_at, rpm)
+    terms = KeyTerms(name, tuple(scopes), None if models is None else tuple(models), expires_at, rpm, rpm_ceiling, tpm)
     async with store.writing() as connection:
         user = await _user(connection, email)
         return await add_key(connection, user.id, terms)
@@ -207,14 +214,28 @@ async def revoke_key(store: Store, key_id: str) -> bool:
         return True
 
 
-async def grant_for(store: Store, digest: bytes) -> Grant | None:
-    """Return what the key with this SHA-256 digest may do; None if unknown, expired, revoked or blocked."""
+async def grant_for(store: Store, digest: bytes, rpm: int = 0, tpm: int = 0) -> Grant | None:
+    """Return what the key with this SHA-256 digest may do; None if unknown, expired, revoked or blocked.
+
+    `rpm` and `tpm` are the limits of users, which hold where a key has none of its own.
+    """
     async with store.reading() as connection:
         row = (await connection.execute(_GRANT, {"wanted": digest})).first()
     if row is None or (row.expires_at is not None and row.expires_at <= datetime.now(UTC)):
         return None
     models = None if row.models is None else tuple(row.models)
-    return Grant(row.id, row.user_id, tuple(row.scopes), models, _unix_ns(row.expires_at), rpm=row.rpm or 0)
+    return Grant(
+        row.id,
+        row.user_id,
+        tuple(row.scopes),
+        models,
+        _unix_ns(row.expires_at),
+        rpm=rpm if row.rpm is None else row.rpm,
+        is_rpm_shared=row.rpm is None,
+        rpm_ceiling=row.rpm_ceiling or 0,
+        tpm=tpm if row.tpm is None else row.tpm,
+        is_tpm_shared=row.tpm is None,
+    )
 
 
 async def newest_change(store: Store) -> int:
@@ -283,13 +304,14 @@ async def announce(connection: AsyncConnection, kind: str, subject_id: str) -> N
     await connection.execute(insert(changes).values(kind=kind, subject_id=subject_id, at=datetime.now(UTC)))
 
 
-def _grant_query() -> Select[tuple[str, str, list[str], list[str] | None, datetime | None, int | None]]:
+def _grant_query() -> Select[Any]:
     may_call: ColumnElement[bool] = and_(
         api_keys.c.digest == bindparam("wanted"), api_keys.c.revoked_at.is_(None), users.c.is_active
     )
     joined = api_keys.join(users, users.c.id == api_keys.c.user_id)
     key = api_keys.c
-    shown = select(key.id, key.user_id, key.scopes, key.models, key.expires_at, key.rpm)
+    limits = (key.rpm, key.rpm_ceiling, key.tpm)
+    shown = select(key.id, key.user_id, key.scopes, key.models, key.expires_at, *limits)
     return shown.select_from(joined).where(may_call)
 
 
@@ -312,8 +334,10 @@ def _check_terms(terms: KeyTerms, now: datetime) -> None:
         raise _bad_term("models", "the list of models has an empty name")
     if terms.expires_at is not None and terms.expires_at <= now:
         raise _bad_term("expires_at", f"the key would expire in the past, {terms.expires_at}")
-    if terms.rpm is not None and not 0 <= terms.rpm <= RPM_MAX:
-        raise _bad_term("rpm", f"rpm={terms.rpm} is out of range; 0 (no limit) to {RPM_MAX}")
+    for name in ("rpm", "rpm_ceiling", "tpm"):
+        limit = getattr(terms, name)
+        if limit is not None and not 0 <= limit <= RPM_MAX:
+            raise _bad_term(name, f"{name}={limit} is out of range; 0 (no limit) to {RPM_MAX}")
 
 
 def _bad_term(param: str, message: str) -> GatewayError:

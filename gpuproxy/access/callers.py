@@ -19,7 +19,7 @@ IDS_MAX = 500  # in one statement
 class Caller(Struct, frozen=True):
     """Who calls. `key_id` or `session_id` is set, by the kind of the credential.
 
-    `models`, `expires_at` and `rpm` are the bounds of a key; None where there is none.
+    `models`, `expires_at` and the limits are the bounds of a key; None where there is none.
     """
 
     user_id: str
@@ -30,6 +30,8 @@ class Caller(Struct, frozen=True):
     models: tuple[str, ...] | None = None
     expires_at: datetime | None = None
     rpm: int | None = None
+    rpm_ceiling: int | None = None
+    tpm: int | None = None
 
     @property
     def is_admin(self) -> bool:
@@ -51,7 +53,7 @@ async def caller_by_key(store: Store, digest: bytes) -> Caller | None:
         return None
     scopes = tuple(scope for scope in row.scopes if scope != ADMIN_SCOPE or row.is_admin)
     models = None if row.models is None else tuple(row.models)
-    return Caller(row.user_id, row.email, scopes, row.id, "", models, row.expires_at, row.rpm)
+    return Caller(row.user_id, row.email, scopes, row.id, "", models, row.expires_at, row.rpm, row.rpm_ceiling, row.tpm)
 
 
 async def caller_by_token(store: Store, claims: Claims) -> Caller | None:

@@ -26,7 +26,6 @@ from gpuproxy.types import ALL_SCOPES
 
 KEYS_MAX = 1_000  # live ones of one user
 EXPIRED_AT_ONCE_MAX = 1_000
-RPM_DEFAULT = 100  # what users may give their own keys; more is an admin's to give
 
 
 def terms_for(caller: Caller, wished: KeyTerms, has_scopes: bool) -> KeyTerms:
@@ -40,6 +39,8 @@ def terms_for(caller: Caller, wished: KeyTerms, has_scopes: bool) -> KeyTerms:
         models=caller.models if wished.models is None else wished.models,
         expires_at=caller.expires_at if wished.expires_at is None else wished.expires_at,
         rpm=caller.rpm if wished.rpm is None else wished.rpm,
+        rpm_ceiling=caller.rpm_ceiling if wished.rpm_ceiling is None else wished.rpm_ceiling,
+        tpm=caller.tpm if wished.tpm is None else wished.tpm,
     )
     _check_within(caller, terms)
     return terms
@@ -63,9 +64,9 @@ async def rotate_key(connection: AsyncConnection, caller: Caller, key_id: str, o
     key = await _own(connection, caller, key_id)
     if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
         raise GatewayError("CONFLICT", f"key {key_id} has ended; make a new one")
-    terms = KeyTerms(key.name, key.scopes, key.models, key.expires_at, key.rpm)
-    if caller.key_id != key_id:
-        _check_within(caller, terms)
+    terms = KeyTerms(key.name, key.scopes, key.models, key.expires_at, key.rpm, key.rpm_ceiling, key.tpm)
+    if caller.key_id != key_id:  # the limits were given to the old one and go over to the new
+        _check_within(caller, msgspec.structs.replace(terms, rpm=caller.rpm, rpm_ceiling=None, tpm=caller.tpm))
     secret, fresh = await issue_key(connection, caller, terms)
     ends_at = now + timedelta(seconds=overlap_s)
     if key.expires_at is not None:
@@ -137,7 +138,9 @@ def _excess(caller: Caller, terms: KeyTerms) -> dict[str, bool]:
         "models": caller.models is not None and not set(terms.models or ("",)) <= set(caller.models),
         "expires_days": caller.expires_at is not None
         and (terms.expires_at is None or terms.expires_at > caller.expires_at),
-        "rpm": not caller.is_admin and terms.rpm != caller.rpm and _is_faster(terms.rpm, caller.rpm),
+        "rpm": not caller.is_admin and terms.rpm != caller.rpm,  # each has a minute of its own: many are more than one
+        "rpm_ceiling": not caller.is_admin and (terms.rpm_ceiling or 0) > (caller.rpm_ceiling or 0),
+        "tpm": not caller.is_admin and terms.tpm != caller.tpm,
     }
 
 
@@ -145,9 +148,3 @@ def _may_give(caller: Caller, scope: str) -> bool:
     if scope == ADMIN_SCOPE:
         return caller.is_admin and not caller.key_id  # a leaked key must not bear others of its power
     return scope in caller.scopes or (scope == "read" and "account" in caller.scopes)
-
-
-def _is_faster(wished: int | None, own: int | None) -> bool:
-    """Tell whether a limit is above another; None is the default, 0 no limit."""
-    wished_rpm, own_rpm = (RPM_DEFAULT if rpm is None else rpm for rpm in (wished, own))
-    return own_rpm != 0 and (wished_rpm == 0 or wished_rpm > own_rpm)

@@ -97,6 +97,13 @@ class Auth(Struct, forbid_unknown_fields=True, frozen=True):
     jwt_secret_env: VariableName = ""
 
 
+class Rates(Struct, forbid_unknown_fields=True, frozen=True):
+    """What a user may do in a minute with all keys that have no limit of their own; 0 is no limit."""
+
+    requests_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 100
+    tokens_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
+
+
 class Credit(Struct, forbid_unknown_fields=True, frozen=True):
     """What calls of models with a price reserve where the caller bounds nothing."""
 
@@ -253,6 +260,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     store: Store = Store()
     redis: Redis = Redis()
     auth: Auth = Auth()
+    rates: Rates = Rates()
     credit: Credit = Credit()
     journal: Journal = Journal()
     events: Events = Events()

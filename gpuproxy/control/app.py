@@ -20,9 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from gpuproxy.access.accounts import grant_for
 from gpuproxy.access.attempts import Attempts
 from gpuproxy.access.keyring import Keyring, fresh_keyring, load_keyring
-from gpuproxy.access.keys import RPM_DEFAULT
 from gpuproxy.access.passwords import Hasher
-from gpuproxy.config import Config
+from gpuproxy.config import Config, Rates
 from gpuproxy.control import events
 from gpuproxy.control.changes import ChangeFeed
 from gpuproxy.control.nodes import Nodes
@@ -45,6 +44,7 @@ from gpuproxy.control.parts import (
     STREAM,
 )
 from gpuproxy.control.paying import add_payments, look_after_payments, payment_providers
+from gpuproxy.control.rates import RATES, ApiRates, tell_count
 from gpuproxy.control.respond import errors_in_one_shape, name_server
 from gpuproxy.control.route import add_routes
 from gpuproxy.control.table import TABLE
@@ -59,7 +59,7 @@ from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.reach import machines_of
 from gpuproxy.guard import Guard
 from gpuproxy.ledger.ingest import Ingest
-from gpuproxy.ledger.keeper import Keeper, requests_per_minute
+from gpuproxy.ledger.keeper import Keeper, limit_per_minute
 from gpuproxy.ledger.leases import Leases, LimitOf, node_id
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import configure_logs, get_logger
@@ -127,7 +127,7 @@ async def _serve(
     link = link_server(store, boot.config)
     nodes = Nodes(store, boot.config.redis.url, node)
     link.lessor = leases = Leases(
-        store, node, limits(store), link.push, lambda: ingest.pass_count, nodes.windows, nodes.peers
+        store, node, limits(store, boot.config.rates), link.push, lambda: ingest.pass_count, nodes.windows, nodes.peers
     )
     leases.limit_stale_s = auth.stale_grant_s
     keeper = Keeper(
@@ -207,7 +207,7 @@ def link_server(store: Store, config: Config) -> LinkServer:
     """Return the link server that answers from `store`."""
 
     async def authorize(digest: bytes) -> Grant | None:
-        return await grant_for(store, digest)
+        return await grant_for(store, digest, config.rates.requests_per_minute, config.rates.tokens_per_minute)
 
     return LinkServer(authorize, config.auth.authorize_timeout_s, config.auth.stale_grant_s)
 
@@ -222,11 +222,11 @@ def webhook_sender(store: Store, config: Config, keyring: Keyring) -> Sender:
     return Sender(store, keyring, Poster(bounds), settings)
 
 
-def limits(store: Store) -> LimitOf:
-    """Return the function that tells how many requests a minute a key may make."""
+def limits(store: Store, rates: Rates) -> LimitOf:
+    """Return the function that tells what a key, or a user, may do in a minute."""
 
     async def limit_of(_user_id: str, key_id: str) -> int:
-        return await requests_per_minute(store, key_id, RPM_DEFAULT)
+        return await limit_per_minute(store, key_id, rates)
 
     return limit_of
 
@@ -249,6 +249,7 @@ def application(
     app[STORE] = store
     app[BUS], app[LEADER], app[NODES] = nodes.bus, nodes.leader, nodes
     app[CONFIG] = config or Config()
+    app[RATES] = ApiRates(app[CONFIG].rates)
     app[KEYRING] = keyring or fresh_keyring()
     app[HASHER] = Hasher()
     app[ATTEMPTS] = Attempts()
@@ -263,6 +264,7 @@ def application(
     app[STREAM] = Stream(store, app[HUB].publish, app[CONFIG].events)
     add_routes(app, TABLE)
     app.on_response_prepare.append(name_server)
+    app.on_response_prepare.append(tell_count)
     app.on_shutdown.append(events.close_all)
     app.on_cleanup.append(_close_hasher)
     return app

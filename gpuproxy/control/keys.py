@@ -30,6 +30,11 @@ class NewKey(Struct, forbid_unknown_fields=True):
     models: Annotated[tuple[Model, ...], Meta(min_length=1, max_length=MODELS_MAX)] | None = None
     expires_days: Annotated[int, Meta(ge=1, le=36_500)] | None = None
     rpm: Annotated[int, Meta(ge=0, le=RPM_MAX, description="requests per minute; 0: no limit")] | None = None
+    rpm_ceiling: (
+        Annotated[int, Meta(ge=0, le=RPM_MAX, description="how far X-Rate-Limit-Override may raise rpm; by admins")]
+        | None
+    ) = None
+    tpm: Annotated[int, Meta(ge=0, le=RPM_MAX, description="tokens per minute; 0: no limit; by admins")] | None = None
 
 
 class Rotation(Struct, forbid_unknown_fields=True):
@@ -39,7 +44,7 @@ class Rotation(Struct, forbid_unknown_fields=True):
 
 
 class KeyInfo(Struct):
-    """What may be shown of a key; `rpm` is None where the default holds."""
+    """What may be shown of a key; `rpm` and `tpm` are None where the default holds."""
 
     id: str
     name: str
@@ -47,6 +52,8 @@ class KeyInfo(Struct):
     scopes: tuple[str, ...]
     models: tuple[str, ...] | None
     rpm: int | None
+    rpm_ceiling: int | None
+    tpm: int | None
     expires_at: datetime | None
     revoked_at: datetime | None
     created_at: datetime
@@ -108,7 +115,7 @@ def _terms(body: NewKey) -> KeyTerms:
     days = body.expires_days
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
     scopes = ALL_SCOPES if body.scopes is UNSET else body.scopes
-    return KeyTerms(body.name, scopes, body.models, expires_at, body.rpm)
+    return KeyTerms(body.name, scopes, body.models, expires_at, body.rpm, body.rpm_ceiling, body.tpm)
 
 
 def key_info(key: Key) -> KeyInfo:

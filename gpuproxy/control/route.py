@@ -14,6 +14,7 @@ from gpuproxy.access.accounts import ADMIN_SCOPE
 from gpuproxy.control.body import decode
 from gpuproxy.control.identify import identify
 from gpuproxy.control.parts import CALLER
+from gpuproxy.control.rates import count_request
 from gpuproxy.errors import GatewayError
 
 Rule = Literal["anyone", "key", "read", "account", "admin"]
@@ -69,6 +70,7 @@ def _served(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespons
             raise GatewayError("BAD_REQUEST", "the path or query has a NUL character in it")
         if route.rule != "anyone":
             request[CALLER] = await identify(request)
+            count_request(request, request[CALLER])
             _check_scope(route, request)
         arguments: list[Any] = [decode(route.takes, await request.read())] if route.takes else []
         response = await route.handler(request, *arguments)

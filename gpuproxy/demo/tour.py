@@ -129,7 +129,7 @@ async def _open_account(store_url: str) -> str:
         await upgrade(store)
         user = await create_user(store, EMAIL)
         await credit(store, user.id, parse_usd(CREDIT_USD), "demo")
-        secret, _ = await create_key(store, EMAIL, "demo")
+        secret, _ = await create_key(store, EMAIL, "demo", rpm=0)
     finally:
         await store.close()
     return secret

@@ -26,7 +26,7 @@ from gpuproxy.ledger.rates import share
 from gpuproxy.ledger.settle import lease_owner
 from gpuproxy.ledger.transfers import AMOUNT_NANOUSD_MAX, credit_account, lock
 from gpuproxy.ledger.windows import LocalWindows, Subject, Windows
-from gpuproxy.link.messages import Lease, Leased, LeaseKind, Recall, Return
+from gpuproxy.link.messages import TOKENS, Lease, Leased, LeaseKind, Recall, Return
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import holds as table
@@ -49,7 +49,8 @@ logger = get_logger(__name__)
 class Leases:
     """The leases of the workers of one data directory.
 
-    ``limit_of(user_id, key_id)`` returns requests per minute, of the user if key_id is empty; 0 is no limit.
+    ``limit_of(user_id, key_id)`` returns requests per minute, of the user if key_id is empty; 0 is no limit. Where
+    TOKENS stands before it: tokens per minute.
     ``push(epoch, message)`` sends to a worker and tells whether it is there. ``passes()`` counts how often the journal
     was read to its end. `windows` count requests, `peers` are the other nodes.
     """
@@ -87,7 +88,7 @@ class Leases:
 
     async def grant(self, epoch: str, ask: Lease) -> Leased:
         """Answer a worker's question. Raises what the store raises."""
-        subject = (ask.user_id, ask.key_id if ask.kind == "requests" else "")
+        subject = subject_of(ask)
         async with self._locks.setdefault(subject, asyncio.Lock()):
             answer, elsewhere = await self._grant(epoch, ask, subject)
             if not answer.amount and ask.least and await self._recall(epoch, ask.kind, subject, elsewhere):
@@ -105,8 +106,8 @@ class Leases:
         A negative amount of nanodollars says that the worker has nothing left nor in use: whatever the ledger still
         holds for it is given back when its receipts are settled.
         """
-        if returned.kind == "requests":
-            self._windows.take_back((returned.user_id, returned.key_id), (epoch, returned.lease_id), returned.amount)
+        if returned.kind != "nanousd":
+            self._windows.take_back(subject_of(returned), (epoch, returned.lease_id), returned.amount)
         elif returned.amount < 0:
             self._idle[(lease_owner(self._node, epoch), returned.user_id)] = self._passes()
         elif returned.amount:
@@ -160,7 +161,7 @@ class Leases:
 
     async def _grant(self, epoch: str, ask: Lease, subject: Subject) -> tuple[Leased, AbstractSet[str]]:
         """Answer from what is free; also say which other nodes may hold requests, as far as that is known."""
-        if ask.kind == "requests":
+        if ask.kind != "nanousd":
             return await self._grant_requests(epoch, ask, subject)
         owner = lease_owner(self._node, epoch)
         owed = {key: amount for key, amount in self._owed.items() if key[1] == ask.user_id}
@@ -174,7 +175,9 @@ class Leases:
 
     async def _grant_requests(self, epoch: str, ask: Lease, subject: Subject) -> tuple[Leased, AbstractSet[str]]:
         limit = await self._limit(subject)
-        if not limit:
+        if limit:
+            limit = max(limit, ask.limit)
+        else:
             return Leased(ask.id, max(ask.least, ask.wanted)), frozenset()
         now_ns = self.now_ns()
         part = await self._windows.grant(subject, (epoch, ask.id), limit, ask.least, ask.wanted, now_ns)
@@ -227,7 +230,7 @@ class Leases:
 
     async def _holders(self, kind: LeaseKind, subject: Subject) -> set[str]:
         """Return the owners that may have something unspent: of requests those here, of credit those everywhere."""
-        if kind == "requests":
+        if kind != "nanousd":
             return {lease_owner(self._node, epoch) for epoch in self._windows.holders(subject, self.now_ns())}
         chosen = (
             (table.c.state == "pending")
@@ -260,6 +263,13 @@ class Leases:
 
 async def _nobody() -> bool:
     return False
+
+
+def subject_of(message: Lease | Return) -> Subject:
+    """Return what a message is about: a user's credit, or a limit of a user or key."""
+    if message.kind == "nanousd":
+        return message.user_id, ""
+    return message.user_id, message.key_id if message.kind == "requests" else TOKENS + message.key_id
 
 
 def node_id(data_dir: Path) -> str:

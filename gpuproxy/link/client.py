@@ -83,14 +83,16 @@ class LinkClient(asyncio.Protocol):
             self._transport.write(frame(Authorize(self._next_id, digest)))
         return self._next_id
 
-    def lease(self, user_id: str, key_id: str, kind: LeaseKind, least: int, wanted: int, answer: LeaseAnswer) -> None:
+    def lease(
+        self, user_id: str, key_id: str, kind: LeaseKind, least: int, wanted: int, answer: LeaseAnswer, limit: int = 0
+    ) -> None:
         """Ask for a lease; `answer` gets None, later, when control is away or cannot tell."""
         if self._transport is None or len(self._leases) >= QUESTIONS_MAX:
             asyncio.get_running_loop().call_soon(answer, None)  # never from within the question
             return
         self._next_id += 1
         self._leases[self._next_id] = answer
-        self._transport.write(frame(Lease(self._next_id, user_id, key_id, kind, least, wanted)))
+        self._transport.write(frame(Lease(self._next_id, user_id, key_id, kind, least, wanted, limit)))
 
     def ask_machines(self, user_id: str, answer: MachinesAnswer) -> None:
         """Ask for a user's machines; `answer` gets None, later, when control is away or cannot tell."""

@@ -14,7 +14,8 @@ from msgspec import Struct
 from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
 
-LeaseKind = Literal["requests", "nanousd"]
+LeaseKind = Literal["requests", "tokens", "nanousd"]
+TOKENS = "tokens:"  # stands before the key id, or nothing, where control names a limit of tokens
 
 FRAME_BYTES_MAX = 1 << 20  # a Grant is under 10 KiB; anything near this is a broken stream
 
@@ -68,8 +69,8 @@ class Prices(Struct, tag="prices", frozen=True):
 class Lease(Struct, tag="lease", frozen=True):
     """Ask for a part of what is left: ``least`` for a call that waits (0: none does), ``wanted`` to go on with.
 
-    Requests count against the limit of the key, or of the user if ``key_id`` is empty; nanodollars always come from
-    the user's credit.
+    Requests and tokens count against the limit of the key, or of the user if ``key_id`` is empty; nanodollars always
+    come from the user's credit. ``limit`` raises the limit for this question, for a key that may.
     """
 
     id: int
@@ -78,13 +79,14 @@ class Lease(Struct, tag="lease", frozen=True):
     kind: LeaseKind
     least: int
     wanted: int
+    limit: int = 0
 
 
 class Leased(Struct, tag="leased", frozen=True):
     """Answer to Lease: ``amount`` is 0, or at least what was needed. Spend it before ``until_ns`` (0: no end).
 
-    For requests also the limit per minute (0: none; then the amount is as wanted), what is left of it, and when
-    something comes back if nothing is. Times are monotonic nanoseconds, which all processes of a machine share.
+    For requests and tokens also the limit per minute (0: none; then the amount is as wanted), what is left of it, and
+    when something comes back if nothing is. Times are monotonic nanoseconds, which all processes of a machine share.
     """
 
     id: int

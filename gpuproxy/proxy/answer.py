@@ -15,6 +15,7 @@ from gpuproxy.proxy import refusal, tunnel
 from gpuproxy.proxy.credit import Bill, no_credit, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
+from gpuproxy.proxy.limits import Purse
 from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, Route
 from gpuproxy.types import Grant, Outcome, Receipt, Usage
@@ -78,12 +79,15 @@ class Answer:
         "_needs_body",
         "_origin",
         "_patience_s",
+        "_purse",
         "_reader",
         "_response_bytes",
         "_sending",
         "_started_ns",
         "_status",
+        "_tokens",
         "_tried",
+        "_unpaid",
         "content_length",
         "downstream",
         "has_body",
@@ -103,6 +107,7 @@ class Answer:
 
     route: Route
     _started_ns: int
+    _unpaid: "tuple[Intent, bytes | None, Endpoint | None, int]"
     _sending: tuple[bytes, bytes, list[Field], bytes | None, UpstreamRequest]
     _tried: list["Replica"]  # valid after the first attempt has failed
     _asked: str  # the model's name as the caller wrote it
@@ -124,6 +129,7 @@ class Answer:
         # the way
         self.upstream: UpstreamConnection | None = None
         self._grant: Grant | None = None
+        self._purse: Purse | None = None
         self._handler: ProtocolHandler | None = None
         self._call: Call | None = None
         self._intent: Intent | None = None
@@ -144,6 +150,7 @@ class Answer:
         self._idle_s = 0.0
         self._error = ""
         # what it costs
+        self._tokens: tuple[Purse, int, int] | None = None  # counted: by whom, how many, of which lease
         self._bill: Bill | None = None
         self._look_at_bytes = NEVER_BYTES
 
@@ -285,8 +292,8 @@ class Answer:
             framing += b"Connection: keep-alive\r\n"
         if self._attempts > 1:
             framing += ATTEMPTS % self._attempts
-        if self._grant is not None and self._grant.rpm:
-            framing += self.plane.limits_by_key.fields(self._grant)
+        if self._purse is not None:
+            framing += self._purse.fields()
         return b"%bX-Request-Id: %b\r\n%b\r\n" % (head.start, self.request_id.encode(), framing)
 
     def _report(self, head: AnswerHead, now_ns: int) -> None:
@@ -380,6 +387,13 @@ class Answer:
         self.plane.credit.settle(bill, 0)
         return None
 
+    def _uncount(self, used: int) -> None:
+        # the call is over: what it did not use of the tokens counted may be used by others
+        if self._tokens is not None:
+            purse, most, lease_id = self._tokens
+            self._tokens = None
+            purse.uncount(most - used, lease_id)
+
     def _cut_off(self, error: GatewayError) -> None:
         # say why, if the stream has a way to say it; the end must not look clean
         if not self.has_sent_head:
@@ -450,8 +464,8 @@ class Answer:
         self._response_bytes += len(body)
         if self._attempts > 1:
             extra_fields += ATTEMPTS % self._attempts
-        if self._grant is not None and self._grant.rpm:
-            extra_fields += self.plane.limits_by_key.fields(self._grant)
+        if self._purse is not None:
+            extra_fields += self._purse.fields()
         if not self.keeps_alive or self.plane.is_draining:
             extra_fields += b"Connection: close\r\n"
         elif self.head.is_http_1_0:
@@ -650,6 +664,8 @@ class Answer:
             if bill is not None:
                 plane.timed.pop(self, None)
                 plane.credit.settle(bill, cost_of(receipt, self._price_of(receipt, bill.price)))
+            if self._tokens is not None:
+                self._uncount(max(0, usage.input_tokens) + max(0, usage.output_tokens))
             plane.journal.append(receipt)
             if not plane.outbox.is_scheduled:
                 plane.outbox.schedule()

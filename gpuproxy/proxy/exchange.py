@@ -113,6 +113,7 @@ class Exchange(Attempts):
         plane = self.plane
         downstream = self.downstream
         handler = self._handler
+        purse = None
         try:
             if grant.revoked or grant.expires_ns or grant.scopes != ALL_SCOPES:
                 self._check_grant(grant)
@@ -132,26 +133,30 @@ class Exchange(Attempts):
                 limit_bytes = limits.buffered_body_bytes_max if self._needs_body else limits.body_bytes_max
                 if self.content_length > limit_bytes or self.request_bytes > limit_bytes:
                     raise _body_too_large(limit_bytes)
+            if grant.rpm:
+                limiter = plane.limits_by_key
+                purse = limiter.raised(grant, self.head.own_fields) if grant.rpm_ceiling else limiter.requests(grant)
+                self._purse = purse
         except GatewayError as error:
             self.refuse(error)
             return
-        if grant.rpm and not plane.limits_by_key.take(grant, self.counted):
+        if purse is not None and not purse.take(1, self.counted):
             downstream.deadline_s = plane.now_s + plane.config.auth.authorize_timeout_s + 1
             return
         self._go_on()
 
     def counted(self, outcome: LeaseOutcome) -> None:
         """Control has told whether one more request of this key may pass, or could not."""
-        grant = self._grant
-        assert grant is not None
+        purse = self._purse
+        assert purse is not None
         if outcome == "taken":
-            self.plane.limits_by_key.taken(grant)
+            purse.taken(1)
         if self.state != ADMITTING:
             return
         if outcome == "taken":
             self._go_on()
         elif outcome == "refused":
-            self.refuse(self.plane.limits_by_key.refusal(grant))
+            self.refuse(purse.refusal())
         else:
             self.refuse(GatewayError("UNAVAILABLE", "limits cannot be checked at the moment; try again", 1))
 
@@ -287,7 +292,8 @@ class Exchange(Attempts):
             if path is None:
                 path = route.path if intent.path is None else intent.path
             self._sending = self.method, path, head.fields, body, request
-            if not plane.prices.is_any or self._reserve(intent, body):
+            may_wait = plane.prices.is_any or self._grant.tpm  # type: ignore[union-attr]  # admitted
+            if not may_wait or self._afford(intent, body, None):
                 self._go(destination)
         except GatewayError as error:
             self.refuse(error)
@@ -339,14 +345,53 @@ class Exchange(Attempts):
         path = request.path if request.path is not None else call.path or b"/"
         fields = envelopes.completed_fields(envelope, fields, request.headers, self._collected is not None)
         self._sending = call.method, path, fields, content, request
-        if not self.plane.prices.is_any or self._reserve(intent, content, endpoint):
+        if self._afford(intent, content, endpoint):
             self._forward(endpoint)
 
     # -- pay ----------------------------------------------------------------------------------------------
 
-    def _reserve(self, intent: Intent, body: bytes | None, endpoint: Endpoint | None = None) -> bool:
-        # set aside the most the call may cost; False: `paid` goes on with it
+    def _afford(self, intent: Intent, body: bytes | None, endpoint: Endpoint | None) -> bool:
+        # count and set aside the most the call may use and cost; False: `metered` or `paid` goes on with it
+        grant = self._grant
+        assert grant is not None
+        if grant.tpm:
+            output_max = intent.max_output_tokens or self.plane.config.credit.output_tokens_default
+            input_max = self._input_bytes_max() if body is None else len(body)
+            most = min(grant.tpm, input_max + output_max * intent.choice_count)
+            purse = self.plane.limits_by_key.tokens(grant)
+            if not purse.take(most, self.metered):
+                self._unpaid = intent, body, endpoint, most
+                self._wait_for_control()
+                return False
+            self._tokens = purse, most, purse.lease_id
+        return self._reserve(intent, body, endpoint)
+
+    def metered(self, outcome: LeaseOutcome) -> None:
+        """Control has told whether so many tokens may be used, or could not tell."""
+        grant = self._grant
+        assert grant is not None
+        intent, body, endpoint, most = self._unpaid
+        purse = self.plane.limits_by_key.tokens(grant)
+        if outcome == "taken":
+            purse.taken(most)
+            self._tokens = purse, most, purse.lease_id
+        if self.state == DONE:
+            self._uncount(0)
+        elif outcome == "refused":
+            self.refuse(purse.refusal())
+        elif outcome == "unknown":
+            self.refuse(GatewayError("UNAVAILABLE", "limits cannot be checked at the moment; try again", 1))
+        elif self._reserve(intent, body, endpoint):
+            self._forward_to(endpoint)
+
+    def _wait_for_control(self) -> None:
+        self.state = ADMITTING
+        self.downstream.deadline_s = self.plane.now_s + self.plane.config.auth.authorize_timeout_s + 1
+
+    def _reserve(self, intent: Intent, body: bytes | None, endpoint: Endpoint | None) -> bool:
         plane = self.plane
+        if not plane.prices.is_any:
+            return True
         price = self._highest_price(intent.model)
         if price is None:
             return True
@@ -359,8 +404,7 @@ class Exchange(Attempts):
             plane.timed[self] = None
         if plane.credit.reserve(bill, bill.lacking(), self.paid):
             return True
-        self.state = ADMITTING
-        self.downstream.deadline_s = plane.now_s + plane.config.auth.authorize_timeout_s + 1
+        self._wait_for_control()
         return False
 
     def _highest_price(self, model: str) -> Price | None:
@@ -381,10 +425,14 @@ class Exchange(Attempts):
         bill = self._told(outcome)
         if bill is None:
             return
+        if outcome == "taken":
+            self._forward_to(bill.endpoint)
+        else:
+            self.refuse(no_credit(bill) if outcome == "refused" else unknown_credit())
+
+    def _forward_to(self, endpoint: Endpoint | None) -> None:
+        # what waited may go; without an endpoint its upstream chooses one
         try:
-            if outcome != "taken":
-                raise no_credit(bill) if outcome == "refused" else unknown_credit()
-            endpoint = bill.endpoint
             if endpoint is None:
                 assert self._destination is not None
                 self._go(self._destination)

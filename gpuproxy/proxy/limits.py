@@ -1,9 +1,11 @@
-"""Requests per minute in a worker: one wallet for each key with a limit of its own, filled by leases of control.
+"""Requests and tokens per minute in a worker: one wallet for each limit, of a key or of a user, filled by leases.
 
-A call takes one request out of its key's wallet, in memory; only when that runs low is control asked, in the
-background. Near the limit each call waits for control's answer, so that over all workers never more than the limit
-pass. While control is away what is leased is served; then calls get 503, for a limit that cannot be checked is
-not to be exceeded.
+A call takes one request out of its wallet, in memory; only when that runs low is control asked, in the background.
+Near the limit each call waits for control's answer, so that over all workers never more than the limit pass. While
+control is away what is leased is served; then calls get 503, for a limit that cannot be checked is not to be exceeded.
+
+Keys without limits of their own share those of their user. Tokens are counted when a call is admitted, with the most it
+may use, and corrected when it ends.
 """
 
 import math
@@ -12,107 +14,151 @@ from collections.abc import Callable
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.link.client import LinkClient
-from gpuproxy.link.messages import Leased, Recall, Return
+from gpuproxy.link.messages import TOKENS, Leased, LeaseKind, Recall, Return
 from gpuproxy.link.wallet import Outcome, Wallet
+from gpuproxy.proxy.headers import Field
 from gpuproxy.types import Grant
 
 NS_PER_S = 1_000_000_000
 UNKNOWN_RESET_S = 60
+AHEAD_PER_MINUTE = 600  # a lease is asked for at least a tenth of a second's worth of the limit
+OVERRIDE = b"x-rate-limit-override"
+OVERRIDE_MAX = 1 << 31
+RAISED = "raised:"
 
 
 class Purse:
-    """What a worker knows of one key's limit."""
+    """What a worker knows of one limit. ``raised_to`` is a higher one that the caller wished for and may have."""
 
-    __slots__ = ("limit", "remaining", "reset_ns", "wallet")
+    __slots__ = ("_kind", "_link", "_subject", "lease_id", "limit", "raised_to", "remaining", "reset_ns", "wallet")
 
-    def __init__(self, ask: Callable[[int, int], None], give: Callable[[int, int], None]) -> None:
-        self.wallet = Wallet(ask, give)
-        self.limit = 0
+    def __init__(self, link: LinkClient, user_id: str, key_id: str, kind: LeaseKind, limit: int) -> None:
+        self._link = link
+        self._subject = user_id, key_id
+        self._kind = kind
+        self.wallet = Wallet(self._ask, self._give)
+        self.limit = limit
+        self.raised_to = 0
         self.remaining = 0  # at control, when it last answered
         self.reset_ns = 0
+        self.lease_id = 0  # of the newest lease
+
+    def take(self, amount: int, waiter: Callable[[Outcome], None]) -> bool:
+        """Count so much of a call. False: `waiter` will be told whether it may pass."""
+        wallet = self.wallet
+        now_ns = time.monotonic_ns()
+        if wallet.take(amount, now_ns, waiter):
+            wallet.settle(amount, amount, now_ns)
+            return True
+        return False
+
+    def taken(self, amount: int) -> None:
+        """Note that what a waiter was told about has passed."""
+        self.wallet.settle(amount, amount, time.monotonic_ns())
+
+    def uncount(self, amount: int, lease_id: int) -> None:
+        """Tell control that a call used so much less of this lease than was counted."""
+        if amount > 0:
+            self._link.send(Return(*self._subject, self._kind, amount, lease_id))
+
+    def fields(self) -> bytes:
+        """Return the X-RateLimit lines for an answer; Reset is in seconds from now."""
+        left = min(self.limit, self.remaining + self.wallet.rest)
+        return b"X-RateLimit-Limit: %d\r\nX-RateLimit-Remaining: %d\r\nX-RateLimit-Reset: %d\r\n" % (
+            self.limit,
+            left,
+            self._reset_s(),
+        )
+
+    def refusal(self) -> GatewayError:
+        """Return the error for a limit that is used up."""
+        wait_s = max(1, self._reset_s()) if self.reset_ns else UNKNOWN_RESET_S
+        whose = "with this key" if self._subject[1] else "with this account"
+        return GatewayError("RATE_LIMITED", f"over {self.limit} {self._kind} a minute {whose}; wait {wait_s} s", wait_s)
+
+    def _reset_s(self) -> int:
+        return max(0, math.ceil((self.reset_ns - time.monotonic_ns()) / NS_PER_S))
+
+    def _ask(self, least: int, wanted: int) -> None:
+        ahead = max(wanted, self.limit // AHEAD_PER_MINUTE)
+        self._link.lease(*self._subject, self._kind, least, ahead, self._answered, self.raised_to)
+
+    def _give(self, lease_id: int, amount: int) -> None:
+        if amount:
+            self._link.send(Return(*self._subject, self._kind, amount, lease_id))
+
+    def _answered(self, answer: Leased | None) -> None:
+        if answer is None:
+            self.wallet.fail()
+            return
+        self.limit, self.remaining, self.reset_ns = answer.limit or self.limit, answer.remaining, answer.reset_ns
+        self.lease_id = answer.id
+        self.wallet.refill(answer.id, answer.amount, answer.until_ns, time.monotonic_ns())
 
 
 class Limits:
-    """The purses of a worker, by key id."""
+    """The purses of a worker."""
 
     def __init__(self, link: LinkClient) -> None:
         self._link = link
         self._purses: dict[str, Purse] = {}
 
-    def take(self, grant: Grant, waiter: Callable[[Outcome], None]) -> bool:
-        """Count one request of this key. False: `waiter` will be told whether it may pass."""
-        purse = self._purses.get(grant.key_id) or self._open(grant)
-        wallet = purse.wallet
-        now_ns = time.monotonic_ns()
-        if wallet.take(1, now_ns, waiter):
-            wallet.settle(1, 1, now_ns)
-            return True
-        return False
+    def requests(self, grant: Grant) -> Purse:
+        """Return what counts the requests of a grant with a limit of them. One dict look-up."""
+        name = grant.user_id if grant.is_rpm_shared else grant.key_id
+        return self._purses.get(name) or self._open(name, grant, "requests")
 
-    def taken(self, grant: Grant) -> None:
-        """Note that a request a waiter was told about has passed."""
-        purse = self._purses.get(grant.key_id)
-        if purse is not None:
-            purse.wallet.settle(1, 1, time.monotonic_ns())
+    def raised(self, grant: Grant, own_fields: list[Field] | None) -> Purse:
+        """Return the same for a key that may raise its limit, by a header. Raises GatewayError BAD_REQUEST."""
+        wish = min(override_of(own_fields), grant.rpm_ceiling)
+        if wish <= grant.rpm:
+            return self.requests(grant)
+        name = RAISED + grant.key_id
+        purse = self._purses.get(name) or self._open(name, grant, "requests")
+        purse.raised_to = wish
+        purse.limit = max(purse.limit, wish)
+        return purse
 
-    def fields(self, grant: Grant) -> bytes:
-        """Return the X-RateLimit lines for an answer to this key; Reset is in seconds from now."""
-        purse = self._purses.get(grant.key_id)
-        if purse is None or not purse.limit:
-            return b""
-        left = min(purse.limit, purse.remaining + purse.wallet.rest)
-        return b"X-RateLimit-Limit: %d\r\nX-RateLimit-Remaining: %d\r\nX-RateLimit-Reset: %d\r\n" % (
-            purse.limit,
-            left,
-            self._reset_s(purse),
-        )
-
-    def refusal(self, grant: Grant) -> GatewayError:
-        """Return the error for a key whose limit is used up."""
-        purse = self._purses.get(grant.key_id)
-        wait_s = max(1, self._reset_s(purse)) if purse is not None else UNKNOWN_RESET_S
-        limit = purse.limit if purse is not None and purse.limit else grant.rpm
-        return GatewayError("RATE_LIMITED", f"over {limit} requests a minute with this key; wait {wait_s} s", wait_s)
+    def tokens(self, grant: Grant) -> Purse:
+        """Return what counts the tokens of a grant with a limit of them."""
+        name = TOKENS + (grant.user_id if grant.is_tpm_shared else grant.key_id)
+        return self._purses.get(name) or self._open(name, grant, "tokens")
 
     def sweep(self) -> None:
         """Give back what is idle or expired; called about once a second."""
         now_ns = time.monotonic_ns()
-        for key_id, purse in list(self._purses.items()):
+        for name, purse in list(self._purses.items()):
             purse.wallet.sweep(now_ns)
             if purse.wallet.is_empty and purse.reset_ns < now_ns:
-                del self._purses[key_id]
+                del self._purses[name]
 
     def close(self) -> None:
         """Give everything back: the worker stops."""
         for purse in self._purses.values():
             purse.wallet.close(time.monotonic_ns())
 
-    def _open(self, grant: Grant) -> Purse:
-        user_id, key_id = grant.user_id, grant.key_id
-
-        def ask(least: int, wanted: int) -> None:
-            self._link.lease(user_id, key_id, "requests", least, wanted, lambda answer: self._answered(purse, answer))
-
-        def give(lease_id: int, amount: int) -> None:
-            if amount:
-                self._link.send(Return(user_id, key_id, "requests", amount, lease_id))
-
-        purse = self._purses[key_id] = Purse(ask, give)
-        return purse
-
-    def _answered(self, purse: Purse, answer: Leased | None) -> None:
-        if answer is None:
-            purse.wallet.fail()
-            return
-        purse.limit, purse.remaining, purse.reset_ns = answer.limit, answer.remaining, answer.reset_ns
-        purse.wallet.refill(answer.id, answer.amount, answer.until_ns, time.monotonic_ns())
-
     def recall(self, message: Recall) -> None:
         """Give back what no call has taken: another worker needs it."""
-        purse = self._purses.get(message.key_id)
-        if purse is not None:
-            purse.wallet.recall(time.monotonic_ns())
+        prefix = TOKENS if message.kind == "tokens" else ""
+        name = message.key_id.removeprefix(prefix) or message.user_id
+        for purse in (self._purses.get(prefix + name), self._purses.get(RAISED + name)):
+            if purse is not None:
+                purse.wallet.recall(time.monotonic_ns())
         self._link.send(Return(message.user_id, message.key_id, message.kind, 0, recall_id=message.id))
 
-    def _reset_s(self, purse: Purse) -> int:
-        return max(0, math.ceil((purse.reset_ns - time.monotonic_ns()) / NS_PER_S))
+    def _open(self, name: str, grant: Grant, kind: LeaseKind) -> Purse:
+        is_shared, limit = (grant.is_rpm_shared, grant.rpm) if kind == "requests" else (grant.is_tpm_shared, grant.tpm)
+        key_id = "" if is_shared else grant.key_id
+        purse = self._purses[name] = Purse(self._link, grant.user_id, key_id, kind, limit)
+        return purse
+
+
+def override_of(own_fields: list[Field] | None) -> int:
+    """Return the limit a caller wishes for, 0 for none. Raises GatewayError BAD_REQUEST for what is no number."""
+    given = [value for name, value in own_fields or () if name.lower() == OVERRIDE]
+    if not given:
+        return 0
+    text = given[0]
+    if len(given) > 1 or not (text.isdigit() and len(text) <= 10 and 0 < int(text) <= OVERRIDE_MAX):
+        raise GatewayError("BAD_REQUEST", "X-Rate-Limit-Override must be one whole number from 1 to 2147483648")
+    return int(text)

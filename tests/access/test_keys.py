@@ -20,7 +20,6 @@ from gpuproxy.access.accounts import (
 )
 from gpuproxy.access.callers import Caller, caller_by_key
 from gpuproxy.access.keys import (
-    RPM_DEFAULT,
     issue_key,
     list_own_keys,
     revoke_expired_keys,
@@ -44,18 +43,20 @@ KEY = Caller("u1", EMAIL, ALL_SCOPES, "k", "", ("m1", "m2"), SOON, 50)
 PLAIN_KEY = Caller("u1", EMAIL, ALL_SCOPES, "k")
 ADMIN_KEY = Caller("u1", EMAIL, (*ALL_SCOPES, "admin"), "k")
 ALLOWED = [
-    (OWNER, KeyTerms(scopes=("read",), models=("m",), expires_at=SOON, rpm=RPM_DEFAULT)),
+    (OWNER, KeyTerms(scopes=("read",), models=("m",), expires_at=SOON)),
     (OWNER, KeyTerms(scopes=("inference", "account"))),
     (ADMIN, KeyTerms(scopes=("admin",), rpm=0)),
     (KEY, KeyTerms(scopes=("inference", "read"), models=("m2",), expires_at=SOON, rpm=50)),
-    (PLAIN_KEY, KeyTerms(rpm=1)),
-    (ADMIN_KEY, KeyTerms(rpm=0)),
+    (PLAIN_KEY, KeyTerms()),
+    (ADMIN_KEY, KeyTerms(rpm=0, rpm_ceiling=5, tpm=0)),
 ]
 REFUSED = {
     "scopes": [(OWNER, KeyTerms(scopes=("admin",))), (ADMIN_KEY, KeyTerms(scopes=("admin",)))],
     "models": [(KEY, KeyTerms(models=("m1", "m3")))],
     "expires_days": [(KEY, KeyTerms(expires_at=LATER))],
-    "rpm": [(OWNER, KeyTerms(rpm=RPM_DEFAULT + 1)), (OWNER, KeyTerms(rpm=0)), (KEY, KeyTerms(rpm=51))],
+    "rpm_ceiling": [(OWNER, KeyTerms(rpm_ceiling=1))],
+    "tpm": [(OWNER, KeyTerms(tpm=1)), (OWNER, KeyTerms(tpm=0))],
+    "rpm": [(OWNER, KeyTerms(rpm=1)), (OWNER, KeyTerms(rpm=0)), (KEY, KeyTerms(rpm=49)), (PLAIN_KEY, KeyTerms(rpm=1))],
 }
 
 
@@ -103,9 +104,7 @@ def test_no_wish_makes_a_key_stronger(
     assert set(terms.scopes) - {"read"} <= set(own)
     assert own_models is None or set(terms.models or ("not bounded",)) <= set(own_models)
     assert own_end is None or (terms.expires_at is not None and terms.expires_at <= own_end)
-    if "admin" not in own and terms.rpm != own_rpm:
-        bound = RPM_DEFAULT if own_rpm is None else own_rpm
-        assert bound == 0 or (terms.rpm or 0) in range(1, bound + 1) or (terms.rpm is None and bound >= RPM_DEFAULT)
+    assert "admin" in own or terms.rpm == own_rpm
 
 
 async def owner(store: Store, email: str = EMAIL) -> Caller:
@@ -123,7 +122,7 @@ async def is_good(store: Store, secret: str) -> bool:
 
 async def test_a_rotated_key_lives_on_beside_the_new_for_a_while(store: Store) -> None:
     caller = await owner(store)
-    terms = KeyTerms("laptop", ("inference",), ("m",), None, 7)
+    terms = KeyTerms("laptop", ("inference",), ("m",), None)
     old_secret, old = await made(store, caller, terms)
     async with store.writing() as connection:
         secret, fresh, ending = await rotate_key(connection, caller, old.id, 60)
@@ -132,7 +131,7 @@ async def test_a_rotated_key_lives_on_beside_the_new_for_a_while(store: Store) -
         ("inference",),
         ("m",),
         None,
-        7,
+        None,
     )
     assert ending.expires_at is not None
     assert timedelta(seconds=50) < ending.expires_at - datetime.now(UTC) <= timedelta(seconds=60)

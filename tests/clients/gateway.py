@@ -35,7 +35,7 @@ class Gateway(NamedTuple):
     def new_key(self, email: str) -> str:
         """Create a user and return a key of theirs."""
         self.command("user", "create", email)
-        return self.command("key", "create", "--user", email).strip()
+        return self.command("key", "create", "--user", email, "--rpm", "0").strip()
 
     def usage(self, key: str, until: Callable[[Any], bool]) -> Any:
         """Return the usage of the key's user as soon as it is as `until` wants it."""

@@ -84,7 +84,7 @@ class Api:
 @pytest.fixture
 async def settings() -> Config:
     """Return the configuration; a test may bring its own."""
-    return build({})
+    return build({"rates": {"requests_per_minute": 0}})
 
 
 @pytest.fixture

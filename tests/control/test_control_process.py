@@ -16,7 +16,7 @@ import pytest
 
 from gpuproxy import config
 from gpuproxy.codec.key import digest_of
-from gpuproxy.link.messages import Authorize, Authorized, FrameReader, Hello, Revoke, decode_from_control, frame
+from gpuproxy.link.messages import Authorize, Authorized, FrameReader, Hello, Prices, Revoke, decode_from_control, frame
 from gpuproxy.process import Boot
 from gpuproxy.proxy.journal import frame as journal_frame
 from gpuproxy.types import Receipt
@@ -107,10 +107,13 @@ def control(tmp_path: Path) -> Iterator[Control]:
 
 
 def receive(link: socket.socket) -> Any:
+    """Return the next message that tells no prices."""
     reader = FrameReader()
     while True:
         for body in reader.feed(link.recv(65_536)):
-            return decode_from_control(body)
+            message = decode_from_control(body)
+            if not isinstance(message, Prices):
+                return message
 
 
 def test_control_serves_answers_and_stops_with_everything_ingested(control: Control) -> None:

@@ -44,9 +44,9 @@ async def test_the_guides_call_makes_a_key(api: Api) -> None:
 
 async def test_a_key_is_as_it_was_wished(api: Api) -> None:
     person = await api.person()
-    wish = {"name": "k", "scopes": ["inference"], "models": ["m1"], "expires_days": 7, "rpm": 5}
+    wish = {"name": "k", "scopes": ["inference"], "models": ["m1"], "expires_days": 7}
     _, told = await api.call("POST", KEYS, wish, person.by_token)
-    assert (told["scopes"], told["models"], told["rpm"]) == (["inference"], ["m1"], 5)
+    assert (told["scopes"], told["models"], told["rpm"]) == (["inference"], ["m1"], None)
     life = datetime.fromisoformat(told["expires_at"]) - datetime.now(UTC)
     assert timedelta(days=6.9) < life <= timedelta(days=7)
     grant = await grant_for(api.store, digest_of(told["api_key"].encode()))
@@ -65,7 +65,9 @@ async def test_a_key_is_as_it_was_wished(api: Api) -> None:
         ({"expires_days": 0}, 422, "expires_days"),
         ({"expires_days": 1.5}, 400, "expires_days: expected int | null, got float"),
         ({"rpm": 0}, 403, "rpm"),
-        ({"rpm": 101}, 403, "rpm"),
+        ({"rpm": 5}, 403, "rpm"),
+        ({"rpm_ceiling": 5}, 403, "rpm_ceiling"),
+        ({"tpm": 5}, 403, "tpm"),
         ({"rpm": -1}, 422, "rpm"),
         ({"name": "x" * 101}, 422, "name"),
         ({"name": "a\nb"}, 422, "name"),
@@ -88,6 +90,24 @@ async def test_a_key_makes_keys_within_its_own_bounds(api: Api) -> None:
     for wish in ({"models": ["m2"]}, {"expires_days": 2}):
         assert (await api.call("POST", KEYS, wish, by_parent))[0] == 403
     assert (await api.call("POST", f"{KEYS}/{person.key_id}/rotate", {}, by_parent))[0] == 403
+
+
+async def test_an_admin_gives_keys_limits_that_rotating_keeps(api: Api) -> None:
+    admin = await api.person(is_admin=True)
+    wish = {"rpm": 5, "rpm_ceiling": 50, "tpm": 1000}
+    status, told = await api.call("POST", KEYS, wish, admin.by_token)
+    assert (status, {name: told[name] for name in wish}) == (201, wish)
+    _, fresh = await api.call("POST", f"{KEYS}/{told['id']}/rotate", {}, admin.by_token)
+    assert {name: fresh[name] for name in wish} == wish
+    grant = await grant_for(api.store, digest_of(fresh["api_key"].encode()), 100)
+    assert grant is not None
+    assert (grant.rpm, grant.is_rpm_shared, grant.rpm_ceiling, grant.tpm) == (5, False, 50, 1000)
+
+
+async def test_keys_without_limits_share_those_of_their_user(api: Api) -> None:
+    grant = await grant_for(api.store, digest_of((await api.person()).api_key.encode()), 100, 7)
+    assert grant is not None
+    assert (grant.rpm, grant.is_rpm_shared, grant.tpm, grant.is_tpm_shared) == (100, True, 7, True)
 
 
 async def test_only_an_admin_in_person_makes_keys_for_admins(api: Api) -> None:
@@ -140,7 +160,7 @@ async def test_a_repeated_call_makes_one_key_and_shows_it_again(api: Api) -> Non
     person = await api.person()
     before = await count_of_keys(api.store)
     answers = []
-    for body in (b'{"name":"a","rpm":5}', b'{"rpm": 5, "name": "a"}'):
+    for body in (b'{"name":"a","expires_days":5}', b'{"expires_days": 5, "name": "a"}'):
         async with api.client.post(KEYS, data=body, headers=once(person, "one")) as answer:
             answers.append((answer.status, await answer.read(), answer.headers.get("Idempotent-Replayed")))
     (first, body, _), (second, again, replayed) = answers

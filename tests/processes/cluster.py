@@ -68,7 +68,7 @@ async def people(store: Store) -> tuple[str, str]:
     await upgrade(store)
     user = await create_user(store, USER)
     await credit(store, user.id, MONEY_NANOUSD, "first")
-    secret, key = await create_key(store, USER)
+    secret, key = await create_key(store, USER, rpm=0)
     return secret, key.id
 
 

@@ -55,7 +55,7 @@ async def make_origin(directory: Path, upstream_port: int) -> Origin:
     try:
         await upgrade(store)
         await create_user(store, "caller@example.com")
-        secret, key = await create_key(store, "caller@example.com")
+        secret, key = await create_key(store, "caller@example.com", rpm=0)
     finally:
         await store.close()
     return Origin(upstream_port, database, secret, key.id)
@@ -93,7 +93,7 @@ class Place:
 
     def new_key(self) -> tuple[str, str]:
         """Let the command line make another key for the caller; return it and its id."""
-        made = json.loads(self.command("key", "create", "--user", "caller@example.com", "--json"))
+        made = json.loads(self.command("key", "create", "--user", "caller@example.com", "--rpm", "0", "--json"))
         return made["api_key"], made["id"]
 
     def query(self, statement: str) -> list[tuple[Any, ...]]:

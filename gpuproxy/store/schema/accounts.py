@@ -2,6 +2,7 @@
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     ForeignKey,
@@ -39,6 +40,8 @@ api_keys = Table(
     Column("revoked_at", UtcTime),
     Column("created_at", UtcTime, nullable=False),
     Column("rpm", Integer),  # requests per minute; 0: no limit; NULL: the default
+    Column("rpm_ceiling", Integer),  # how far a call may raise it; NULL: not at all
+    Column("tpm", BigInteger),  # tokens per minute; 0: no limit; NULL: the default
     # Control asks for what has just expired several times a second; what is revoked must not be in its way.
     Index(None, "expires_at", sqlite_where=text("revoked_at IS NULL"), postgresql_where=text("revoked_at IS NULL")),
 )
