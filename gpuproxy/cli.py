@@ -86,6 +86,23 @@ def check_config(config_path: Path | None, as_json: bool) -> None:
 @cli.command()
 @with_config
 @with_json
+def reload(config_path: Path | None, as_json: bool) -> None:
+    """Check the configuration, then let the running gateway take it without a dropped call."""
+    import signal
+
+    from gpuproxy.process import running_supervisor
+
+    directory = Path(_config(config_path).server.data_dir)
+    supervisor = running_supervisor(directory)
+    if not supervisor:
+        raise click.ClickException(f"no gateway runs on {directory}; start one with gpuproxy serve")
+    os.kill(supervisor, signal.SIGHUP)
+    _show({"pid": supervisor}, f"gateway {supervisor} was told to take the configuration", as_json)
+
+
+@cli.command()
+@with_config
+@with_json
 def migrate(config_path: Path | None, as_json: bool) -> None:
     """Bring the store to the schema of this version."""
     from gpuproxy.store.migrate import NEWEST, upgrade

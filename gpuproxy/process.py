@@ -6,11 +6,13 @@ reads end of file.
 """
 
 import asyncio
+import fcntl
 import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 from msgspec import Struct
@@ -18,6 +20,20 @@ from msgspec import Struct
 from gpuproxy.config import Config
 
 READY, DRAINING = b"1", b"2"
+LOCK_NAME = "lock"  # in the data directory: held by the supervisor, whose process id it names
+
+
+def running_supervisor(directory: Path) -> int:
+    """Return the process id of the supervisor that uses this data directory, 0 if none does."""
+    try:
+        with (directory / LOCK_NAME).open("rb") as lock:
+            text = lock.read()
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(text or b"0")
+    except FileNotFoundError:
+        return 0
+    return 0
 
 
 class Boot(Struct, frozen=True):

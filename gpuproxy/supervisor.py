@@ -25,7 +25,7 @@ from gpuproxy.config import Config, load
 from gpuproxy.errors import ConfigError, PluginError
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import load_plugins
-from gpuproxy.process import DRAINING, READY, Boot
+from gpuproxy.process import DRAINING, LOCK_NAME, READY, Boot
 
 _log = get_logger("gpuproxy.supervisor")
 
@@ -34,6 +34,7 @@ START_S = 30.0  # a child that is not ready by then is killed
 HANDOVER_S = 5.0  # how long a replaced worker may take to stop taking calls, on a busy machine
 STOP_GRACE_S = 15.0  # on top of drain_s, before what is left is killed
 RESTART_PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # by the number of deaths in the last minute
+WATCH_S = 1.0  # how often the configuration file is looked at
 CONTROL = -1
 
 _CHILD_MODULES = {True: "gpuproxy.control.app", False: "gpuproxy.proxy.worker"}
@@ -61,6 +62,31 @@ class Child:
         return True
 
 
+class FileWatch:
+    """Tells when a file has changed and then been left alone between two looks: an editor may still be writing it."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._taken = self._seen = self._look()
+
+    def has_changed(self) -> bool:
+        """Tell whether the file is another than was remembered, and the same as at the last look."""
+        now = self._look()
+        is_settled, self._seen = now == self._seen, now
+        return is_settled and now is not None and now != self._taken
+
+    def remember(self) -> None:
+        """Take the file as it is for known."""
+        self._taken = self._seen = self._look()
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            found = self._path.stat() if self._path is not None else None
+        except OSError:  # replaced just now, or gone: the configuration that runs stays
+            return None
+        return (found.st_mtime_ns, found.st_size, found.st_ino) if found is not None else None
+
+
 class Supervisor:
     """Starts, watches and stops the children of one gateway."""
 
@@ -70,6 +96,7 @@ class Supervisor:
         self._sockets = sockets  # one for each worker
         self._children: dict[int, Child] = {}  # by slot
         self._leaving: list[Child] = []  # recycled, still draining
+        self._watch = FileWatch(config_path if config.server.watch_config else None)
         self._deaths: dict[int, list[float]] = {}
         self._restart_at: dict[int, float] = {}
         self._directory = Path(tempfile.mkdtemp(prefix="gpuproxy-"))  # short: socket paths have 107 bytes
@@ -91,10 +118,13 @@ class Supervisor:
             print(f"listening on {self.address}", flush=True)
             notify("READY=1")
             while True:
-                info = signal.sigtimedwait(_SIGNALS, self._until_restart_s())
+                info = signal.sigtimedwait(_SIGNALS, min(WATCH_S, self._until_restart_s()))
                 if info is None or info.si_signo == signal.SIGCHLD:
                     self._reap()
                     self._restart_due()
+                    if info is None and self._watch.has_changed():
+                        _log.info("configuration file has changed")
+                        self._recycle()
                 elif info.si_signo == signal.SIGHUP:
                     self._recycle()
                 else:
@@ -169,6 +199,7 @@ class Supervisor:
 
     def _recycle(self) -> None:
         """Put a new generation of children on the same sockets, then let the old one drain."""
+        self._watch.remember()
         try:
             config = load(self._config_path, os.environ)
             load_plugins(config.plugins.enabled)
@@ -306,10 +337,13 @@ def serve(config_path: Path | None) -> int:
 
 def _locked(directory: Path) -> IO[bytes] | None:
     """Return a lock on the data directory, None if another gateway has it: two would read one journal."""
-    lock = (directory / "lock").open("wb")
+    lock = (directory / LOCK_NAME).open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return None
+    lock.truncate(0)
+    lock.write(b"%d\n" % os.getpid())  # whom `gpuproxy reload` tells
+    lock.flush()
     return lock

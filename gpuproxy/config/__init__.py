@@ -43,6 +43,7 @@ class Server(Struct, forbid_unknown_fields=True, frozen=True):
     data_dir: Text = "./gpuproxy-data"
     drain_s: PositiveSeconds = 30.0
     trusted_proxies: tuple[Network, ...] = ()
+    watch_config: bool = True
 
 
 class Limits(Struct, forbid_unknown_fields=True, frozen=True):

@@ -61,6 +61,12 @@ class Router:
         self.upstreams = builder.upstreams()
         self.models = builder.models()  # by every name of them
         self._by_protocol = builder.protocols()
+        self.probed = [
+            (endpoint, upstream.probe_path.encode())
+            for upstream in config.upstreams
+            if upstream.probe_path
+            for endpoint in self.upstreams[upstream.name].endpoints
+        ]
         self._by_address: dict[tuple[str, str, int], Endpoint] = {}
         for destination in self.upstreams.values():
             for endpoint in destination.endpoints:

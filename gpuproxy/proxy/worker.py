@@ -40,6 +40,7 @@ from gpuproxy.proxy.limits import Limits
 from gpuproxy.proxy.outbox import Outbox
 from gpuproxy.proxy.pool import ConnectPolicy, OriginKey, Pools
 from gpuproxy.proxy.prices import Prices
+from gpuproxy.proxy.probe import Probes
 from gpuproxy.proxy.route import Router
 from gpuproxy.proxy.tunnel import TunnelEnd
 from gpuproxy.proxy.upstream import UpstreamConnection
@@ -90,6 +91,7 @@ class Plane:
         self.prices = Prices()
         self.prices.replace(map(from_config, config.prices))  # until control tells those in force
         self.router = self.build_router(config)
+        self.probes = Probes(self)
         self.bounded: dict[Answer, float] = {}  # calls with a total time, and its end
         self.admission = Admission(config.auth, link, loop.time)
         self.limits_by_key = Limits(link)
@@ -176,6 +178,7 @@ class Plane:
         now_s = self._time()
         self.now_s = now_s + SWEEP_S
         self.replicas.sweep(now_s)
+        self.probes.sweep(now_s)
         for downstream in [d for d in self.downstreams if d.deadline_s <= now_s]:
             downstream.expire()
         for exchange in list(self.timed):

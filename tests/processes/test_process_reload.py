@@ -2,8 +2,10 @@
 
 import asyncio
 import signal
+import subprocess
 
 from callers import HELD, Caller, Load
+from clients.gateway import GPUPROXY
 from conftest import MakeCaller, MakePlace
 from gateways import MODEL, children, is_alive, kill, running, until
 from inference import STREAM_BODY, Inference
@@ -67,3 +69,38 @@ async def test_changes_of_the_server_section_wait_for_a_restart(place: MakePlace
         assert len(gateway.workers()) == 2
         assert {(await new_caller(gateway).post({"model": name})).status for name in (MODEL, "new-model")} == {200}
         assert gateway.stop() == 0
+
+
+async def test_a_changed_file_is_taken_by_itself_and_a_wrong_one_is_not(
+    place: MakePlace, new_caller: MakeCaller
+) -> None:
+    here = place()
+    with running(here) as gateway:
+        caller = new_caller(gateway)
+        assert (await caller.post({"model": "new-model"})).status == 404
+        here.configure("new-model")
+        await until(lambda: "configuration taken" in gateway.logged(), 20, "the change is taken")
+        assert (await new_caller(gateway).post({"model": "new-model"})).status == 200
+        here.configure(tail="[[models]]\nname = 'x'\n")
+        await until(lambda: "configuration refused" in gateway.logged(), 20, "the fault is told")
+        assert (await new_caller(gateway).post({"model": "new-model"})).status == 200
+        assert gateway.stop() == 0
+    assert 'no upstream serves "x"' in here.log.read_text()
+    assert here.log.read_text().count("configuration taken") == 1
+
+
+async def test_a_command_reloads_the_gateway_that_runs(place: MakePlace, new_caller: MakeCaller) -> None:
+    here = place(server={"watch_config": False})
+    with running(here) as gateway:
+        here.configure("new-model")
+        told = await asyncio.to_thread(here.command, "reload")
+        assert told == f"gateway {gateway.process.pid} was told to take the configuration"
+        await until(lambda: "configuration taken" in gateway.logged(), 20, "the change is taken")
+        assert (await new_caller(gateway).post({"model": "new-model"})).status == 200
+        assert gateway.stop() == 0
+
+
+def test_nothing_is_reloaded_where_no_gateway_runs(place: MakePlace) -> None:
+    here = place()
+    done = subprocess.run([str(GPUPROXY), "reload", "-c", str(here.config)], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, "no gateway runs" in done.stderr) == (1, True)
