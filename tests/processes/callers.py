@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from gateways import MODEL
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}]}
-STREAM = {**CHAT, "stream": True}
+STREAM = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
 HELD = {**STREAM, "user": "held"}
 CALL_S = 15.0
 

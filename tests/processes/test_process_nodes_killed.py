@@ -26,7 +26,7 @@ PRICES = f'[[prices]]\nmodel = "{MODEL}"\ninput_usd_per_million = "0.15"\noutput
 
 
 async def stream(caller: Caller) -> Answer:
-    return await caller.post({**STREAM, "stream_options": {"include_usage": True}})
+    return await caller.post(STREAM)
 
 
 async def chat(caller: Caller) -> Answer:
