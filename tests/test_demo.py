@@ -100,13 +100,16 @@ def test_what_it_prints_can_be_pasted_and_ctrl_c_ends_all() -> None:
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(WAIT_S) == 0
         assert is_refused(gateway_url(said))
-    streamed, openai, mcp, infer, envelope, usage = answers.values()
+    streamed, openai, mcp, infer, envelope, rent, usage = answers.values()
     assert "[DONE]" in streamed
     assert "What does a gateway do?" in openai
     assert "'add'" in mcp
     assert "structured_content={'sum': 5}" in mcp
     assert json.loads(infer)["outputs"][0]["data"] == ["setosa"]
     assert json.loads(envelope)["data"]["choices"][0]["message"]["content"].startswith("Hello!")
+    assert "USD an hour is running\n" in rent
+    assert '"chat.completion"' in rent
+    assert rent.endswith("\n200\ndestroyed\n")
     assert json.loads(usage)["data"]["requests"] >= 1
 
 

@@ -5,13 +5,14 @@ every node out of service because their one database is down would turn a slow h
 """
 
 import asyncio
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from aiohttp import web
 from msgspec import Struct
 
 from gpuproxy import __version__
-from gpuproxy.control.parts import NODES, STOPPING, STORE
+from gpuproxy.control.parts import NODES, OFFERS, STOPPING, STORE
 from gpuproxy.control.respond import answer
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
@@ -54,6 +55,7 @@ async def health(request: web.Request) -> web.Response:
         "redis": request.app[NODES].redis_health(),
         "vast_ai": "not_configured",
         "io_net": "not_configured",
+        **_providers(request.app[OFFERS].faults()),
     }
     status = "degraded" if "unhealthy" in services.values() else "ok"
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -78,3 +80,8 @@ async def _database(store: Store) -> str:
             return "healthy" if await store.is_healthy() else "unhealthy"
     except TimeoutError:
         return "unhealthy"
+
+
+def _providers(faults: Mapping[str, str]) -> dict[str, str]:
+    """Return how each marketplace is, by what it said when it was last asked for offers."""
+    return {name.replace(".", "_"): "unhealthy" if fault else "healthy" for name, fault in faults.items()}

@@ -41,6 +41,10 @@ FORWARDED = {
     f"{PROXY}/v2/{{path}}": ("post", "Open Inference (V2), routed by the model in the path"),
     f"{PROXY}/mcp/{{name}}": ("post", "MCP (Streamable HTTP) with the upstream of this name"),
     f"{PROXY}/upstreams/{{name}}/{{path}}": ("get", "Any path and method of an upstream"),
+    f"{PROXY}/instances/{{contract_id}}/{{port}}/{{path}}": (
+        "get",
+        "Any path of a port of your own instance",
+    ),
 }
 
 

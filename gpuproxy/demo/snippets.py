@@ -39,6 +39,20 @@ curl {url}/api/v1/gpu/proxy \\
   -d '{{"protocol": "openinference", "target_url": "{upstream}",
        "body": {{"model": "demo-chat", "messages": [{{"role": "user", "content": "Hello!"}}]}}}}'"""
 
+RENT = """\
+import httpx
+
+api = httpx.Client(base_url="{url}/api/v1", headers={{"X-API-Key": "{key}"}}, timeout=120)
+gpu = api.get("/gpu/instances", params={{"min_vram": 16}}).json()["data"][0]
+rented = api.post(f"/gpu/instances/{{gpu['provider']}}/{{gpu['id']}}", json={{"wait": True}}).json()["data"]
+print(rented["gpu_model"], "at", rented["price_per_hour"], "USD an hour is", rented["status"])
+chat = {{"model": "demo-chat", "messages": [{{"role": "user", "content": "Hello, GPU!"}}]}}
+print(api.post(f"/gpu/proxy/instances/{{rented['contract_id']}}/8000/v1/chat/completions", json=chat).text)
+target = f"http://{{rented['ip']}}:8000/v1/chat/completions"
+call = {{"protocol": "https", "target_url": target, "body": chat}}
+print(api.post("/gpu/proxy", json=call).json()["status_code"])
+print(api.delete(f"/gpu/instances/{{gpu['provider']}}/{{rented['contract_id']}}").json()["data"]["status"])"""
+
 USAGE = """\
 curl {url}/api/v1/user/usage -H "X-API-Key: {key}\""""
 
@@ -48,6 +62,7 @@ TITLES = {
     "Python, MCP SDK (pip install mcp)": MCP,
     "curl, Open Inference: which iris is this?": INFER,
     "curl, envelope: any protocol in one JSON form": ENVELOPE,
+    "Python, rent a GPU (a simulated one), call it by contract and by address, destroy it": RENT,
     "curl, what all this used": USAGE,
 }
 

@@ -46,6 +46,19 @@ drain_s = 2.0
 [store]
 url = "sqlite:///{directory}/gpuproxy.db"
 
+[plugins]
+enabled = ["https", "mcp", "openinference", "simulated"]
+
+[egress]
+allow = ["{host}/32"]
+
+[fleet]
+poll_s = 1.0
+
+[[providers]]
+name = "simulated"
+options = {{ boot_s = "2", file = "{directory}/rented.json", 8000 = "{rented}" }}
+
 [[upstreams]]
 name = "demo-llm"
 protocol = "openinference"
@@ -102,7 +115,10 @@ def run(once: bool, port: int) -> int:
 def _tour(screen: Screen, directory: Path, upstream: str, once: bool, port: int) -> None:
     config = directory / "config.toml"
     models = str(list(MODELS)).replace("'", '"')
-    config.write_text(CONFIG.format(host=HOST, port=port, directory=directory, upstream=upstream, models=models))
+    rented = upstream.removeprefix("http://")  # what a rented machine's port 8000 leads to
+    config.write_text(
+        CONFIG.format(host=HOST, port=port, directory=directory, upstream=upstream, models=models, rented=rented)
+    )
     key = asyncio.run(_open_account(f"sqlite:///{directory}/gpuproxy.db"))
     screen.say(f"Inference server  {upstream}  ({', '.join(MODELS)}, an MCP server)", "dim")
     with serving(config, directory / "gateway.log") as gateway:

@@ -121,8 +121,8 @@ class Offers:
         for name in self._fleet.providers:
             await self._tell_news(name)
 
-    def status(self) -> dict[str, str]:
-        """Return what is wrong with each provider, nothing for one that is well."""
+    def faults(self) -> dict[str, str]:
+        """Return what is wrong with each provider, nothing for one that is well or was not asked yet."""
         return {name: self._shelf(name, False).error for name in self._fleet.providers}
 
     async def _stock(self, names: Iterable[str], is_spot: bool) -> None:
