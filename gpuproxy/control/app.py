@@ -169,6 +169,7 @@ async def _serve(
         stopping.set()
         ingest.stop()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await app[OFFERS].close()
         await fleet.close()
         await _last_pass(ingest)
 

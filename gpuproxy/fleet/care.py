@@ -13,7 +13,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.meter import reserve
 from gpuproxy.fleet.moves import begin_destroy, end, move
 from gpuproxy.fleet.parts import Fleet, failure_of, shown_id
-from gpuproxy.fleet.rentals import Rental, locked, of_group
+from gpuproxy.fleet.rentals import Rental, find, locked, of_group
 from gpuproxy.fleet.sight import ASKED, miss, see, take
 from gpuproxy.fleet.states import ENDED, State
 from gpuproxy.observe.logs import get_logger
@@ -95,16 +95,18 @@ async def adopt_instance(fleet: Fleet, adapter: ProviderAdapter, rental: Rental,
 
 def give_up(connection: Connection, rental_id: str, at: datetime, reason: str) -> Rental:
     """End a rental that has no machine; with it go the others of its reservation."""
-    rental = locked(connection, rental_id)
+    found = find(connection, rental_id)
+    assert found is not None  # rentals are never deleted
+    group = of_group(connection, found.group_id) if found.group_id else [found]
+    rows = {each.id: locked(connection, each.id) for each in group}  # always in this order
+    rental = rows.pop(rental_id)
     if rental.native_id or rental.state not in ("pending", "destroying"):
         return rental
     if rental.state == "destroying":
         return end(connection, rental, at)
-    rental = move(connection, rental, "failed", at, reason=reason, has_failed=True)
-    for other in of_group(connection, rental.group_id) if rental.group_id else ():
-        if other.id != rental.id:
-            begin_destroy(connection, locked(connection, other.id), at, "not all of the reservation could be had")
-    return rental
+    for other in rows.values():
+        begin_destroy(connection, other, at, "not all of the reservation could be had")
+    return move(connection, rental, "failed", at, reason=reason, has_failed=True)
 
 
 async def destroy(fleet: Fleet, rental: Rental, reason: str = ASKED) -> Rental:

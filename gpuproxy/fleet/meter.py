@@ -62,8 +62,14 @@ def meter(connection: Connection, rental: Rental, until: datetime) -> Rental:
     return settle(connection, rental, price, cost, metered_at=until, **spent)
 
 
+def lock_books(connection: Connection, rental: Rental) -> None:
+    """Lock every account a rental may move, at once and so in the ledger's one order, before the first is changed."""
+    lock(connection, [credit_account(rental.user_id), payable(rental.provider), PROVIDER_COST, REVENUE, WRITE_OFF])
+
+
 def settle(connection: Connection, rental: Rental, price: Accrued, cost: Accrued, **values: Any) -> Rental:
     """Post what is due and not posted yet, of price and cost; write both to the rental with other columns."""
+    lock_books(connection, rental)
     charged, written_off = _charge(connection, rental, price.due_nanousd)
     return change(
         connection,
@@ -95,6 +101,7 @@ def charge_commitment(connection: Connection, rental: Rental) -> Rental:
 
 def release(connection: Connection, rental: Rental) -> None:
     """Give the rest of the hold back: nothing more will be charged. Again changes nothing."""
+    lock_books(connection, rental)
     hold = holds.get(connection, rental.hold_id)
     if hold is None or hold.state != "pending":
         return

@@ -125,6 +125,13 @@ class Offers:
         """Return what is wrong with each provider, nothing for one that is well or was not asked yet."""
         return {name: self._shelf(name, False).error for name in self._fleet.providers}
 
+    async def close(self) -> None:
+        """End what is being refreshed."""
+        running = [shelf.refreshing for shelf in self._shelves.values() if shelf.refreshing is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
     async def _stock(self, names: Iterable[str], is_spot: bool) -> None:
         """Have offers on the shelves: refresh old ones in the background, wait only for those that are of no use."""
         waiting = []
@@ -153,6 +160,9 @@ class Offers:
             if not shelf.error:
                 logger.warning("provider tells no offers", provider=name, error=str(error))
             shelf.error = str(error)[:500]
+        except Exception as error:  # an adapter's own fault must not leave the shelf without a word
+            logger.exception("provider's adapter failed", provider=name)
+            shelf.error = f"{name}: its adapter failed: {type(error).__name__}"
         else:
             shelf.offers, shelf.observed_at, shelf.error = tuple(found), at, ""
 

@@ -36,9 +36,12 @@ class Reconciler:
     async def cycle(self) -> None:
         """Look at every provider at once, then at every customer's money. Raises what the store raises."""
         rows = await self._fleet.read(in_states, LIVING)
-        names = list(self._fleet.providers)
-        await asyncio.gather(*(self._reconcile(name, [row for row in rows if row.provider == name]) for name in names))
+        works = [self._reconcile(name, [row for row in rows if row.provider == name]) for name in self._fleet.providers]
+        results = await asyncio.gather(*works, return_exceptions=True)
         await self.check_money()
+        for failure in results:  # one provider's trouble is not the others'
+            if failure is not None:
+                raise failure
 
     async def check_money(self) -> None:
         """Fill holds, warn, and begin to destroy what cannot be paid; what is destroyed is seen to at once."""
