@@ -24,6 +24,7 @@ CODES: dict[str, Code] = {
     "UNKNOWN_PROTOCOL": Code(400, "client", False, "no plugin handles this protocol; the known ones are named"),
     "UNAUTHORIZED": Code(401, "client", False, "no credential, or one that is unknown, expired or revoked"),
     "INSUFFICIENT_CREDITS": Code(402, "client", False, "the account has no credit left for this call"),
+    "BUDGET_EXCEEDED": Code(402, "client", False, "a budget is used up until its window ends; the message says when"),
     "FORBIDDEN": Code(403, "client", False, "the credential is valid but may not do this"),
     "TARGET_FORBIDDEN": Code(403, "client", False, "the target address is not public or not allowed"),
     "NOT_FOUND": Code(404, "client", False, "no such path or thing"),

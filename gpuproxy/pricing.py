@@ -10,6 +10,7 @@ four nanodollars more than exact arithmetic says, and never less. No call costs 
 
 from collections.abc import Iterable
 from decimal import Decimal
+from functools import lru_cache
 
 from msgspec import Struct
 
@@ -21,6 +22,8 @@ MILLION = 1_000_000
 US_PER_HOUR = 3_600_000_000
 PRICE_NANOUSD_MAX = 10**15  # a million dollars, per million tokens or per call
 METER_MAX = 10**12  # tokens or microseconds of one call; an upstream may claim any number
+MARKUP_BPS_MIN = -10_000  # everything for nothing
+MARKUP_BPS_MAX = 1_000_000  # a hundred times as much again
 NEVER_NS = 1 << 63  # after every time the store can hold
 CHARGE_NANOUSD_MAX = 10**13  # ten thousand dollars; more for one call is a mistake, and sums must fit 64 bits
 
@@ -50,6 +53,31 @@ class Price(Struct, frozen=True):
 
 
 FREE = Price(ANY)
+
+
+@lru_cache(maxsize=4_096)
+def marked_up(price: Price, markup_bps: int) -> Price:
+    """Return the price with a markup in hundredths of a percent, each part rounded up to a whole nanodollar.
+
+    Workers reserve by it and name the markup in the receipt, the ledger charges by it.
+    """
+    if not markup_bps:
+        return price
+    factor = 10_000 + max(MARKUP_BPS_MIN, min(markup_bps, MARKUP_BPS_MAX))
+    return Price(
+        price.model,
+        price.upstream,
+        _marked(price.input_nanousd_per_million, factor),
+        _marked(price.cached_input_nanousd_per_million, factor),
+        _marked(price.output_nanousd_per_million, factor),
+        _marked(price.request_nanousd, factor),
+        _marked(price.second_nanousd, factor),
+        price.valid_from_ns,
+    )
+
+
+def _marked(amount_nanousd: int, factor: int) -> int:
+    return -(-amount_nanousd * factor // 10_000)
 
 
 def charge(usage: Usage, price: Price, duration_us: int = 0, is_served: bool = True) -> int:

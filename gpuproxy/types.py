@@ -20,6 +20,8 @@ class Grant(Struct, array_like=True):
     ``models`` is None when every model is allowed. ``expires_ns`` is unix time in nanoseconds, 0 for never.
     ``rpm`` and ``tpm`` are the limits of requests and tokens per minute, 0 for none; those that are shared count
     for all keys of the user. ``rpm_ceiling`` is how far a call may raise ``rpm``.
+    ``markup_bps``, in hundredths of a percent, is added to what its calls cost. ``budget_key`` names the keys that
+    share a budget of their own; empty: it has none.
     ``revoked`` is set in place by a push from control, so that whoever still holds the grant sees it.
     """
 
@@ -34,6 +36,8 @@ class Grant(Struct, array_like=True):
     rpm_ceiling: int = 0
     tpm: int = 0
     is_tpm_shared: bool = False
+    markup_bps: int = 0
+    budget_key: str = ""
 
 
 class Usage(Struct, array_like=True, gc=False):
@@ -52,7 +56,8 @@ class Receipt(Struct, array_like=True, frozen=True, gc=False):
 
     ``id`` is unique over all workers and restarts. ``status`` is what the client was sent (0: nothing).
     ``first_byte_us`` counts from the request's last head byte to the upstream's first byte, -1 if none came.
-    ``path`` carries no query. Token fields are -1 when the answer told no usage.
+    ``path`` carries no query. Token fields are -1 when the answer told no usage. ``markup_bps`` is what the worker
+    reserved by; so it is charged by that, whatever holds when the receipt is stored.
     """
 
     id: str
@@ -78,3 +83,4 @@ class Receipt(Struct, array_like=True, frozen=True, gc=False):
     usage_source: UsageSource
     attempts: int
     is_stream: bool
+    markup_bps: int = 0

@@ -17,6 +17,7 @@ from gpuproxy.pricing import (
     Price,
     charge,
     from_config,
+    marked_up,
     nanousd_of,
     upper_bound,
 )
@@ -81,6 +82,17 @@ def test_more_use_never_costs_less(usage: Usage, price: Price, us: int, more: in
 def test_a_call_never_costs_more_than_its_upper_bound(usage: Usage, price: Price, us: int, a: int, b: int) -> None:
     bound = upper_bound(price, max(usage.input_tokens, a), max(usage.output_tokens, b), us)
     assert charge(usage, price, us) <= bound
+
+
+@given(USAGES, PRICES, DURATIONS, st.integers(-10_000, 1_000_000))
+def test_a_markup_is_exact_to_what_rounding_up_adds(usage: Usage, price: Price, us: int, markup_bps: int) -> None:
+    marked = marked_up(price, markup_bps)
+    for name in ("input_nanousd_per_million", "output_nanousd_per_million", "request_nanousd", "second_nanousd"):
+        exact = Fraction(getattr(price, name) * (10_000 + markup_bps), 10_000)
+        assert 0 <= getattr(marked, name) - exact < 1
+    assert charge(usage, marked, us) <= upper_bound(
+        marked, max(0, usage.input_tokens), max(0, usage.output_tokens), max(0, us)
+    )
 
 
 def test_the_upper_bound_of_a_price_in_whole_nanodollars_is_what_the_call_costs() -> None:

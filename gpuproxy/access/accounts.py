@@ -20,7 +20,7 @@ from gpuproxy.codec.key import SHOWN_CHARACTERS, digest_of, generate
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.cursor import Cursor
 from gpuproxy.store.engine import Store
-from gpuproxy.store.schema import api_keys, changes, users
+from gpuproxy.store.schema import account_terms, api_keys, budgets, changes, users
 from gpuproxy.types import ALL_SCOPES, Grant
 
 KEY_REVOKED = "key_revoked"  # changes.kind; the subject is a key
@@ -28,6 +28,7 @@ CHANGES_AT_ONCE = 1_000
 USER_BLOCKED = "user_blocked"  # changes.kind; the subject is a user
 USER_UNBLOCKED = "user_unblocked"
 INSTANCES_CHANGED = "instances_changed"
+TERMS_CHANGED = "terms_changed"  # changes.kind; the subject is a user, whose grants are to be asked for anew
 ADMIN_SCOPE = "admin"
 SCOPES = {  # of API keys; who logs in has all their account allows
     "inference": "call models and tools",
@@ -56,7 +57,8 @@ class Key(Struct, frozen=True):
     """What may be shown of an API key; `prefix` is its first characters.
 
     `models` is None when all are allowed; `rpm` and `tpm`, requests and tokens per minute, when the user's hold, 0 for
-    no limit; `rpm_ceiling`, how far a call may raise `rpm`, when none may.
+    no limit; `rpm_ceiling`, how far a call may raise `rpm`, when none may. `root_id` is the key whose budgets it
+    shares, None for its own.
     """
 
     id: str
@@ -71,6 +73,7 @@ class Key(Struct, frozen=True):
     rpm: int | None = None
     rpm_ceiling: int | None = None
     tpm: int | None = None
+    root_id: str | None = None
 
 
 class KeyTerms(Struct, frozen=True):
@@ -91,13 +94,14 @@ KEY_COLUMNS = tuple(api_keys.c[field] for field in Key.__struct_fields__)
 class ChangedKeys(Struct, frozen=True):
     """Keys whose right changed up to row `seq` of the change feed, by what they may do now.
 
-    `renters` are users whose rented machines have changed.
+    `renters` are users whose rented machines have changed. Keys `renewed` may do the same, on other terms.
     """
 
     seq: int
     lost: tuple[str, ...] = ()
     restored: tuple[str, ...] = ()
     renters: tuple[str, ...] = ()
+    renewed: tuple[str, ...] = ()
 
 
 async def create_user(store: Store, email: str, is_admin: bool = False) -> User:
@@ -181,14 +185,15 @@ async def create_key(
         return await add_key(connection, user.id, terms)
 
 
-async def add_key(connection: AsyncConnection, user_id: str, terms: KeyTerms) -> tuple[str, Key]:
+async def add_key(
+    connection: AsyncConnection, user_id: str, terms: KeyTerms, root_id: str | None = None
+) -> tuple[str, Key]:
     """Do what `create_key` does, inside the caller's writing transaction. Raises GatewayError UNPROCESSABLE."""
     now = datetime.now(UTC)
     _check_terms(terms, now)
     secret = generate()
-    key = Key(
-        str(uuid4()), user_id, prefix=secret[:SHOWN_CHARACTERS], revoked_at=None, created_at=now, **_fields(terms)
-    )
+    made: dict[str, Any] = {"prefix": secret[:SHOWN_CHARACTERS], "revoked_at": None, "created_at": now}
+    key = Key(str(uuid4()), user_id, root_id=root_id, **_fields(terms), **made)
     await connection.execute(insert(api_keys).values(**_fields(key), digest=digest_of(secret.encode())))
     return secret, key
 
@@ -235,6 +240,8 @@ async def grant_for(store: Store, digest: bytes, rpm: int = 0, tpm: int = 0) -> 
         rpm_ceiling=row.rpm_ceiling or 0,
         tpm=tpm if row.tpm is None else row.tpm,
         is_tpm_shared=row.tpm is None,
+        markup_bps=row.markup_bps or 0,
+        budget_key=row.budget_key or "",
     )
 
 
@@ -274,17 +281,21 @@ async def _changed(connection: AsyncConnection, newest: int, chosen: ColumnEleme
     subjects = select(changes.c.subject_id).where(chosen)
     of_keys = subjects.where(changes.c.kind == KEY_REVOKED)
     of_users = subjects.where(changes.c.kind.in_((USER_BLOCKED, USER_UNBLOCKED)))
+    on_other_terms = subjects.where(changes.c.kind == TERMS_CHANGED)
     is_live = and_(api_keys.c.revoked_at.is_(None), users.c.is_active).label("is_live")
+    is_right = or_(api_keys.c.id.in_(of_keys), api_keys.c.user_id.in_(of_users)).label("is_right")
     query = (
-        select(api_keys.c.id, is_live)
+        select(api_keys.c.id, is_live, is_right)
         .select_from(api_keys.join(users, users.c.id == api_keys.c.user_id))
-        .where(or_(api_keys.c.id.in_(of_keys), api_keys.c.user_id.in_(of_users)))
+        .where(or_(is_right, and_(is_live, api_keys.c.user_id.in_(on_other_terms))))
         .order_by(api_keys.c.created_at, api_keys.c.id)
     )
     rows = (await connection.execute(query)).all()
-    lost, restored = (tuple(row.id for row in rows if row.is_live == wanted) for wanted in (False, True))
+    of_right = [row for row in rows if row.is_right]
+    lost, restored = (tuple(row.id for row in of_right if row.is_live == wanted) for wanted in (False, True))
+    renewed = tuple(row.id for row in rows if not row.is_right)
     of_renters = select(changes.c.subject_id).where(chosen, changes.c.kind == INSTANCES_CHANGED).distinct()
-    return ChangedKeys(newest, lost, restored, tuple(await connection.scalars(of_renters)))
+    return ChangedKeys(newest, lost, restored, tuple(await connection.scalars(of_renters)), renewed)
 
 
 async def _user(connection: AsyncConnection, email: str) -> User:
@@ -310,8 +321,12 @@ def _grant_query() -> Select[Any]:
     )
     joined = api_keys.join(users, users.c.id == api_keys.c.user_id)
     key = api_keys.c
-    limits = (key.rpm, key.rpm_ceiling, key.tpm)
-    shown = select(key.id, key.user_id, key.scopes, key.models, key.expires_at, *limits)
+    terms, budget = account_terms.c, budgets.c
+    markup_bps = select(terms.markup_bps).where(terms.user_id == key.user_id).scalar_subquery().label("markup_bps")
+    shared = and_(budget.user_id == key.user_id, budget.key_id == func.coalesce(key.root_id, key.id))
+    budget_key = select(func.min(budget.key_id)).where(shared).scalar_subquery().label("budget_key")
+    bounds = (key.rpm, key.rpm_ceiling, key.tpm, markup_bps, budget_key)
+    shown = select(key.id, key.user_id, key.scopes, key.models, key.expires_at, *bounds)
     return shown.select_from(joined).where(may_call)
 
 

@@ -19,7 +19,8 @@ IDS_MAX = 500  # in one statement
 class Caller(Struct, frozen=True):
     """Who calls. `key_id` or `session_id` is set, by the kind of the credential.
 
-    `models`, `expires_at` and the limits are the bounds of a key; None where there is none.
+    `models`, `expires_at` and the limits are the bounds of a key; None where there is none. Its budgets are those of
+    the key `root_id`.
     """
 
     user_id: str
@@ -32,6 +33,7 @@ class Caller(Struct, frozen=True):
     rpm: int | None = None
     rpm_ceiling: int | None = None
     tpm: int | None = None
+    root_id: str = ""
 
     @property
     def is_admin(self) -> bool:
@@ -53,7 +55,8 @@ async def caller_by_key(store: Store, digest: bytes) -> Caller | None:
         return None
     scopes = tuple(scope for scope in row.scopes if scope != ADMIN_SCOPE or row.is_admin)
     models = None if row.models is None else tuple(row.models)
-    return Caller(row.user_id, row.email, scopes, row.id, "", models, row.expires_at, row.rpm, row.rpm_ceiling, row.tpm)
+    limits = (row.rpm, row.rpm_ceiling, row.tpm)
+    return Caller(row.user_id, row.email, scopes, row.id, "", models, row.expires_at, *limits, row.root_id or row.id)
 
 
 async def caller_by_token(store: Store, claims: Claims) -> Caller | None:

@@ -21,7 +21,7 @@ from gpuproxy.access.callers import Caller
 from gpuproxy.access.paging import Page, after
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
-from gpuproxy.store.schema import api_keys
+from gpuproxy.store.schema import api_keys, budgets
 from gpuproxy.types import ALL_SCOPES
 
 KEYS_MAX = 1_000  # live ones of one user
@@ -46,12 +46,25 @@ def terms_for(caller: Caller, wished: KeyTerms, has_scopes: bool) -> KeyTerms:
     return terms
 
 
-async def issue_key(connection: AsyncConnection, caller: Caller, terms: KeyTerms) -> tuple[str, Key]:
-    """Add a key for the caller; see `add_key`. Raises GatewayError CONFLICT for one too many."""
+async def issue_key(
+    connection: AsyncConnection, caller: Caller, terms: KeyTerms, root_id: str | None = None
+) -> tuple[str, Key]:
+    """Add a key for the caller; see `add_key`. One made by a key with a budget shares that.
+
+    Raises GatewayError CONFLICT for one too many.
+    """
     live = and_(api_keys.c.user_id == caller.user_id, api_keys.c.revoked_at.is_(None))
     if (await connection.scalar(select(func.count()).select_from(api_keys).where(live)) or 0) >= KEYS_MAX:
         raise GatewayError("CONFLICT", f"there are {KEYS_MAX} keys already; revoke those that are not used")
-    return await add_key(connection, caller.user_id, terms)
+    if root_id is None and await has_budget(connection, caller):
+        root_id = caller.root_id
+    return await add_key(connection, caller.user_id, terms, root_id)
+
+
+async def has_budget(connection: AsyncConnection, caller: Caller) -> bool:
+    """Tell whether the caller is a key with a budget of its own."""
+    query = select(budgets.c.id).where(budgets.c.user_id == caller.user_id, budgets.c.key_id == caller.root_id)
+    return bool(caller.key_id) and await connection.scalar(query.limit(1)) is not None
 
 
 async def rotate_key(connection: AsyncConnection, caller: Caller, key_id: str, overlap_s: int) -> tuple[str, Key, Key]:
@@ -67,7 +80,7 @@ async def rotate_key(connection: AsyncConnection, caller: Caller, key_id: str, o
     terms = KeyTerms(key.name, key.scopes, key.models, key.expires_at, key.rpm, key.rpm_ceiling, key.tpm)
     if caller.key_id != key_id:  # the limits were given to the old one and go over to the new
         _check_within(caller, msgspec.structs.replace(terms, rpm=caller.rpm, rpm_ceiling=None, tpm=caller.tpm))
-    secret, fresh = await issue_key(connection, caller, terms)
+    secret, fresh = await issue_key(connection, caller, terms, key.root_id or key.id)
     ends_at = now + timedelta(seconds=overlap_s)
     if key.expires_at is not None:
         ends_at = min(ends_at, key.expires_at)
@@ -81,6 +94,11 @@ async def revoke_own_key(connection: AsyncConnection, caller: Caller, key_id: st
     """Take a key of the caller's back for good; again changes nothing. Raises GatewayError NOT_FOUND."""
     if (await _own(connection, caller, key_id)).revoked_at is None:
         await _revoke(connection, key_id, datetime.now(UTC))
+    return await _own(connection, caller, key_id)
+
+
+async def own_key(connection: AsyncConnection, caller: Caller, key_id: str) -> Key:
+    """Return a key of the caller's. Raises GatewayError NOT_FOUND."""
     return await _own(connection, caller, key_id)
 
 

@@ -49,6 +49,7 @@ class ChangeFeed:
             self._link.readmit(changed.restored)
             if changed.renters:
                 self._link.forget_machines(changed.renters)
+            self._link.renew(changed.renewed)
             if changed.lost:
                 logger.info("keys revoked", key_ids=changed.lost)
                 self._link.revoke(changed.lost)

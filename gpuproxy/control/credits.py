@@ -10,15 +10,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.accounts import user_by_id
 from gpuproxy.access.audit import note
+from gpuproxy.billing import renewals
 from gpuproxy.control.money import GivenUsd, Usd, nanousd_given, usd
 from gpuproxy.control.once import HEADER, once
 from gpuproxy.control.parts import CALLER, STORE
 from gpuproxy.control.query import page_asked
 from gpuproxy.control.respond import page_of, success
 from gpuproxy.errors import GatewayError
+from gpuproxy.events.outbox import record
 from gpuproxy.ledger.book import format_usd
-from gpuproxy.ledger.statement import Credits, Transaction, credits_of, credits_within, transactions_of
+from gpuproxy.ledger.statement import Transaction, credits_within, transactions_of
 from gpuproxy.ledger.transfers import ADJUSTMENTS, Transfer, credit_account, post
+from gpuproxy.store.engine import Store
 
 UserId = Annotated[str, Meta(max_length=64, examples=["3f0c8d1e-6c1b-4f5a-9f57-0e6f1c2f8a11"])]
 
@@ -36,7 +39,7 @@ class CreditsInfo(Struct):
     held_nanousd: int
     overage_nanousd: int
     cap_nanousd: int
-    auto_renew: bool = False
+    auto_renew: bool
 
 
 class TransactionInfo(Struct):
@@ -70,7 +73,7 @@ class CreditGiven(Struct):
 
 async def show(request: web.Request) -> web.Response:
     """Show what the caller's account has."""
-    return success(credits_info(await credits_of(request.app[STORE], request[CALLER].user_id)))
+    return success(await credits_shown(request.app[STORE], request[CALLER].user_id))
 
 
 async def transactions(request: web.Request) -> web.Response:
@@ -94,18 +97,23 @@ async def add_credits(request: web.Request, body: CreditGift) -> web.Response:
             raise GatewayError("CONFLICT", f"{HEADER} {key!r} has added this amount before, over a day ago")
         detail = {"amount_usd": format_usd(amount_nanousd), "transaction_id": given.id}
         await note(connection, caller, "credits.add", user_id, detail)
+        told = {"amount": float(format_usd(amount_nanousd)), "amount_nanousd": amount_nanousd}
+        await connection.run_sync(record, "credits.added", user_id, {**told, "transaction_id": given.id})
         left = (await credits_within(connection, user_id)).remaining_nanousd
         return CreditGiven(user_id, given.id, usd(amount_nanousd), amount_nanousd, usd(left), left)
 
     return await once(request, body, 200, work)
 
 
-def credits_info(found: Credits) -> CreditsInfo:
+async def credits_shown(store: Store, user_id: str) -> CreditsInfo:
     """Return a customer's account as the API shows it."""
+    async with store.reading() as connection:
+        found = await credits_within(connection, user_id)
+        renewal = await connection.run_sync(renewals.get, user_id)
     remaining, total, held = found.remaining_nanousd, found.total_nanousd, found.held_nanousd
     overage, cap = max(0, -remaining), found.overdraft_nanousd
     shown = usd(remaining), usd(total), usd(held), usd(overage), usd(cap)
-    return CreditsInfo(*shown, remaining, total, held, overage, cap)
+    return CreditsInfo(*shown, remaining, total, held, overage, cap, renewal.is_enabled)
 
 
 def transaction_info(found: Transaction) -> TransactionInfo:

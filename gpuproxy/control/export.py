@@ -12,18 +12,20 @@ from msgspec import Struct
 from gpuproxy.access.accounts import User, user_by_id
 from gpuproxy.access.audit import note
 from gpuproxy.access.callers import Caller
-from gpuproxy.access.keys import list_own_keys
+from gpuproxy.access.keys import KEYS_MAX, list_own_keys
 from gpuproxy.access.paging import ROWS_MAX, Page
 from gpuproxy.access.roster import keys_of, user_pages
-from gpuproxy.control.credits import credits_info, transaction_info
+from gpuproxy.control.budgets import budget_info
+from gpuproxy.control.credits import credits_shown, transaction_info
 from gpuproxy.control.keys import KeyInfo, key_info
 from gpuproxy.control.money import Usd, usd
 from gpuproxy.control.parts import CALLER, EXPORTING, STORE
 from gpuproxy.control.streams import csv_lines, json_array, json_lines, json_object, json_success, stream
 from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.book import format_usd
+from gpuproxy.ledger.budgets import Budget, budgets_of
 from gpuproxy.ledger.history import Use, transaction_pages, use_pages
-from gpuproxy.ledger.statement import Credits, credits_of, credits_of_all
+from gpuproxy.ledger.statement import Credits, credits_of_all
 from gpuproxy.store.engine import Store
 
 EXPORTS_MAX = 4  # at once; each keeps the store busy
@@ -70,11 +72,13 @@ async def own(request: web.Request) -> web.StreamResponse:
     with _exporting(request):
         async with store.reading() as connection:
             profile = await user_by_id(connection, caller.user_id)
+            budgets = await connection.run_sync(budgets_of, caller.user_id)
         fields: list[tuple[str, Any]] = [
             ("exported_at", datetime.now(UTC)),
             ("profile", profile),
-            ("credits", credits_info(await credits_of(store, caller.user_id))),
-            ("api_keys", _own_keys(store, caller)),
+            ("credits", await credits_shown(store, caller.user_id)),
+            ("api_keys", _own_keys(store, caller, budgets)),
+            ("quotas", {"keys_max": KEYS_MAX, "budgets": [budget_info(each) for each in budgets]}),
             ("gpu_usage", _uses(store, caller.user_id)),
             ("transactions", _transactions(store, caller.user_id, is_income=False)),
             ("credit_history", _transactions(store, caller.user_id, is_income=True)),
@@ -115,10 +119,10 @@ def _exporting(request: web.Request) -> Iterator[None]:
         running.discard(user_id)
 
 
-async def _own_keys(store: Store, caller: Caller) -> AsyncIterator[list[KeyInfo]]:
+async def _own_keys(store: Store, caller: Caller, budgets: list[Budget]) -> AsyncIterator[list[KeyInfo]]:
     cursor = ""
     while page := await list_own_keys(store, caller, Page(ROWS_MAX, cursor)):
-        yield [key_info(key) for key in page]
+        yield [key_info(key, budgets) for key in page]
         cursor = page[-1].id
 
 

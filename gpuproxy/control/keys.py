@@ -1,5 +1,6 @@
 """API keys of the caller's account: ``/api/v1/auth/apikey…``."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -8,11 +9,14 @@ from msgspec import UNSET, Meta, Struct, UnsetType, structs
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.accounts import NAME_CHARACTERS_MAX, RPM_MAX, Key, KeyTerms
-from gpuproxy.access.keys import issue_key, list_own_keys, revoke_own_key, rotate_key, terms_for
+from gpuproxy.access.callers import Caller
+from gpuproxy.access.keys import issue_key, list_own_keys, own_key, revoke_own_key, rotate_key, terms_for
+from gpuproxy.control.budgets import BudgetInfo, KeyBudget, add_key_budget, budget_info
 from gpuproxy.control.once import once
 from gpuproxy.control.parts import CALLER, STORE
 from gpuproxy.control.query import page_asked
 from gpuproxy.control.respond import page_of, success
+from gpuproxy.ledger.budgets import Budget, budgets_of
 from gpuproxy.types import ALL_SCOPES
 
 MODELS_MAX = 256
@@ -35,6 +39,7 @@ class NewKey(Struct, forbid_unknown_fields=True):
         | None
     ) = None
     tpm: Annotated[int, Meta(ge=0, le=RPM_MAX, description="tokens per minute; 0: no limit; by admins")] | None = None
+    budget: KeyBudget | None = None
 
 
 class Rotation(Struct, forbid_unknown_fields=True):
@@ -44,7 +49,9 @@ class Rotation(Struct, forbid_unknown_fields=True):
 
 
 class KeyInfo(Struct):
-    """What may be shown of a key; `rpm` and `tpm` are None where the default holds."""
+    """What may be shown of a key; `rpm` and `tpm` are None where the default holds. `budgets` are its own, not its
+    account's.
+    """
 
     id: str
     name: str
@@ -57,6 +64,7 @@ class KeyInfo(Struct):
     expires_at: datetime | None
     revoked_at: datetime | None
     created_at: datetime
+    budgets: list[BudgetInfo] | UnsetType = UNSET
 
 
 class MadeKey(KeyInfo, kw_only=True):
@@ -79,7 +87,9 @@ async def make(request: web.Request, body: NewKey) -> web.Response:
 
     async def work(connection: AsyncConnection) -> MadeKey:
         secret, key = await issue_key(connection, caller, terms)
-        return MadeKey(**_shown(key), api_key=secret)
+        if body.budget is not None:
+            await add_key_budget(connection, caller.user_id, key.id, body.budget)
+        return MadeKey(**_shown(key, await _budgets(connection, caller)), api_key=secret)
 
     return await once(request, body, 201, work)
 
@@ -87,15 +97,27 @@ async def make(request: web.Request, body: NewKey) -> web.Response:
 async def list_all(request: web.Request) -> web.Response:
     """List the account's keys without their secrets, oldest first."""
     page = page_asked(request)
-    found = await list_own_keys(request.app[STORE], request[CALLER], page)
-    return page_of([key_info(key) for key in found], page.limit)
+    store, caller = request.app[STORE], request[CALLER]
+    found = await list_own_keys(store, caller, page)
+    async with store.reading() as connection:
+        budgets = await _budgets(connection, caller)
+    return page_of([key_info(key, budgets) for key in found], page.limit)
+
+
+async def show(request: web.Request) -> web.Response:
+    """Show one key of the account without its secret."""
+    caller = request[CALLER]
+    async with request.app[STORE].reading() as connection:
+        key = await own_key(connection, caller, request.match_info["id"])
+        return success(key_info(key, await _budgets(connection, caller)))
 
 
 async def revoke(request: web.Request) -> web.Response:
     """Revoke a key; dead on every worker within a second."""
+    caller = request[CALLER]
     async with request.app[STORE].writing() as connection:
-        key = await revoke_own_key(connection, request[CALLER], request.match_info["id"])
-    return success(key_info(key))
+        key = await revoke_own_key(connection, caller, request.match_info["id"])
+        return success(key_info(key, await _budgets(connection, caller)))
 
 
 async def rotate(request: web.Request, body: Rotation) -> web.Response:
@@ -106,7 +128,8 @@ async def rotate(request: web.Request, body: Rotation) -> web.Response:
         secret, fresh, old = await rotate_key(connection, caller, key_id, body.overlap_s)
         ends_at = old.revoked_at or old.expires_at
         assert ends_at is not None  # rotating has set it
-        return RotatedKey(**_shown(fresh), api_key=secret, old_id=old.id, old_expires_at=ends_at)
+        shown = _shown(fresh, await _budgets(connection, caller))
+        return RotatedKey(**shown, api_key=secret, old_id=old.id, old_expires_at=ends_at)
 
     return await once(request, body, 201, work)
 
@@ -118,11 +141,19 @@ def _terms(body: NewKey) -> KeyTerms:
     return KeyTerms(body.name, scopes, body.models, expires_at, body.rpm, body.rpm_ceiling, body.tpm)
 
 
-def key_info(key: Key) -> KeyInfo:
-    """Return what may be shown of a key."""
-    return KeyInfo(**_shown(key))
+def key_info(key: Key, budgets: Sequence[Budget] | None = None) -> KeyInfo:
+    """Return what may be shown of a key; its budgets are among those of its user, if these are given."""
+    return KeyInfo(**_shown(key, budgets))
 
 
-def _shown(key: Key) -> dict[str, Any]:
+def _shown(key: Key, budgets: Sequence[Budget] | None) -> dict[str, Any]:
     fields = structs.asdict(key)
-    return {name: fields[name] for name in KeyInfo.__struct_fields__}
+    shown = {name: fields[name] for name in KeyInfo.__struct_fields__ if name in fields}
+    if budgets is not None:
+        root_id = key.root_id or key.id
+        shown["budgets"] = [budget_info(each) for each in budgets if each.key_id == root_id]
+    return shown
+
+
+async def _budgets(connection: AsyncConnection, caller: Caller) -> list[Budget]:
+    return await connection.run_sync(budgets_of, caller.user_id)

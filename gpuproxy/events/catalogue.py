@@ -39,6 +39,8 @@ EVENTS: dict[str, Kind] = {
     "subscription.renewed": Kind("billing_events", "a subscription goes on for another period"),
     "subscription.cancelled": Kind("billing_events", "a subscription ends"),
     "credits.added": Kind("billing_events", "credit was added by an operator"),
+    "budget.warning": Kind("billing_events", "80 % of a budget are spent"),
+    "budget.exceeded": Kind("billing_events", "a budget is spent, or a call was refused because it would be"),
     "credits.low": Kind("billing_events", "little credit is left"),
     "usage.recorded": Kind("usage_events", "calls of yours were charged: a sum over a moment"),
     "webhook.test": Kind("account_events", "a test delivery you asked for; goes to that webhook only"),

@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 from sqlalchemy import Connection, select, update
 
 from gpuproxy.ledger import holds
+from gpuproxy.ledger.budgets import KEY_MARK, Budget, refused, room
 from gpuproxy.ledger.peers import Peers
 from gpuproxy.ledger.rates import share
 from gpuproxy.ledger.settle import lease_owner
@@ -91,8 +92,10 @@ class Leases:
         subject = subject_of(ask)
         async with self._locks.setdefault(subject, asyncio.Lock()):
             answer, elsewhere = await self._grant(epoch, ask, subject)
-            if not answer.amount and ask.least and await self._recall(epoch, ask.kind, subject, elsewhere):
-                answer, _ = await self._grant(epoch, ask, subject)
+            if not answer.amount and ask.least:
+                was_recalled = await self._recall(epoch, ask.kind, subject, elsewhere)
+                if was_recalled or answer.budget_ends_ns:
+                    answer, _ = await self._grant(epoch, ask, subject, is_last=True)
         return answer
 
     async def give_back(self, subject: Subject, kind: LeaseKind) -> None:
@@ -109,9 +112,9 @@ class Leases:
         if returned.kind != "nanousd":
             self._windows.take_back(subject_of(returned), (epoch, returned.lease_id), returned.amount)
         elif returned.amount < 0:
-            self._idle[(lease_owner(self._node, epoch), returned.user_id)] = self._passes()
+            self._idle[(lease_owner(self._node, epoch, returned.key_id), returned.user_id)] = self._passes()
         elif returned.amount:
-            key = (lease_owner(self._node, epoch), returned.user_id)
+            key = (lease_owner(self._node, epoch, returned.key_id), returned.user_id)
             self._owed[key] = self._owed.get(key, 0) + returned.amount
         self._note_answer(epoch, returned.recall_id)
 
@@ -137,10 +140,11 @@ class Leases:
         self._windows.sweep(self.now_ns())
         self._forget_limits()
         async with self._store.reading() as connection:
-            dead = await connection.run_sync(_owners, lease_owner(self._node, "")) - living
+            found = await connection.run_sync(_owners, lease_owner(self._node, ""))
+        dead = {owner for owner in found if worker_of(owner) not in living}
         ended, self._suspects = dead & self._suspects, dead
         if time.monotonic() - self._renewed_s >= RENEW_S:
-            await self._renew(living)
+            await self._renew(found - dead)
             self._renewed_s = time.monotonic()
         return await self._end(ended) if ended else 0
 
@@ -159,19 +163,22 @@ class Leases:
             await connection.run_sync(_renew, owners)
             await connection.run_sync(holds.expire, datetime.now(UTC))
 
-    async def _grant(self, epoch: str, ask: Lease, subject: Subject) -> tuple[Leased, AbstractSet[str]]:
+    async def _grant(
+        self, epoch: str, ask: Lease, subject: Subject, is_last: bool = False
+    ) -> tuple[Leased, AbstractSet[str]]:
         """Answer from what is free; also say which other nodes may hold requests, as far as that is known."""
         if ask.kind != "nanousd":
             return await self._grant_requests(epoch, ask, subject)
-        owner = lease_owner(self._node, epoch)
+        owner = lease_owner(self._node, epoch, ask.key_id)
         owed = {key: amount for key, amount in self._owed.items() if key[1] == ask.user_id}
         async with self._store.writing() as connection:
             await connection.run_sync(_give_back, owed, ())
-            amount = await connection.run_sync(_hold, owner, ask)
+            amount, budget = await connection.run_sync(_hold, owner, ask, is_last)
         self._forget(owed)
         if amount:
             self._idle.pop((owner, ask.user_id), None)
-        return Leased(ask.id, amount), frozenset()
+        budget_ends_ns = budget.ends_ns(time.time()) if budget is not None else 0
+        return Leased(ask.id, amount, budget_ends_ns=budget_ends_ns), frozenset()
 
     async def _grant_requests(self, epoch: str, ask: Lease, subject: Subject) -> tuple[Leased, AbstractSet[str]]:
         limit = await self._limit(subject)
@@ -214,7 +221,7 @@ class Leases:
         prefix = lease_owner(self._node, "")
         recall_id = next(self._recall_ids)
         message = Recall(recall_id, *subject, kind)
-        missing = {owner.removeprefix(prefix) for owner in owners if owner.startswith(prefix)} - {epoch}
+        missing = {worker_of(owner).removeprefix(prefix) for owner in owners if owner.startswith(prefix)} - {epoch}
         answered = asyncio.Event()
         self._recalls[recall_id] = missing, answered
         try:
@@ -288,20 +295,33 @@ def journaled_epochs(directory: Path) -> set[str]:
     return set()
 
 
-def _hold(connection: Connection, owner: str, ask: Lease) -> int:
-    """Hold a part of the customer's free credit for a worker; return how much."""
+def worker_of(owner: str) -> str:
+    """Return the owner of the leases for all keys, of the worker that owns those of one."""
+    return owner.partition(KEY_MARK)[0]
+
+
+def _hold(connection: Connection, owner: str, ask: Lease, is_last: bool) -> tuple[int, Budget | None]:
+    """Hold a part of the customer's free credit for a worker; return how much, and the budget that refused more.
+
+    `is_last` tells that the call is refused now if this refuses.
+    """
     account_id = credit_account(ask.user_id)
     account = lock(connection, [account_id]).get(account_id)
-    amount = share(account.free_nanousd if account else 0, ask.least, ask.wanted, SHARE)
+    free = account.free_nanousd if account else 0
+    left = room(connection, ask.user_id, ask.key_id)
+    amount = share(min(free, left.nanousd), ask.least, ask.wanted, SHARE)
     if not amount:
-        return 0
+        budget = left.tightest if left.nanousd < ask.least <= free else None
+        if budget is not None and is_last:
+            refused(connection, budget)
+        return 0, budget
     expires_at = datetime.now(UTC) + timedelta(seconds=EXPIRY_S)
     hold = _of(connection, owner, account_id)
     if hold is None:
         holds.place(connection, ask.user_id, amount, f"{owner}:{uuid4()}", owner, expires_at)
     elif not holds.extend(connection, hold.id, amount, expires_at):
-        return 0
-    return amount
+        return 0, None
+    return amount, None
 
 
 def _of(connection: Connection, owner: str, account_id: str) -> holds.Hold | None:

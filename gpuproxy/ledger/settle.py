@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, bindparam, or_, select, update
 
+from gpuproxy.ledger.budgets import KEY_MARK, roots_of, spend
 from gpuproxy.ledger.transfers import REVENUE, WRITE_OFF, Account, Transfer, credit_account, lock, post
-from gpuproxy.pricing import Catalogue, cost_of
+from gpuproxy.pricing import Catalogue, cost_of, marked_up
 from gpuproxy.store.schema import accounts, holds, receipts
 from gpuproxy.types import Receipt
 
@@ -27,6 +28,7 @@ class Call(NamedTuple):
     owner: str
     user_id: str
     cost_nanousd: int
+    key_id: str = ""
 
 
 class Lease(NamedTuple):
@@ -37,9 +39,9 @@ class Lease(NamedTuple):
     posted_nanousd: int
 
 
-def lease_owner(node: str, epoch: str) -> str:
-    """Return who owns the leases of a worker process on a node."""
-    return f"lease:{node}/{epoch}"
+def lease_owner(node: str, epoch: str, budget_key: str = "") -> str:
+    """Return who owns the leases of a worker process on a node; those for keys with a budget of their own are apart."""
+    return f"lease:{node}/{epoch}" + (f"{KEY_MARK}{budget_key}" if budget_key else "")
 
 
 def priced(catalogue: Catalogue, owner: str, rows: Iterable[Row]) -> list[Call]:
@@ -47,11 +49,12 @@ def priced(catalogue: Catalogue, owner: str, rows: Iterable[Row]) -> list[Call]:
     if not catalogue:
         return []
     costs = ((row, _cost(Receipt(*row), catalogue)) for row in rows)
-    return [Call(row[_ID], owner, row[_USER], cost) for row, cost in costs if cost]
+    return [Call(row[_ID], owner, row[_USER], cost, row[_KEY]) for row, cost in costs if cost]
 
 
 def _cost(receipt: Receipt, catalogue: Catalogue) -> int:
-    return cost_of(receipt, catalogue.find(receipt.model, receipt.upstream, receipt.started_ns))
+    price = catalogue.find(receipt.model, receipt.upstream, receipt.started_ns)
+    return cost_of(receipt, marked_up(price, receipt.markup_bps) if receipt.markup_bps else price)
 
 
 def settle(connection: Connection, calls: Sequence[Call]) -> dict[str, str]:
@@ -67,6 +70,7 @@ def settle(connection: Connection, calls: Sequence[Call]) -> dict[str, str]:
         by_user.setdefault(call.user_id, []).append(call)
     found = lock(connection, [*map(credit_account, by_user), REVENUE, WRITE_OFF])
     leases = _leases(connection, {call.owner for call in new.values()}, found)
+    owners = _owners(connection, new.values(), leases)
     transfers: list[Transfer] = []
     drawn: dict[tuple[str, str], int] = {}
     charge_ids: dict[str, str] = {}
@@ -74,11 +78,12 @@ def settle(connection: Connection, calls: Sequence[Call]) -> dict[str, str]:
         charge_id = str(uuid4())
         charge_ids.update((call.id, charge_id) for call in own)
         account = found.get(credit_account(user_id), Account(""))
-        from_leases = _draw(own, account.id, leases)
+        from_leases = _draw(own, owners, account.id, leases)
         drawn.update(from_leases)
         transfers += _transfers(account, sum(call.cost_nanousd for call in own), sum(from_leases.values()), charge_id)
     _take_from_leases(connection, drawn, leases)
     post(connection, transfers)
+    _spend(connection, new.values())
     return charge_ids
 
 
@@ -95,20 +100,45 @@ def _unknown(connection: Connection, calls: Sequence[Call]) -> dict[str, Call]:
 def _leases(connection: Connection, owners: Iterable[str], found: Iterable[str]) -> dict[tuple[str, str], Lease]:
     """Return the pending holds of these owners on these accounts, by owner and account."""
     shown = (holds.c.owner, holds.c.account_id, holds.c.id, holds.c.remaining_nanousd, holds.c.posted_nanousd)
-    chosen = (holds.c.state == "pending") & holds.c.owner.in_(sorted(owners)) & holds.c.account_id.in_(sorted(found))
+    wanted = sorted(owners)
+    is_owned = or_(holds.c.owner.in_(wanted), *(holds.c.owner.startswith(f"{owner}{KEY_MARK}") for owner in wanted))
+    chosen = (holds.c.state == "pending") & is_owned & holds.c.account_id.in_(sorted(found))
     rows = connection.execute(select(*shown).where(chosen))
     return {(row.owner, row.account_id): Lease(*row[2:]) for row in rows}
 
 
-def _draw(calls: Iterable[Call], account_id: str, leases: dict[tuple[str, str], Lease]) -> dict[tuple[str, str], int]:
+def _owners(
+    connection: Connection, calls: Iterable[Call], leases: Iterable[tuple[str, str]]
+) -> dict[tuple[str, str], str]:
+    """Return who owns the lease of a call, by its worker and key, where that is not the worker's for all keys."""
+    marked = {owner for owner, _ in leases if KEY_MARK in owner}
+    if not marked:
+        return {}
+    pairs = {(call.owner, call.key_id) for call in calls}
+    roots = roots_of(connection, {key_id for _, key_id in pairs})
+    owners = {pair: f"{pair[0]}{KEY_MARK}{roots.get(pair[1], pair[1])}" for pair in pairs}
+    return {pair: owner for pair, owner in owners.items() if owner in marked}
+
+
+def _draw(
+    calls: Iterable[Call], owners: dict[tuple[str, str], str], account_id: str, leases: dict[tuple[str, str], Lease]
+) -> dict[tuple[str, str], int]:
     """Return how much of what one customer's calls cost comes out of which lease."""
     drawn: dict[tuple[str, str], int] = {}
     for call in calls:
-        key = (call.owner, account_id)
+        key = (owners.get((call.owner, call.key_id), call.owner), account_id)
         if key in leases:
             wanted = drawn.get(key, 0) + call.cost_nanousd
             drawn[key] = min(wanted, leases[key].remaining_nanousd)
     return drawn
+
+
+def _spend(connection: Connection, calls: Iterable[Call]) -> None:
+    charged: dict[tuple[str, str], int] = {}
+    for call in calls:
+        subject = (call.user_id, call.key_id)
+        charged[subject] = charged.get(subject, 0) + call.cost_nanousd
+    spend(connection, charged)
 
 
 def _transfers(account: Account, cost_nanousd: int, drawn_nanousd: int, charge_id: str) -> list[Transfer]:
@@ -146,4 +176,4 @@ def _take_from_leases(
     )
 
 
-_ID, _USER = (Receipt.__struct_fields__.index(name) for name in ("id", "user_id"))
+_ID, _USER, _KEY = (Receipt.__struct_fields__.index(name) for name in ("id", "user_id", "key_id"))

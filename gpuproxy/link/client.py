@@ -18,6 +18,7 @@ from gpuproxy.link.messages import (
     Machines,
     Prices,
     Recall,
+    Renew,
     Return,
     Revoke,
     Unavailable,
@@ -44,6 +45,7 @@ class LinkClient(asyncio.Protocol):
 
     def __init__(self, path: str, hello: Hello) -> None:
         self.on_revoke: Callable[[tuple[str, ...]], None] = lambda key_ids: None
+        self.on_renew: Callable[[tuple[str, ...]], None] = lambda key_ids: None
         self.on_reconnect: Callable[[], None] = lambda: None
         self.on_recall: Callable[[Recall], None] = lambda recall: None
         self.on_prices: Callable[[list[Price]], None] = lambda prices: None
@@ -143,6 +145,8 @@ class LinkClient(asyncio.Protocol):
                     self._told_machines(message.id, message.machines)
                 case ForgetMachines():
                     self.on_forget_machines(message.user_ids)
+                case Renew():
+                    self.on_renew(message.key_ids)
                 case Prices():
                     self._take_prices(message)
 

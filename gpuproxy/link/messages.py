@@ -1,7 +1,7 @@
 """What worker and control say to each other over the link: length-prefixed MessagePack.
 
 A frame is a 4-byte big-endian length and one message. Control answers `Authorize` with `Authorized` of the
-same ``id``; `Revoke` and `Prices` are pushed. Both ends are of one version (one supervisor starts both), so
+same ``id``; `Revoke`, `Renew` and `Prices` are pushed. Both ends are of one version (one supervisor starts both), so
 unknown messages are a fault.
 """
 
@@ -58,6 +58,12 @@ class Revoke(Struct, tag="revoke", frozen=True):
     key_ids: tuple[str, ...]
 
 
+class Renew(Struct, tag="renew", frozen=True):
+    """Pushed: ask about these keys again, on other terms than before they may do the same."""
+
+    key_ids: tuple[str, ...]
+
+
 class Prices(Struct, tag="prices", frozen=True):
     """Pushed at connect, before any other message, and on change: all prices, in as many messages as they need."""
 
@@ -70,7 +76,8 @@ class Lease(Struct, tag="lease", frozen=True):
     """Ask for a part of what is left: ``least`` for a call that waits (0: none does), ``wanted`` to go on with.
 
     Requests and tokens count against the limit of the key, or of the user if ``key_id`` is empty; nanodollars always
-    come from the user's credit. ``limit`` raises the limit for this question, for a key that may.
+    come from the user's credit, and with ``key_id`` are for the keys that share a budget under that id. ``limit``
+    raises the limit for this question, for a key that may.
     """
 
     id: int
@@ -86,7 +93,8 @@ class Leased(Struct, tag="leased", frozen=True):
     """Answer to Lease: ``amount`` is 0, or at least what was needed. Spend it before ``until_ns`` (0: no end).
 
     For requests and tokens also the limit per minute (0: none; then the amount is as wanted), what is left of it, and
-    when something comes back if nothing is. Times are monotonic nanoseconds, which all processes of a machine share.
+    when something comes back if nothing is. Times are monotonic nanoseconds, which all processes of a machine share;
+    but ``budget_ends_ns`` is unix time: the end of the window of the budget that refused nanodollars, 0 for none.
     """
 
     id: int
@@ -95,6 +103,7 @@ class Leased(Struct, tag="leased", frozen=True):
     limit: int = 0
     remaining: int = 0
     reset_ns: int = 0
+    budget_ends_ns: int = 0
 
 
 class Return(Struct, tag="return", frozen=True):
@@ -147,7 +156,7 @@ class ForgetMachines(Struct, tag="forget_machines", frozen=True):
 
 
 FromWorker = Hello | Authorize | Lease | Return | AskMachines
-FromControl = Authorized | Unavailable | Revoke | Prices | Leased | Recall | Machines | ForgetMachines
+FromControl = Authorized | Unavailable | Revoke | Renew | Prices | Leased | Recall | Machines | ForgetMachines
 
 _encoder = msgspec.msgpack.Encoder()
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

@@ -27,6 +27,7 @@ from gpuproxy.link.messages import (
     Machines,
     Prices,
     Recall,
+    Renew,
     Return,
     Revoke,
     Unavailable,
@@ -100,6 +101,13 @@ class LinkServer:
         """Forget that these keys were revoked: they are good again."""
         for key_id in key_ids:
             self._revoked.pop(key_id, None)
+
+    def renew(self, key_ids: Iterable[str]) -> None:
+        """Let every worker that is linked ask about these keys again; others do so when they come back."""
+        wanted = tuple(key_ids)
+        for link in list(self.links):
+            for start in range(0, len(wanted), REVOKE_KEYS_MAX):
+                link.send(Renew(wanted[start : start + REVOKE_KEYS_MAX]))
 
     def publish(self, prices: Iterable[Price]) -> None:
         """Tell every worker, now if they have changed and each on its return, what calls cost."""

@@ -81,6 +81,13 @@ class Admission:
             if held is not None:
                 held.grant.revoked = True
 
+    def renew(self, key_ids: tuple[str, ...]) -> None:
+        """Ask about these keys again; until the answer is here they may do what they might."""
+        for key_id in key_ids:
+            digest = self._by_key_id.get(key_id)
+            if digest is not None:
+                self._ask(digest)
+
     def sweep(self) -> None:
         """Give up questions that wait too long; called now and then."""
         now_s = self._now()

@@ -12,7 +12,7 @@ from gpuproxy.plugin import AnswerEditor, Call, Intent, ProtocolHandler, Upstrea
 from gpuproxy.pricing import FREE, Price, cost_of
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy import refusal, tunnel
-from gpuproxy.proxy.credit import Bill, no_credit, unknown_credit, used_by_now
+from gpuproxy.proxy.credit import Bill, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
 from gpuproxy.proxy.limits import Purse
@@ -373,7 +373,7 @@ class Answer:
         if bill is None:
             return
         if outcome != "taken":
-            self._cut_off(no_credit(bill) if outcome == "refused" else unknown_credit())
+            self._cut_off(self.plane.credit.refusal(bill) if outcome == "refused" else unknown_credit())
         elif not self.downstream.is_write_blocked:
             self.resume_answer()
 
@@ -660,6 +660,7 @@ class Answer:
                 usage.source,
                 self._attempts,
                 intent.is_stream,
+                grant.markup_bps,
             )
             if bill is not None:
                 plane.timed.pop(self, None)

@@ -16,7 +16,7 @@ from gpuproxy.link.client import LinkClient
 from gpuproxy.link.messages import Leased, Recall, Return
 from gpuproxy.link.wallet import Outcome, Wallet
 from gpuproxy.plugin import Intent, UsageReader
-from gpuproxy.pricing import Price, upper_bound
+from gpuproxy.pricing import Price, marked_up, upper_bound
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.types import Grant, Usage
 
@@ -53,6 +53,7 @@ class Credit:
         self._settings = settings
         self._link = link
         self._wallets: dict[Subject, Wallet] = {}
+        self._budget_ends_ns = 0  # while waiters are told that a budget refuses them
 
     def bill(self, grant: Grant, intent: Intent, price: Price, input_bytes: int) -> Bill:
         """Return what a call needs to reserve. A token has at least one byte, so the body bounds the input."""
@@ -97,8 +98,7 @@ class Credit:
             wallet.sweep(now_ns)
             if wallet.is_empty:
                 del self._wallets[subject]
-                if all(user_id != subject[0] for user_id, _ in self._wallets):
-                    self._link.send(Return(*subject, "nanousd", NOTHING_LEFT))
+                self._link.send(Return(*subject, "nanousd", NOTHING_LEFT))
 
     def close(self) -> None:
         """Give everything back: the worker stops."""
@@ -112,10 +112,28 @@ class Credit:
                 wallet.recall(time.monotonic_ns())
         self._link.send(Return(message.user_id, message.key_id, message.kind, 0, recall_id=message.id))
 
+    def refusal(self, bill: Bill) -> GatewayError:
+        """Return the error for a call that the account, or a budget, cannot pay; within a waiter only."""
+        most = upper_bound(bill.price, bill.input_max, bill.output_max, bill.time_us)
+        message = f"this call may cost up to {most // 10**9}.{most % 10**9:09} USD, more than "
+        remedy = "or bound the answer with max_tokens"
+        if self._budget_ends_ns:
+            left_s = max(1, (self._budget_ends_ns - time.time_ns()) // 10**9)
+            return GatewayError("BUDGET_EXCEEDED", f"{message}a budget has left; wait {left_s} s, {remedy}", left_s)
+        return GatewayError("INSUFFICIENT_CREDITS", f"{message}the account has left; add credit, {remedy}")
+
+    def _answered(self, wallet: Wallet, answer: Leased | None) -> None:
+        if answer is None:
+            wallet.fail()
+            return
+        self._budget_ends_ns = answer.budget_ends_ns
+        wallet.refill(answer.id, answer.amount, answer.until_ns, time.monotonic_ns())
+        self._budget_ends_ns = 0
+
     def _open(self, subject: Subject) -> Wallet:
         def ask(least: int, wanted: int) -> None:
             ahead = max(wanted, CALLS_AHEAD * least)
-            self._link.lease(*subject, "nanousd", least, ahead, lambda answer: _answered(wallet, answer))
+            self._link.lease(*subject, "nanousd", least, ahead, lambda answer: self._answered(wallet, answer))
 
         def give(lease_id: int, amount: int) -> None:
             if amount:
@@ -126,19 +144,18 @@ class Credit:
 
 
 def subject_of(grant: Grant) -> Subject:
-    """Return whose wallet a call spends from: one for all keys of a user. A key with a bound of its own needs one of
-    its own, with its id; control then learns of both and can hold to both.
+    """Return whose wallet a call spends from: one for all keys of a user, but keys with a budget of their own have one
+    of their own, with its id; control learns of both and can hold to both.
     """
-    return grant.user_id, ""
+    return grant.user_id, grant.budget_key
 
 
-def no_credit(bill: Bill) -> GatewayError:
-    """Return the error for a call that the account cannot pay."""
-    most = upper_bound(bill.price, bill.input_max, bill.output_max, bill.time_us)
-    message = (
-        f"this call may cost up to {most // 10**9}.{most % 10**9:09} USD, more than the account has left; add credit"
-    )
-    return GatewayError("INSUFFICIENT_CREDITS", f"{message}, or bound the answer with max_tokens")
+def price_for(grant: Grant, price: Price) -> Price | None:
+    """Return what a call of this key costs, None if nothing."""
+    if not grant.markup_bps:
+        return price
+    marked = marked_up(price, grant.markup_bps)
+    return None if marked.is_free else marked
 
 
 def unknown_credit() -> GatewayError:
@@ -150,10 +167,3 @@ def used_by_now(reader: UsageReader | None) -> Usage | None:
     """Return what has been delivered by now, None if the reader cannot tell."""
     so_far: Callable[[], Usage] | None = getattr(reader, "so_far", None)
     return None if so_far is None else so_far()
-
-
-def _answered(wallet: Wallet, answer: Leased | None) -> None:
-    if answer is None:
-        wallet.fail()
-    else:
-        wallet.refill(answer.id, answer.amount, answer.until_ns, time.monotonic_ns())

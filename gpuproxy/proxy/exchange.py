@@ -35,7 +35,7 @@ from gpuproxy.proxy.answer import (
     VIA_HOPS_MAX,
 )
 from gpuproxy.proxy.attempts import Attempts
-from gpuproxy.proxy.credit import no_credit, unknown_credit
+from gpuproxy.proxy.credit import price_for, unknown_credit
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.headers import (
     Field,
@@ -397,6 +397,9 @@ class Exchange(Attempts):
             return True
         grant = self._grant
         assert grant is not None
+        price = price_for(grant, price)
+        if price is None:
+            return True
         input_bytes = self._input_bytes_max() if body is None else len(body)
         bill = self._bill = plane.credit.bill(grant, intent, price, input_bytes)
         bill.endpoint = endpoint
@@ -428,7 +431,7 @@ class Exchange(Attempts):
         if outcome == "taken":
             self._forward_to(bill.endpoint)
         else:
-            self.refuse(no_credit(bill) if outcome == "refused" else unknown_credit())
+            self.refuse(self.plane.credit.refusal(bill) if outcome == "refused" else unknown_credit())
 
     def _forward_to(self, endpoint: Endpoint | None) -> None:
         # what waited may go; without an endpoint its upstream chooses one

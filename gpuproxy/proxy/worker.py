@@ -100,6 +100,7 @@ class Plane:
         self.timed: dict[Answer, None] = {}  # open calls whose price is by the second
         link.on_recall = self._recall
         link.on_revoke = self.admission.revoke
+        link.on_renew = self.admission.renew
         self.instances = Instances(link, lambda: self._time())
         link.on_forget_machines = self.instances.forget
         link.on_reconnect = self._relinked

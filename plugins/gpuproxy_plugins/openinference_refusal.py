@@ -15,6 +15,7 @@ _OPENAI = {
     "UNAUTHORIZED": ("invalid_request_error", "invalid_api_key"),
     "UNKNOWN_MODEL": ("invalid_request_error", "model_not_found"),
     "INSUFFICIENT_CREDITS": ("insufficient_quota", "insufficient_quota"),
+    "BUDGET_EXCEEDED": ("insufficient_quota", "insufficient_quota"),
     "RATE_LIMITED": ("rate_limit_error", "rate_limit_exceeded"),
 }
 

@@ -16,7 +16,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.book import AMOUNT_NANOUSD_MAX, credit
 from gpuproxy.ledger.holds import place
 from gpuproxy.ledger.statement import credits_of
-from gpuproxy.store.schema import accounts, audit, idempotency
+from gpuproxy.store.schema import accounts, audit, events, idempotency
 
 from .conftest import Api, Person
 
@@ -127,14 +127,16 @@ async def test_a_repeated_call_adds_once_even_after_the_answer_is_forgotten(api:
     assert (await credits_of(api.store, person.id)).total_nanousd == 2 * 10**9
 
 
-async def test_credit_is_added_with_a_note_of_who_did_it(api: Api) -> None:
+async def test_credit_is_added_with_a_note_and_an_event(api: Api) -> None:
     admin, person = await api.person(is_admin=True), await api.person()
     _, told = await added(api, admin, person, "one")
     async with api.store.reading() as connection:
         row = (await connection.execute(select(audit))).one()
         assert await connection.scalar(select(func.count()).select_from(audit)) == 1
+        event = (await connection.execute(select(events.c.name, events.c.user_id, events.c.data))).one()
     assert (row.actor_user_id, row.action, row.subject_id) == (admin.id, "credits.add", person.id)
     assert row.detail == {"amount_usd": "1.00", "transaction_id": told["transaction_id"]}
+    assert (event.name, event.user_id, event.data["amount_nanousd"]) == ("credits.added", person.id, 10**9)
 
 
 async def test_transactions_come_in_pages_newest_first(api: Api) -> None:

@@ -20,6 +20,7 @@ from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
 from gpuproxy.fleet.rent import Wish, rent, wait_until_running
 from gpuproxy.ledger.book import credit
+from gpuproxy.ledger.budgets import set_budget
 from gpuproxy.plugin import InstanceSpec, OfferQuery, PaymentEvent, PaymentProvider, PaymentSettings
 from gpuproxy.proxy import envelope
 from gpuproxy.store.schema import deliveries
@@ -44,6 +45,9 @@ BODIES: dict[str, Any] = {
     "rent_offer": lambda caller: {"image": "x"},
     "reserve": lambda caller: {"count": 1},
     "add_credits": lambda caller: {"user_id": caller.id, "amount": 100.00},
+    "set_own": lambda caller: {"limit": 5, "window_s": 86_400},
+    "set_any": lambda caller: {"limit": "5.00", "window_s": 86_400, "user_id": caller.id},
+    "change_terms": lambda caller: {"markup_bps": 1_500, "overdraft": 10},
     "set_price": lambda caller: {"model": f"model of {caller.id}", "per_request_usd": "0.10"},
     "make_webhook": lambda caller: {"url": "https://example.com/hook", "events": ["instance.created"]},
     "make_billing_webhook": lambda caller: {"url": "https://example.com/hook"},
@@ -106,6 +110,7 @@ class World:
         provider = "simulated" if "/gpu/" in route.path else "bank"
         subject = await self._subject(route, owner, other, admin)
         path = route.path.replace("{id}", subject).replace("{provider}", provider)
+        path += f"?user_id={owner.id}" if "user_id" in route.query else ""
         body = BODIES[name_of(route)](caller) if route.takes else None
         if body and body.get("payment_id") == PAYMENT:
             body["payment_id"] = await self._payment(owner, is_paid=True)
@@ -124,6 +129,8 @@ class World:
         """Return the id of the owner's thing that the route is about."""
         if "/webhooks" in route.path:
             return await self._webhook(route, owner)
+        if "/budgets/" in route.path:
+            return await self._budget(owner)
         if "/payments/" in route.path:
             return await self._payment(owner, is_paid=False)
         if "/gpu/" in route.path:
@@ -152,6 +159,10 @@ class World:
         wish = Wish(user_id=owner.id, offer=offer, spec=InstanceSpec(image="x"))
         rental, _ = await rent(self._api.fleet, wish)
         return (await wait_until_running(self._api.fleet, rental, 20, 0)).id
+
+    async def _budget(self, person: Person) -> str:
+        async with self._api.store.writing() as connection:
+            return (await connection.run_sync(set_budget, person.id, "", 3_600, 10**9, False)).id
 
     async def _key(self, person: Person, *scopes: str) -> dict[str, str]:
         secret, _ = await create_key(self._api.store, person.email, scopes=scopes)

@@ -1,17 +1,21 @@
 """Credit of a call: reserved before a byte goes upstream, settled with what was used, the rest free again."""
 
 import asyncio
+import hashlib
 import json
+import time
 from typing import Any
 
 import pytest
+from msgspec import structs
 
+from gpuproxy.ledger.settle import priced
 from gpuproxy.link.messages import Lease, Leased, Return
-from gpuproxy.pricing import Price, cost_of
+from gpuproxy.pricing import Catalogue, Price, cost_of, marked_up, upper_bound
 from gpuproxy.types import Receipt
 
 from .conftest import Serve
-from .harness import CHAT, ENVELOPE, OK, PREFIX, RAW, Gateway, request, until
+from .harness import CHAT, ENVELOPE, KEY, OK, PREFIX, RAW, Gateway, request, until
 from .test_tunnels import SWITCH, UPGRADE
 from .wire import Wire
 
@@ -31,6 +35,7 @@ class Bank:
     def __init__(self, nanousd: int) -> None:
         self.rest = nanousd
         self.asked: list[Lease] = []
+        self.budget_ends_ns = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -39,7 +44,7 @@ class Bank:
         await self.gate.wait()
         amount = min(self.rest, max(ask.least, ask.wanted)) if self.rest >= ask.least else 0
         self.rest -= amount
-        return Leased(ask.id, amount)
+        return Leased(ask.id, amount, budget_ends_ns=0 if amount else self.budget_ends_ns)
 
     def take_back(self, epoch: str, returned: Return) -> None:
         self.rest += max(0, returned.amount)
@@ -112,6 +117,74 @@ async def test_without_credit_no_byte_goes_upstream(serve: Serve, path: bytes, k
     receipt = await gateway.receipt()
     assert (receipt.outcome, receipt.error, _cost(receipt)) == ("refused", "INSUFFICIENT_CREDITS", 0)
     await _back(gateway, bank, 100)
+
+
+async def test_a_budget_that_refuses_says_until_when(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 100)
+    bank.budget_ends_ns = time.time_ns() + 50 * 10**9
+    client = await gateway.ask(request(b"POST " + CHAT, body=BODY))
+    answer = await client.answer()
+    assert (answer.status, answer.field(b"retry-after") in (b"49", b"50")) == (402, True)
+    assert "more than a budget has left; wait" in answer.json()["error"]["message"]
+    assert gateway.llm.is_untouched()
+    receipt = await gateway.receipt()
+    assert (receipt.outcome, receipt.error, _cost(receipt)) == ("refused", "BUDGET_EXCEEDED", 0)
+
+
+async def test_a_key_with_a_budget_spends_from_a_wallet_of_its_own(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 1_000)
+    key = gateway.keys.add(budget_key="root")
+    await gateway.warm(key)
+    client = await gateway.ask(request(b"POST " + CHAT, body=BODY, key=key))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    await upstream.send(JSON_OK)
+    await client.answer()
+    assert [ask.key_id for ask in bank.asked] == ["root"]
+    assert [subject[1] for subject in gateway.plane.credit._wallets] == ["root"]
+    await _back(gateway, bank, 1_000 - USED)
+
+
+@pytest.mark.parametrize("markup_bps", [1, 1_500, -2_500])
+async def test_a_markup_is_reserved_and_charged_to_the_nanodollar(serve: Serve, markup_bps: int) -> None:
+    gateway, bank = await _open(serve, 1_000)
+    key = gateway.keys.add(markup_bps=markup_bps)
+    await gateway.warm(key)
+    marked = marked_up(PRICE, markup_bps)
+    client = await gateway.ask(request(b"POST " + CHAT, body=BODY, key=key))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    (wallet,) = gateway.plane.credit._wallets.values()
+    assert wallet.reserved == upper_bound(marked, len(BODY), 10)
+    await upstream.send(JSON_OK)
+    await client.answer()
+    receipt = await gateway.receipt()
+    assert receipt.markup_bps == markup_bps
+    (call,) = priced(Catalogue([PRICE]), "owner", [structs.astuple(receipt)])
+    assert call.cost_nanousd == _cost(receipt, marked)
+    await _back(gateway, bank, 1_000 - call.cost_nanousd)
+
+
+async def test_new_terms_hold_for_the_next_call(serve: Serve) -> None:
+    gateway, _ = await _open(serve, 1_000)
+    gateway.keys.add(KEY, key_id="key0", markup_bps=5_000)
+    gateway.link_server.renew(["key0", "unknown"])
+    await until(lambda: _markup(gateway) == 5_000, "the new terms")
+
+
+def _markup(gateway: Gateway) -> int:
+    held = gateway.plane.admission._held[hashlib.sha256(KEY).digest()]
+    return held.grant.markup_bps
+
+
+async def test_with_everything_taken_off_a_call_needs_no_credit(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 0)
+    key = gateway.keys.add(markup_bps=-10_000)
+    await gateway.warm(key)
+    client = await gateway.ask(request(b"POST " + CHAT, body=BODY, key=key))
+    await gateway.answer_one(gateway.llm)
+    assert (await client.answer()).status == 200
+    assert not bank.asked
 
 
 async def test_of_many_calls_at_once_no_more_pass_than_can_be_paid(serve: Serve) -> None:

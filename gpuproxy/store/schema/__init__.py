@@ -26,16 +26,19 @@ from gpuproxy.store.schema.billing import (
 from gpuproxy.store.schema.events import events
 from gpuproxy.store.schema.fleet import installations, rentals
 from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, prices, receipts, transfers
+from gpuproxy.store.schema.terms import account_terms, budgets
 from gpuproxy.store.schema.webhooks import deliveries, webhook_events, webhooks
 
 __all__ = [
     "NAMES",
     "Sequence",
     "UtcTime",
+    "account_terms",
     "accounts",
     "api_keys",
     "audit",
     "auto_renewals",
+    "budgets",
     "changes",
     "deliveries",
     "events",
