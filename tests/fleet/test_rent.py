@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.fleet import care
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.reconcile import Reconciler
@@ -12,7 +13,7 @@ from gpuproxy.fleet.rent import IN_FLIGHT_S, rent, reserve_all, wait_until_runni
 from gpuproxy.fleet.rentals import Rental, find, in_states, of_group
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.verify import verify
-from gpuproxy.plugin import OfferQuery
+from gpuproxy.plugin import Offer, OfferQuery
 
 from .conftest import Books, Clock, wish_for
 from .market import Market
@@ -137,4 +138,23 @@ async def test_a_reservation_gets_all_or_nothing(fleet: Fleet, books: Books, mar
     with pytest.raises(GatewayError):
         await reserve_all(fleet, left)
     assert len(await market.there()) == 3
+    assert await verify(books.store) == []
+
+
+async def test_many_at_once_do_not_disturb_each_other(fleet: Fleet, books: Books, market: Market) -> None:
+    await books.give(1_000)
+    offers = (await market.offers(OfferQuery()))[:8]
+    reconciler = Reconciler(fleet)
+
+    async def life(offer: Offer) -> None:
+        rental, _ = await rent(fleet, await wish_for(fleet, books.user_id, offer=offer))
+        rental = await wait_until_running(fleet, rental, 600)
+        await asyncio.gather(care.destroy(fleet, rental), care.destroy(fleet, rental), reconciler.tend())
+
+    await asyncio.gather(*(life(offer) for offer in offers), *(reconciler.cycle() for _ in range(6)))
+    await reconciler.tend()
+    assert await market.there() == []
+    ended = await fleet.read(in_states, ("destroyed",))
+    assert len(ended) == len(offers)
+    assert all(each.written_off_nanousd == 0 for each in ended)
     assert await verify(books.store) == []
