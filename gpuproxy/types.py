@@ -10,7 +10,7 @@ from msgspec import Struct
 
 ALL_SCOPES = ("inference", "account")  # call models; read and manage the own account
 
-Outcome = Literal["ok", "refused", "upstream_failed", "client_gone", "cut"]
+Outcome = Literal["ok", "refused", "upstream_failed", "client_gone", "cut", "open"]
 UsageSource = Literal["none", "provider", "estimated"]
 
 
@@ -52,7 +52,8 @@ class Usage(Struct, array_like=True, gc=False):
 class Receipt(Struct, array_like=True, frozen=True, gc=False):
     """One ended exchange, exactly one for each; the only thing a worker ever reports about a call.
 
-    ``outcome`` "cut" is an answer the gateway broke off, since what the call may cost could not be reserved any more.
+    ``outcome`` "cut" is an answer the gateway broke off, since what the call may cost could not be reserved any more;
+    "open" is a checkpoint, what a call has used so far, which stands in the journal only.
 
     ``id`` is unique over all workers and restarts. ``status`` is what the client was sent (0: nothing).
     ``first_byte_us`` counts from the request's last head byte to the upstream's first byte, -1 if none came.

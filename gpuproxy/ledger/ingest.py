@@ -9,8 +9,8 @@ import asyncio
 import fcntl
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy import config
+from gpuproxy.ledger import open_calls
 from gpuproxy.ledger.segment import Row, Segment, epoch_of
 from gpuproxy.ledger.settle import Call, lease_owner, priced
 from gpuproxy.ledger.syncer import Syncer
@@ -58,6 +59,8 @@ class Ingest:
         self._segments: dict[str, Segment] = {}
         self._offsets: dict[str, int] | None = None  # as committed; None until the store was read
         self._complained: dict[str, float] = {}  # file name to monotonic seconds
+        self._open: dict[str, str] = {}  # calls with a checkpoint in the store, to their owner
+        self._missing: dict[str, float] = {}  # owners of open calls without a journal, since when
         self._stopping = asyncio.Event()
 
     async def ingest_once(self) -> int:
@@ -74,6 +77,7 @@ class Ingest:
         while taken := await asyncio.to_thread(_read_batch, list(self._segments.values())):
             total += await self._commit(taken)
         await self._finish()
+        total += await self._settle_lost()
         self.pass_count += 1
         return total
 
@@ -127,6 +131,7 @@ class Ingest:
             offsets = {row.name: row.offset for row in rows if (self._directory / row.name).exists()}
             gone = [row.name for row in rows if row.name not in offsets]
             await _forget(connection, gone)
+            self._open = await connection.run_sync(open_calls.load, lease_owner(self._node, ""))
         self._offsets = offsets
 
     def _has_journal(self) -> bool:
@@ -171,19 +176,45 @@ class Ingest:
 
     async def _commit(self, taken: list["Taken"]) -> int:
         """Store receipts and offsets in one transaction, then believe it. Return how many receipts."""
-        rows = list(chain.from_iterable(part.rows for part in taken))
-        calls = await asyncio.to_thread(self._price, taken)
-        await write_storable(self._writer, rows, {part.segment.name: part.end for part in taken}, calls)
+        parts = [(lease_owner(self._node, epoch_of(part.segment.name)), part.rows) for part in taken]
+        rows, notes = open_calls.sort_out(parts, self._open)
+        calls = await asyncio.to_thread(self._price, parts)
+        await write_storable(self._writer, rows, {part.segment.name: part.end for part in taken}, calls, notes)
         for part in taken:
             part.segment.offset = part.end
+        self._note_open(notes)
         self.ingested_count += len(rows)
         return len(rows)
 
-    def _price(self, taken: list["Taken"]) -> list[Call]:
-        calls: list[Call] = []
-        for part in taken:
-            calls += priced(self.catalogue, lease_owner(self._node, epoch_of(part.segment.name)), part.rows)
-        return calls
+    def _price(self, parts: Sequence[tuple[str, Sequence[Row]]]) -> list[Call]:
+        return [call for owner, rows in parts for call in priced(self.catalogue, owner, rows)]
+
+    def _note_open(self, notes: open_calls.Notes) -> None:
+        for call_id in notes.ended:
+            self._open.pop(call_id, None)
+        self._open.update({call_id: owner for call_id, (owner, _) in notes.opened.items()})
+
+    async def _settle_lost(self) -> int:
+        """Store the last checkpoints of workers that are gone as receipts; return how many."""
+        total = 0
+        for owner in self._lost_owners() if self._open else ():
+            async with self._store.reading() as connection:
+                rows = await connection.run_sync(open_calls.lost, owner, BATCH_RECEIPTS)
+            notes = open_calls.Notes(ended=[row[0] for row in rows])
+            await write_storable(self._writer, rows, {}, self._price([(owner, rows)]), notes)
+            self._note_open(notes)
+            total += len(rows)
+            logger.info("calls of a worker that is gone were settled", owner=owner, call_count=len(rows))
+        return total
+
+    def _lost_owners(self) -> list[str]:
+        living = {
+            lease_owner(self._node, epoch_of(name)) for name in _names(self._directory) if not name.endswith(".damaged")
+        }
+        now_s = time.monotonic()
+        gone = set(self._open.values()) - living
+        self._missing = {owner: self._missing.get(owner, now_s) for owner in gone}
+        return [owner for owner, since_s in self._missing.items() if now_s - since_s >= open_calls.LOST_S]
 
     async def _finish(self) -> None:
         """Put away segments that were read to their end, or cannot be read on, if nobody writes them any more."""

@@ -48,7 +48,7 @@ def priced(catalogue: Catalogue, owner: str, rows: Iterable[Row]) -> list[Call]:
     """Return the calls that cost something. About 2 µs for each row, nothing if there is no price."""
     if not catalogue:
         return []
-    costs = ((row, _cost(Receipt(*row), catalogue)) for row in rows)
+    costs = ((row, _cost(Receipt(*row), catalogue)) for row in rows if row[_OUTCOME] != "open")
     return [Call(row[_ID], owner, row[_USER], cost, row[_KEY]) for row, cost in costs if cost]
 
 
@@ -176,4 +176,4 @@ def _take_from_leases(
     )
 
 
-_ID, _USER, _KEY = (Receipt.__struct_fields__.index(name) for name in ("id", "user_id", "key_id"))
+_ID, _USER, _KEY, _OUTCOME = (Receipt.__struct_fields__.index(name) for name in ("id", "user_id", "key_id", "outcome"))

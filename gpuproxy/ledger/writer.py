@@ -16,6 +16,7 @@ from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
+from gpuproxy.ledger.open_calls import Notes, keep
 from gpuproxy.ledger.segment import Row
 from gpuproxy.ledger.settle import Call, settle
 from gpuproxy.observe.logs import get_logger
@@ -25,13 +26,17 @@ from gpuproxy.store.schema import journal_segments, receipts
 INT64_MAX = 2**63 - 1
 NAMES = receipts.c.keys()  # a receipt's fields, what it cost, its charge id
 
+NOTHING = Notes()
+
 logger = get_logger(__name__)
 
 
 class Writer(Protocol):
     """Stores receipts, passing over those that are there already, and moves the offsets; both or neither."""
 
-    async def write(self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = ()) -> None:
+    async def write(
+        self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = (), notes: Notes = NOTHING
+    ) -> None:
         """Commit; `calls` are those of the rows that cost something. Raises what the database raises; nothing is
         stored then.
         """
@@ -46,19 +51,23 @@ def open_writer(store: Store) -> Writer:
 
 
 async def write_storable(
-    writer: Writer, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = ()
+    writer: Writer,
+    rows: Sequence[Row],
+    offsets: Mapping[str, int],
+    calls: Sequence[Call] = (),
+    notes: Notes = NOTHING,
 ) -> None:
     """Write; values no database takes are made fit. An upstream may claim any number, a client any text: one
     such receipt must not stop all others.
     """
     try:
-        await writer.write(rows, offsets, calls)
+        await writer.write(rows, offsets, calls, notes)
     except (OverflowError, DBAPIError, sqlite3.Error) as error:
         clipped = [storable(row) for row in rows]
         if clipped == list(rows):
             raise
         logger.error("receipts hold values no database takes, clipped", error=fault_of(error))
-        await writer.write(clipped, offsets, calls)
+        await writer.write(clipped, offsets, calls, notes)
 
 
 def storable(row: Row) -> Row:
@@ -99,17 +108,20 @@ class SqliteWriter:
         self._engine = create_engine("sqlite://", creator=partial(connect_plain, store), poolclass=StaticPool)
         event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
-    async def write(self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = ()) -> None:
+    async def write(
+        self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = (), notes: Notes = NOTHING
+    ) -> None:
         """Commit. Raises what sqlite3 or SQLAlchemy raise, OverflowError for a number over 64 bits."""
-        await asyncio.to_thread(self._write, rows, offsets, calls)
+        await asyncio.to_thread(self._write, rows, offsets, calls, notes)
 
     def close(self) -> None:
         """Close the connection."""
         self._engine.dispose()
 
-    def _write(self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call]) -> None:
+    def _write(self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call], notes: Notes) -> None:
         with self._engine.begin() as connection:
             whole = _complete(connection, rows, calls)
+            keep(connection, notes)
             driver = cast(sqlite3.Connection, connection.connection.driver_connection)
             driver.executemany(self._INSERT, whole)
             driver.executemany(self._MOVE, offsets.items())
@@ -123,7 +135,9 @@ class SqlWriter:
         self._insert = store.insert_new(receipts)
         self._move = _upsert(postgresql.insert(journal_segments))
 
-    async def write(self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = ()) -> None:
+    async def write(
+        self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = (), notes: Notes = NOTHING
+    ) -> None:
         """Commit. Raises what SQLAlchemy raises."""
         moved = [{"name": name, "offset": offset} for name, offset in offsets.items()]
         async with self._store.writing() as connection:
@@ -131,7 +145,9 @@ class SqlWriter:
             if whole:
                 named = [dict(zip(NAMES, row, strict=True)) for row in whole]
                 await connection.execute(self._insert, named)
-            await connection.execute(self._move, moved)
+            await connection.run_sync(keep, notes)
+            if moved:
+                await connection.execute(self._move, moved)
 
     def close(self) -> None:
         """Do nothing: the pool is the store's."""

@@ -41,6 +41,7 @@ VIA_HOPS_MAX = 2  # how often a request may pass this gateway before it is a loo
 JOINED_BYTES_MAX = 16_384  # a body up to this is copied behind its head for one write; above, two writes are cheaper
 
 NEVER_BYTES = 1 << 62
+CHECKPOINT_NS = 5_000_000_000  # a call that lasts notes so often what it has used
 TIME_AHEAD_US = 2_000_000  # a few sweeps: time is reserved that early before it is used up
 
 ATTEMPTS = b"X-Gpuproxy-Attempts: %d\r\n"
@@ -59,6 +60,7 @@ class Answer:
         "_attempts",
         "_bill",
         "_call",
+        "_checkpoint_ns",
         "_collected",
         "_destination",
         "_editor",
@@ -81,6 +83,7 @@ class Answer:
         "_patience_s",
         "_purse",
         "_reader",
+        "_receipt_id",
         "_response_bytes",
         "_sending",
         "_started_ns",
@@ -152,6 +155,8 @@ class Answer:
         # what it costs
         self._tokens: tuple[Purse, int, int] | None = None  # counted: by whom, how many, of which lease
         self._bill: Bill | None = None
+        self._receipt_id = ""  # made early for checkpoints
+        self._checkpoint_ns = 0
         self._look_at_bytes = NEVER_BYTES
 
     def _connect_to(self, origin: "Origin") -> None:
@@ -626,42 +631,10 @@ class Answer:
         route = self.route
         if route.kind != CONTROL:
             plane = self.plane
-            started_ns = self._started_ns
-            first_byte_ns = self._first_byte_ns
-            request_id = self.request_id
-            grant = self._grant or NO_GRANT
-            intent = self._intent or NO_INTENT
-            handler = self._handler
-            place = self._endpoint or self._destination or NO_PLACE
             reader = self._reader
             usage = (reader.finish() if reader is not None else None) or NO_USAGE
+            receipt = self._receipt(outcome, usage, time.monotonic_ns())
             bill = self._bill
-            receipt = Receipt(
-                plane.new_id() if self.head.request_id else request_id,
-                request_id,
-                plane.wall_offset_ns + started_ns,
-                (time.monotonic_ns() - started_ns) // 1000,
-                (first_byte_ns - started_ns) // 1000 if first_byte_ns else -1,
-                grant.user_id,
-                grant.key_id,
-                handler.name if handler is not None else "",
-                place.upstream,
-                intent.model,
-                self.method.decode(),
-                route.shown,
-                self._status,
-                outcome,
-                self._error,
-                self.request_bytes,
-                self._response_bytes,
-                usage.input_tokens,
-                usage.cached_tokens,
-                usage.output_tokens,
-                usage.source,
-                self._attempts,
-                intent.is_stream,
-                grant.markup_bps,
-            )
             if bill is not None:
                 plane.timed.pop(self, None)
                 plane.credit.settle(bill, cost_of(receipt, self._price_of(receipt, bill.price)))
@@ -672,6 +645,56 @@ class Answer:
                 plane.outbox.schedule()
         if self._status != 101:
             self.downstream.ended(self, not self.keeps_alive or (outcome == "ok" and not self.is_received))
+
+    def is_due(self, now_ns: int) -> bool:
+        """Tell whether it is time for a checkpoint of this call."""
+        is_open = self.state == SENT and self.route.kind != CONTROL
+        return is_open and now_ns - (self._checkpoint_ns or self._started_ns) >= CHECKPOINT_NS
+
+    def checkpoint(self, now_ns: int) -> None:
+        """Note in the journal what was used by now: it counts if this worker is killed."""
+        plane = self.plane
+        self._checkpoint_ns = now_ns
+        if not self._receipt_id:
+            self._receipt_id = plane.new_id() if self.head.request_id else self.request_id
+        plane.journal.append(self._receipt("open", used_by_now(self._reader) or NO_USAGE, now_ns))
+        plane.outbox.schedule()
+
+    def _receipt(self, outcome: Outcome, usage: Usage, now_ns: int) -> Receipt:
+        plane = self.plane
+        started_ns = self._started_ns
+        first_byte_ns = self._first_byte_ns
+        request_id = self.request_id
+        grant = self._grant or NO_GRANT
+        intent = self._intent or NO_INTENT
+        handler = self._handler
+        place = self._endpoint or self._destination or NO_PLACE
+        return Receipt(
+            self._receipt_id or (plane.new_id() if self.head.request_id else request_id),
+            request_id,
+            plane.wall_offset_ns + started_ns,
+            (now_ns - started_ns) // 1000,
+            (first_byte_ns - started_ns) // 1000 if first_byte_ns else -1,
+            grant.user_id,
+            grant.key_id,
+            handler.name if handler is not None else "",
+            place.upstream,
+            intent.model,
+            self.method.decode(),
+            self.route.shown,
+            self._status,
+            outcome,
+            self._error,
+            self.request_bytes,
+            self._response_bytes,
+            usage.input_tokens,
+            usage.cached_tokens,
+            usage.output_tokens,
+            usage.source,
+            self._attempts,
+            intent.is_stream,
+            grant.markup_bps,
+        )
 
     def _price_of(self, receipt: Receipt, reserved: Price) -> Price:
         # the price of the place that served the call, which need not be the highest, by which it has reserved

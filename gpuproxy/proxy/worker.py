@@ -15,6 +15,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Coroutine
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from gpuproxy.proxy.upstream import UpstreamConnection
 _log = get_logger("gpuproxy.worker")
 
 SWEEP_S = 0.5  # how late a deadline may be noticed
+CHECKPOINTS_AT_ONCE = 500  # 3 ms
 UNREAD_S = 0.05  # how often connections we do not read from are asked whether the client left
 LINK_START_S = 5.0  # how long the start waits for the link; keys cannot be checked without it
 FRESH_S = 3.0  # how long a drain waits for the first request of a connection just opened, on a busy machine too
@@ -190,9 +192,17 @@ class Plane:
         for ends in list(self.tunnels.values()):
             if max(end.last_byte_s for end in ends) < idle_since_s:
                 ends[0].close()
+        self._note_open_calls()
         self.pools.expire(now_s)
         self.admission.sweep()
         self.wall_offset_ns = time.time_ns() - time.monotonic_ns()
+
+    def _note_open_calls(self) -> None:
+        """Let calls that last note what they have used: a few in each sweep, so that many stop no other."""
+        now_ns = time.monotonic_ns()
+        open_calls = chain([d.current for d in self.downstreams if d.current is not None], list(self.tunnels))
+        for exchange in islice((each for each in open_calls if each.is_due(now_ns)), CHECKPOINTS_AT_ONCE):
+            exchange.checkpoint(now_ns)
 
     def begin_drain(self) -> None:
         """Take no more calls on connections that are idle, and no second one on the others."""

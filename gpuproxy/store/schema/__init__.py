@@ -25,7 +25,7 @@ from gpuproxy.store.schema.billing import (
 )
 from gpuproxy.store.schema.events import events
 from gpuproxy.store.schema.fleet import installations, rentals
-from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, prices, receipts, transfers
+from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, open_calls, prices, receipts, transfers
 from gpuproxy.store.schema.terms import account_terms, budgets
 from gpuproxy.store.schema.webhooks import deliveries, webhook_events, webhooks
 
@@ -47,6 +47,7 @@ __all__ = [
     "installations",
     "journal_segments",
     "metadata",
+    "open_calls",
     "passwords",
     "payment_events",
     "payment_methods",

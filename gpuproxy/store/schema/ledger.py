@@ -3,7 +3,7 @@
 from typing import Any
 
 import msgspec
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, Table, Text
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, LargeBinary, Table, Text
 from sqlalchemy.types import TypeEngine
 
 from gpuproxy.store.schema.base import UtcTime, metadata
@@ -33,6 +33,15 @@ journal_segments = Table(
     metadata,
     Column("name", Text, primary_key=True),
     Column("offset", BigInteger, nullable=False),
+)
+
+# The last checkpoints of calls that are not over: a Receipt in MessagePack; goes when the receipt itself comes.
+open_calls = Table(
+    "open_calls",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False, index=True),  # the worker, as owner of its leases
+    Column("receipt", LargeBinary, nullable=False),
 )
 
 accounts = Table(
