@@ -14,14 +14,13 @@ from sqlalchemy import Connection
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.outbox import record
-from gpuproxy.fleet.parts import Fleet, native_id, shown_id
+from gpuproxy.fleet.parts import DISK_GB, Fleet, native_id, shown_id
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Offer, OfferQuery, ProviderError, best_offers, is_same_model
 from gpuproxy.pricing import with_markup, without_markup
 
 OFFERS_MAX = 2_000  # kept of one provider and kind, the cheapest
 WAIT_S = 8.0  # what a listing waits for at most
-DISK_GB = 10  # what listed prices include
 NEWS_MAX = 20  # told of in one refresh
 SORTS = {
     "price": lambda offer: (offer.price_nanousd_per_hour, offer.provider, offer.id),

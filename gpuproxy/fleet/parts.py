@@ -20,6 +20,7 @@ from gpuproxy.pricing import markup_of
 from gpuproxy.store.engine import Store
 
 T = TypeVar("T")
+DISK_GB = 10  # what listed prices include
 RETRY_S = 5  # told to callers when a provider does not say when to come back
 
 

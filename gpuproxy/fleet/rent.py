@@ -19,7 +19,7 @@ from sqlalchemy import Connection, func, select
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.care import adopt_instance, advance, destroy, give_up, resolve
 from gpuproxy.fleet.meter import PREPAID, reserve
-from gpuproxy.fleet.parts import Fleet, failure_of
+from gpuproxy.fleet.parts import DISK_GB, Fleet, failure_of
 from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked, new_id
 from gpuproxy.fleet.states import LIVING
 from gpuproxy.ledger import holds
@@ -153,7 +153,7 @@ def _check_count(connection: Connection, fleet: Fleet, user_id: str) -> None:
 def _terms(fleet: Fleet, wish: Wish, offer: Offer) -> dict[str, Any]:
     """Return what an offer makes of a rental, as columns."""
     markup = fleet.markup(offer.provider)
-    cost = _bid(fleet, wish, offer) or offer.price_nanousd_per_hour
+    cost = _bid(fleet, wish, offer) or _cost(wish, offer)
     storage = offer.storage_nanousd_per_gb_hour * wish.spec.disk_gb
     basis = fleet.providers[offer.provider].basis
     return {
@@ -169,6 +169,15 @@ def _terms(fleet: Fleet, wish: Wish, offer: Offer) -> dict[str, Any]:
         "storage_price_nanousd_per_hour": 0 if basis == PREPAID else with_markup(storage, markup),
         "committed_hours": (wish.duration_hours or 1) if basis == PREPAID else 0,
     }
+
+
+def _cost(wish: Wish, offer: Offer) -> int:
+    """Return what the provider takes for an offer with the wished disk; its price includes a small one.
+
+    A nanodollar more per gigabyte, for what is lost where a provider's price of storage is rounded.
+    """
+    more_gb = max(0, wish.spec.disk_gb - DISK_GB)
+    return offer.price_nanousd_per_hour + more_gb * (offer.storage_nanousd_per_gb_hour + 1)
 
 
 def _bid(fleet: Fleet, wish: Wish, offer: Offer) -> int | None:
@@ -257,7 +266,7 @@ def _turn_to(connection: Connection, fleet: Fleet, rental_id: str, wish: Wish, o
 
 def _provider_spec(fleet: Fleet, wish: Wish, offer: Offer) -> InstanceSpec:
     """Return the spec with the prices the provider is told: never dearer than what the customer has seen or allows."""
-    most = offer.price_nanousd_per_hour
+    most = _cost(wish, offer)
     if wish.max_price_nanousd_per_hour is not None:
         most = without_markup(wish.max_price_nanousd_per_hour, fleet.markup(offer.provider))
     bid = _bid(fleet, wish, offer)

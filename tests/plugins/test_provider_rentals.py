@@ -62,7 +62,7 @@ async def test_a_rental_lives_and_ends_and_is_charged_for_what_it_ran(world: Wor
     await credit(store, user.id, 1_000 * NANOUSD, "gift")
     offer = (await world.adapter.offers(OfferQuery()))[0]
     began = fleet.now()
-    spec = InstanceSpec(image="a/b", ports=(8000,))
+    spec = InstanceSpec(image="a/b", ports=(8000,), disk_gb=100)
     rental, _ = await rent(fleet, Wish(user_id=user.id, offer=offer, spec=spec, duration_hours=2))
     assert (rental.state, rental.instance_id) == ("provisioning", f"{world.adapter.id_prefix}-{rental.native_id}")
     rental = await wait_until_running(fleet, rental, 2 * world.boot_s)
