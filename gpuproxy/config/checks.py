@@ -36,6 +36,11 @@ def text(value: str) -> str | None:
     return f"{show(value)} is empty or has stray white space"
 
 
+def optional_text(value: str) -> str | None:
+    """Accept printable text without space around it, or nothing."""
+    return text(value) if value else None
+
+
 def upstream_name(value: str) -> str | None:
     """Accept what can stand in a path and a metric label."""
     if re.fullmatch(r"[a-z0-9._-]{1,64}", value):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeGuard
 from msgspec import Meta, Struct, field
 
 from gpuproxy.config.checks import show
-from gpuproxy.config.kinds import Name, PositiveSeconds, Text, VariableName
+from gpuproxy.config.kinds import Name, OptionalText, PositiveSeconds, Text, VariableName
 from gpuproxy.config.reader import Faults, unknown
 from gpuproxy.config.routing import Attempts, FieldName, QueueLength, Reason, Strategy
 
@@ -27,7 +27,7 @@ class Target(Struct, forbid_unknown_fields=True, frozen=True):
     upstream: Name
     weight: Annotated[int, Meta(ge=1, le=100)] = 1
     priority: Annotated[int, Meta(ge=0, le=9)] = 0
-    name_there: Text = field(default="", name="as")
+    name_there: OptionalText = field(default="", name="as")
     api_key_env: VariableName = ""
     concurrency_max: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
 

@@ -38,6 +38,7 @@ from gpuproxy.control.parts import (
     LISTENERS,
     NODES,
     OFFERS,
+    ROUTING,
     SOCKETS,
     STOPPING,
     STORE,
@@ -47,6 +48,7 @@ from gpuproxy.control.paying import add_payments, look_after_payments, payment_p
 from gpuproxy.control.rates import RATES, ApiRates, tell_count
 from gpuproxy.control.respond import errors_in_one_shape, name_server
 from gpuproxy.control.route import add_routes
+from gpuproxy.control.routing import TOPIC, RoutingFeed
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import ConfigError, GatewayError, PluginError
 from gpuproxy.events.hub import Hub
@@ -139,16 +141,20 @@ async def _serve(
     nodes.bus.on("changes", feed.wake)
     await feed.start(auth.stale_grant_s)
     link.refresh = feed.poll_once
+    routing = RoutingFeed(store, boot.config, link)
+    nodes.bus.on(TOPIC, routing.wake)
+    await routing.poll_once()  # before any worker links: it is told what is in force before it serves
     await link.start(socket.socket(fileno=boot.link_fd))
     fleet = await open_fleet(store, boot.config)
     link.machines_of = partial(machines_of, fleet)
-    app = application(store, stopping, boot.config, keyring, nodes, providers, fleet)
+    app = application(store, stopping, boot.config, keyring, nodes, providers, fleet, routing)
     await app[STREAM].start()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
     works = (
         feed.run(stopping),
+        routing.run(stopping),
         ingest.run(boot.config.journal),
         keeper.run(stopping),
         nodes.run(stopping),
@@ -240,6 +246,7 @@ def application(
     nodes: Nodes | None = None,
     providers: Mapping[str, PaymentProvider] | None = None,
     fleet: Fleet | None = None,
+    routing: RoutingFeed | None = None,
 ) -> web.Application:
     """Return the management API over `store`; without a keyring its tokens end with it.
 
@@ -251,6 +258,7 @@ def application(
     app[BUS], app[LEADER], app[NODES] = nodes.bus, nodes.leader, nodes
     app[CONFIG] = config or Config()
     app[RATES] = ApiRates(app[CONFIG].rates)
+    app[ROUTING] = routing or RoutingFeed(store, app[CONFIG])
     app[KEYRING] = keyring or fresh_keyring()
     app[HASHER] = Hasher()
     app[ATTEMPTS] = Attempts()

@@ -12,6 +12,7 @@ from gpuproxy.access.keyring import Keyring
 from gpuproxy.access.passwords import Hasher
 from gpuproxy.config import Config
 from gpuproxy.control.nodes import Nodes
+from gpuproxy.control.routing import RoutingFeed
 from gpuproxy.events.hub import Hub
 from gpuproxy.events.stream import Stream
 from gpuproxy.fleet.offers import Offers
@@ -28,6 +29,7 @@ BUS = web.AppKey("bus", Bus)
 NODES = web.AppKey("nodes", Nodes)
 LEADER = web.AppKey("leader", Leader)
 CONFIG = web.AppKey("config", Config)
+ROUTING = web.AppKey("routing", RoutingFeed)
 KEYRING = web.AppKey("keyring", Keyring)
 HASHER = web.AppKey("hasher", Hasher)
 ATTEMPTS = web.AppKey("attempts", Attempts)

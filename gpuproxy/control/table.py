@@ -4,7 +4,9 @@
 """
 
 from gpuproxy.access.accounts import User
+from gpuproxy.config import Model, Upstream
 from gpuproxy.control import (
+    admin_routing,
     admin_users,
     auth,
     books,
@@ -27,6 +29,8 @@ from gpuproxy.control.query import PAGE
 from gpuproxy.control.route import Route
 from gpuproxy.events.webhooks import Delivery
 
+UPSTREAMS = "/api/v1/admin/upstreams"
+MODELS = "/api/v1/admin/models"
 AUTH = "/api/v1/auth"
 HOOKS = "/api/v1/webhooks"
 GPU = "/api/v1/gpu"
@@ -204,6 +208,14 @@ TABLE: tuple[Route, ...] = (
     Route("GET", f"{GPU}/rentals/{{id}}/logs", fleet.show_logs, "read", gives=fleet.Logs, query=fleet.LOGS_QUERY),
     Route("POST", f"{GPU}/rentals/{{id}}/start", fleet.start, "account", gives=fleet.RentalInfo),
     Route("POST", f"{GPU}/rentals/{{id}}/stop", fleet.stop, "account", gives=fleet.RentalInfo),
+    Route("GET", UPSTREAMS, admin_routing.list_upstreams, "admin", gives=admin_routing.UpstreamInfo, shape="list"),
+    Route("POST", UPSTREAMS, admin_routing.add_upstream, "admin", Upstream, admin_routing.UpstreamInfo, status=201),
+    Route("PUT", f"{UPSTREAMS}/{{id}}", admin_routing.put_upstream, "admin", Upstream, admin_routing.UpstreamInfo),
+    Route("DELETE", f"{UPSTREAMS}/{{id}}", admin_routing.delete_upstream, "admin", gives=admin_routing.Deleted),
+    Route("GET", MODELS, admin_routing.list_models, "admin", gives=admin_routing.ModelInfo, shape="list"),
+    Route("POST", MODELS, admin_routing.add_model, "admin", Model, admin_routing.ModelInfo, status=201),
+    Route("PUT", f"{MODELS}/{{id}}", admin_routing.put_model, "admin", Model, admin_routing.ModelInfo),
+    Route("DELETE", f"{MODELS}/{{id}}", admin_routing.delete_model, "admin", gives=admin_routing.Deleted),
     Route("GET", "/ws", events.events, "anyone", shape="other"),
     Route("GET", "/", health.about, "anyone", gives=health.About, shape="plain"),
     Route("GET", "/health", health.health, "anyone", gives=health.Health, shape="plain"),

@@ -21,6 +21,8 @@ from gpuproxy.link.messages import (
     Renew,
     Return,
     Revoke,
+    Routing,
+    States,
     Unavailable,
     decode_from_control,
     frame,
@@ -50,6 +52,7 @@ class LinkClient(asyncio.Protocol):
         self.on_recall: Callable[[Recall], None] = lambda recall: None
         self.on_prices: Callable[[list[Price]], None] = lambda prices: None
         self.on_forget_machines: Callable[[tuple[str, ...]], None] = lambda user_ids: None
+        self.on_routing: Callable[[Routing], None] = lambda routing: None
         self.connected = asyncio.Event()
         self._path = path
         self._hello = hello
@@ -105,7 +108,7 @@ class LinkClient(asyncio.Protocol):
         self._machines[self._next_id] = answer
         self._transport.write(frame(AskMachines(self._next_id, user_id)))
 
-    def send(self, message: Return) -> None:
+    def send(self, message: Return | States) -> None:
         """Tell control something that needs no answer; while it is away it is told nothing, and lets leases expire."""
         if self._transport is not None:
             self._transport.write(frame(message))
@@ -147,6 +150,8 @@ class LinkClient(asyncio.Protocol):
                     self.on_forget_machines(message.user_ids)
                 case Renew():
                     self.on_renew(message.key_ids)
+                case Routing():
+                    self.on_routing(message)
                 case Prices():
                     self._take_prices(message)
 

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from gpuproxy.config import Model, Upstream
 from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
 
@@ -70,6 +71,37 @@ class Prices(Struct, tag="prices", frozen=True):
     prices: tuple[Price, ...]
     is_first: bool = True
     is_last: bool = True
+
+
+class Routing(Struct, tag="routing", frozen=True):
+    """Pushed at connect and on change: the upstreams and models in force, all of them."""
+
+    upstreams: tuple[Upstream, ...]
+    models: tuple[Model, ...]
+
+
+class EndpointState(Struct, array_like=True, frozen=True):
+    """How one endpoint has done in one worker since that started; counts are of calls.
+
+    ``state`` is its breaker's: closed, open or half_open. ``opened_count`` tells how often it was left alone,
+    ``first_byte_us`` the average time to the first byte where a strategy goes by it, else 0.
+    """
+
+    upstream: str
+    url: str
+    state: str
+    open_count: int
+    call_count: int
+    failed_count: int
+    opened_count: int
+    first_byte_us: int
+    worker: int = -1
+
+
+class States(Struct, tag="states", frozen=True):
+    """Told by a worker now and then, if anything has changed: the state of its endpoints."""
+
+    endpoints: tuple[EndpointState, ...]
 
 
 class Lease(Struct, tag="lease", frozen=True):
@@ -155,8 +187,8 @@ class ForgetMachines(Struct, tag="forget_machines", frozen=True):
     user_ids: tuple[str, ...]
 
 
-FromWorker = Hello | Authorize | Lease | Return | AskMachines
-FromControl = Authorized | Unavailable | Revoke | Renew | Prices | Leased | Recall | Machines | ForgetMachines
+FromWorker = Hello | Authorize | Lease | Return | AskMachines | States
+FromControl = Authorized | Unavailable | Revoke | Renew | Prices | Leased | Recall | Machines | ForgetMachines | Routing
 
 _encoder = msgspec.msgpack.Encoder()
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

@@ -11,11 +11,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Protocol, cast
 
 import msgspec
+from msgspec import structs
 
 from gpuproxy.link.messages import (
     AskMachines,
     Authorize,
     Authorized,
+    EndpointState,
     ForgetMachines,
     FrameReader,
     FromControl,
@@ -30,6 +32,8 @@ from gpuproxy.link.messages import (
     Renew,
     Return,
     Revoke,
+    Routing,
+    States,
     Unavailable,
     decode_from_worker,
     frame,
@@ -77,6 +81,7 @@ class LinkServer:
         self._remember_s = remember_s
         self._revoked: dict[str, float] = {}  # key id to monotonic time, oldest first
         self._prices: tuple[Price, ...] = ()
+        self._routing: Routing | None = None
         self._server: asyncio.Server | None = None
         self._complained_s = -COMPLAINT_S
 
@@ -115,6 +120,21 @@ class LinkServer:
         if self._prices != before:
             for link in list(self.links):
                 link.send_prices(self._prices)
+
+    def publish_routing(self, routing: Routing) -> None:
+        """Tell every worker, now and on its return, which upstreams and models there are."""
+        self._routing = routing
+        for link in list(self.links):
+            link.send(routing)
+
+    @property
+    def routing(self) -> Routing | None:
+        """Return what was published last."""
+        return self._routing
+
+    def states(self) -> list[EndpointState]:
+        """Return what the workers that are linked now have told of their endpoints."""
+        return [state for link in self.links for state in link.states]
 
     @property
     def prices(self) -> tuple[Price, ...]:
@@ -225,6 +245,8 @@ class WorkerLink(asyncio.Protocol):
 
     def __init__(self, server: LinkServer) -> None:
         self.epoch = ""
+        self.states: tuple[EndpointState, ...] = ()
+        self._slot = -1
         self._server = server
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
@@ -271,7 +293,10 @@ class WorkerLink(asyncio.Protocol):
         match message:
             case Hello():
                 self.epoch = message.epoch
+                self._slot = message.slot
                 logger.debug("worker linked", slot=message.slot, worker_pid=message.pid)
+                if self._server.routing is not None:
+                    self.send(self._server.routing)
                 self.send_prices(self._server.prices)  # before any grant: no call may pass unpriced
                 self._start(self._welcome())
             case Authorize():
@@ -280,6 +305,8 @@ class WorkerLink(asyncio.Protocol):
                 self._ask(message)
             case AskMachines():
                 self._ask(message)
+            case States():
+                self.states = tuple(structs.replace(state, worker=self._slot) for state in message.endpoints)
             case Return():
                 if self._server.lessor is not None and self.epoch:
                     self._server.lessor.take_back(self.epoch, message)

@@ -19,12 +19,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 
 from gpuproxy.config import Config
+from gpuproxy.errors import GatewayError
 from gpuproxy.guard import Guard
 from gpuproxy.link.client import LinkClient
-from gpuproxy.link.messages import Hello, Recall
+from gpuproxy.link.messages import Hello, Recall, Routing
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import Registry, load_plugins
 from gpuproxy.pricing import Price, from_config
@@ -42,6 +44,7 @@ from gpuproxy.proxy.outbox import Outbox
 from gpuproxy.proxy.pool import ConnectPolicy, OriginKey, Pools
 from gpuproxy.proxy.prices import Prices
 from gpuproxy.proxy.probe import Probes
+from gpuproxy.proxy.report import Reporter
 from gpuproxy.proxy.route import Router
 from gpuproxy.proxy.tunnel import TunnelEnd
 from gpuproxy.proxy.upstream import UpstreamConnection
@@ -94,6 +97,8 @@ class Plane:
         self.prices.replace(map(from_config, config.prices))  # until control tells those in force
         self.router = self.build_router(config)
         self.probes = Probes(self)
+        self.routed = asyncio.Event()  # control has told which upstreams and models there are
+        link.on_routing = self.take_routing
         self.bounded: dict[Answer, float] = {}  # calls with a total time, and its end
         self.admission = Admission(config.auth, link, loop.time)
         self.limits_by_key = Limits(link)
@@ -121,6 +126,19 @@ class Plane:
 
     def _find_price(self, model: str, upstream: str) -> Price | None:
         return self.prices.find(model, upstream, time.time_ns())
+
+    def take_routing(self, told: Routing) -> None:
+        """Go by the upstreams and models that control has told. What cannot be used is told in the log."""
+        self.routed.set()
+        before = self.router.config
+        if (told.upstreams, told.models) == (before.upstreams, before.models):
+            return
+        try:
+            config = msgspec.structs.replace(before, upstreams=told.upstreams, models=told.models)
+            self.take_router(self.build_router(config))
+        except (GatewayError, OSError) as error:  # of a plugin this worker has not got yet; a file that is gone
+            _log.error("upstreams and models refused, the old ones stay", reason=str(error))
+            self.take_router(self.build_router(before))
 
     def take_router(self, router: Router) -> None:
         """Route by it from now on. Calls under way go on; those that wait for an endpoint wait for its new ones."""
@@ -227,11 +245,12 @@ class Plane:
         self.pools.close()
 
 
-async def _sweep_forever(plane: Plane) -> None:
+async def _sweep_forever(plane: Plane, reporter: Reporter) -> None:
     while True:
         await asyncio.sleep(SWEEP_S)
         try:
             plane.sweep()
+            reporter.sweep()
             plane.limits_by_key.sweep()
             plane.credit.sweep()
             plane.journal.measure()
@@ -253,10 +272,11 @@ async def serve(boot: Boot) -> None:
     server = await loop.create_server(
         lambda: Downstream(plane), sock=socket.socket(fileno=boot.listen_fd), backlog=LISTEN_BACKLOG
     )
-    background = [loop.create_task(link.run()), loop.create_task(_sweep_forever(plane))]
+    background = [loop.create_task(link.run()), loop.create_task(_sweep_forever(plane, Reporter(plane.replicas, link)))]
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINK_START_S):
             await link.connected.wait()
+            await plane.routed.wait()
     report_ready(boot)
     gc.collect()
     gc.freeze()

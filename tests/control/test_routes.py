@@ -53,7 +53,12 @@ BODIES: dict[str, Any] = {
     "make_billing_webhook": lambda caller: {"url": "https://example.com/hook"},
     "change_webhook": lambda caller: {"description": "changed"},
     "rotate_secret": lambda caller: {},
+    "add_upstream": lambda caller: {**UPSTREAM, "name": f"made-{caller.id.lower()}"},
+    "put_upstream": lambda caller: UPSTREAM,
+    "add_model": lambda caller: {"name": f"model of {caller.id}", "targets": [{"upstream": "set"}]},
+    "put_model": lambda caller: {"name": "set", "targets": [{"upstream": "set"}]},
 }
+UPSTREAM = {"name": "set", "protocol": "https", "urls": ["http://set"]}
 WHO = (
     "anonymous",
     "other account",
@@ -135,7 +140,19 @@ class World:
             return await self._payment(owner, is_paid=False)
         if "/gpu/" in route.path:
             return await self._machine(route, owner, *others)
+        if "/admin/upstreams" in route.path or "/admin/models" in route.path:
+            return await self._routed(route)
         return owner.id if "/users/" in route.path else owner.key_id
+
+    async def _routed(self, route: Route) -> str:
+        """Set the upstream, and if it is about models the model, that the route is about."""
+        admin = await self._api.person(is_admin=True)
+        for name in ("upstream", "model"):
+            if name == "upstream" or "/models" in route.path:
+                body = BODIES[f"put_{name}"](admin)
+                status, told = await self._api.call("PUT", f"/api/v1/admin/{name}s/set", body, admin.by_token)
+                assert status == 200, told
+        return "set"
 
     async def _webhook(self, route: Route, owner: Person) -> str:
         body = BODIES["make_webhook"](owner)

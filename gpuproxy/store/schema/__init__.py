@@ -26,6 +26,7 @@ from gpuproxy.store.schema.billing import (
 from gpuproxy.store.schema.events import events
 from gpuproxy.store.schema.fleet import installations, rentals
 from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, open_calls, prices, receipts, transfers
+from gpuproxy.store.schema.routing import routing_blocks
 from gpuproxy.store.schema.terms import account_terms, budgets
 from gpuproxy.store.schema.webhooks import deliveries, webhook_events, webhooks
 
@@ -57,6 +58,7 @@ __all__ = [
     "receipts",
     "refresh_tokens",
     "rentals",
+    "routing_blocks",
     "sessions",
     "tickets",
     "transfers",

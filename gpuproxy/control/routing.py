@@ -1,0 +1,144 @@
+"""Upstreams and models in force: those of the configuration, and over them those set while running.
+
+Blocks set while running live in the store. Every control looks there for changes of others, lays them over its own
+configuration and pushes the result to its workers, which take it without a restart. Blocks that do not fit the
+configuration any more, after a change of the file, are told in the log, and the file alone holds until they do.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gpuproxy.config import Config, build
+from gpuproxy.errors import ConfigError, GatewayError
+from gpuproxy.link.messages import EndpointState, Routing
+from gpuproxy.link.server import LinkServer
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.plugin import load_plugins
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import routing_blocks
+
+POLL_S = 1.0  # how late changes of other nodes may be noticed
+TOPIC = "routing"
+PUSHED_BYTES_MAX = 900_000  # of all upstreams and models, as a worker is told: a frame of the link holds them
+
+logger = get_logger(__name__)
+
+
+class Block(NamedTuple):
+    """A block set while running."""
+
+    kind: str
+    name: str
+    block: dict[str, Any]
+
+
+class RoutingFeed:
+    """What is in force, and the way to the workers."""
+
+    def __init__(self, store: Store, config: Config, link: LinkServer | None = None) -> None:
+        self._store = store
+        self._configured = config
+        self._link = link
+        self._protocols = load_plugins(config.plugins.enabled).protocols
+        self._seen: object = None
+        self._woken = asyncio.Event()
+        self.set_names: set[tuple[str, str]] = set()  # kind and name of the blocks in force that were set while running
+        self.config = config
+
+    def wake(self, _text: str = "") -> None:
+        """Let `run` look at once."""
+        self._woken.set()
+
+    def configured(self, kind: str) -> set[str]:
+        """Return the names of the blocks of the configuration file."""
+        return {block.name for block in getattr(self._configured, kind)}
+
+    def states(self) -> list[EndpointState]:
+        """Return what all workers have told of their endpoints."""
+        return self._link.states() if self._link is not None else []
+
+    def merged(self, blocks: Iterable[Block]) -> Config:
+        """Return the configuration with these blocks over it. Raises ConfigError with every fault."""
+        kinds = {kind: _plain(getattr(self._configured, kind)) for kind in ("upstreams", "models")}
+        for block in blocks:
+            kinds[block.kind][block.name] = block.block
+        server = {"workers": self._configured.server.workers}
+        found = build({"server": server, **{kind: list(blocks.values()) for kind, blocks in kinds.items()}})
+        faults = [
+            f"upstreams[{index}].protocol: no plugin speaks {upstream.protocol!r}; known: {', '.join(self._protocols)}"
+            for index, upstream in enumerate(found.upstreams)
+            if upstream.protocol not in self._protocols
+        ]
+        if len(msgspec.msgpack.encode(Routing(found.upstreams, found.models))) > PUSHED_BYTES_MAX:
+            faults.append(f"upstreams and models are over {PUSHED_BYTES_MAX} bytes in all; take some out")
+        if faults:
+            raise ConfigError(faults)
+        return msgspec.structs.replace(self._configured, upstreams=found.upstreams, models=found.models)
+
+    async def check(self, connection: AsyncConnection) -> None:
+        """Refuse the transaction if what it leaves behind does not fit. Raises GatewayError with every fault."""
+        try:
+            self.merged(await _blocks(connection))
+        except ConfigError as error:
+            faults = "; ".join(fault.removeprefix("config: ") for fault in error.faults)
+            raise GatewayError("UNPROCESSABLE", faults) from None
+
+    async def poll_once(self) -> None:
+        """Push what is in force, if it has changed."""
+        async with self._store.reading() as connection:
+            columns = func.count(), func.max(routing_blocks.c.changed_at)
+            seen = tuple((await connection.execute(select(*columns))).one())
+            if seen == self._seen:
+                return
+            blocks = await _blocks(connection)
+        self._take(blocks)
+        self._seen = seen
+
+    def _take(self, blocks: list[Block]) -> None:
+        try:
+            self.config = self.merged(blocks)
+            self.set_names = {(block.kind, block.name) for block in blocks}
+        except ConfigError as error:
+            logger.error("upstreams and models set while running do not fit the configuration", faults=str(error))
+            self.config, self.set_names = self._configured, set()
+        if self._link is not None:
+            self._link.publish_routing(Routing(self.config.upstreams, self.config.models))
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Poll until `stopping` is set, through outages of the store."""
+        is_failing = False
+        while not stopping.is_set():
+            try:
+                await self.poll_once()
+                is_failing = False
+            except Exception as error:
+                if not is_failing:
+                    logger.error("upstreams and models cannot be read", error=f"{type(error).__name__}: {error}")
+                is_failing = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._woken.wait()
+            self._woken.clear()
+
+
+async def _blocks(connection: AsyncConnection) -> list[Block]:
+    table = routing_blocks.c
+    rows = await connection.execute(select(table.kind, table.name, table.block).order_by(table.kind, table.name))
+    return [Block(*row) for row in rows]
+
+
+def _plain(blocks: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """Return blocks by name, as they could stand in a file: without what is None there."""
+    found = msgspec.json.decode(msgspec.json.encode(list(blocks)))
+    return {block["name"]: written(block) for block in found}
+
+
+def written(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a block as it could be written: TOML has no null."""
+    return {key: value for key, value in block.items() if value is not None}
