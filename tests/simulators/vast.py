@@ -64,7 +64,6 @@ class VastSimulator:
             ("PUT", "/api/v0/launch_instance/", self.launch, "create"),
             ("GET", "/api/v1/instances/", self.list, "list"),
             ("GET", "/api/v0/instances/", self.list_v0, "list_v0"),
-            ("GET", "/api/v0/instances", self.list_v0, "list_v0"),
             ("GET", "/api/v0/instances/filters/", self.filters, "filters"),
             ("GET", "/api/v0/instances/{id:[0-9]+}/", self.show, "show"),
             ("PUT", "/api/v0/instances/{id:[0-9]+}/", self.change, "change"),
@@ -84,7 +83,8 @@ class VastSimulator:
             ("POST", "/api/v0/ssh/", self.ssh, "ssh"),
             ("POST", "/api/v0/instances/{id:[0-9]+}/ssh/", self.ssh, "ssh"),
         ):
-            app.router.add_route(method, path, self._named(name, handler))
+            for spelling in {path, path.rstrip("/")}:  # clients leave the last slash out here and there
+                app.router.add_route(method, spelling, self._named(name, handler))
         return app
 
     def _named(self, name: str, handler: Handler) -> Handler:
