@@ -68,10 +68,12 @@ def demo(once: bool, port: int) -> None:
 def check_config(config_path: Path | None, as_json: bool) -> None:
     """Check the configuration, name every fault and what is probably not meant; exit 2 for a fault."""
     from gpuproxy.config import warnings
+    from gpuproxy.plugin import check_plugins
 
     path = _config_path(config_path)
     try:
         config = _load(path)
+        check_plugins(config, os.environ)
     except ConfigError as error:
         if not as_json:
             raise

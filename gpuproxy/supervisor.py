@@ -22,9 +22,9 @@ from typing import IO
 import msgspec
 
 from gpuproxy.config import Config, load
-from gpuproxy.errors import ConfigError, PluginError
+from gpuproxy.errors import ConfigError
 from gpuproxy.observe.logs import configure_logs, get_logger
-from gpuproxy.plugin import load_plugins
+from gpuproxy.plugin import check_plugins
 from gpuproxy.process import DRAINING, LOCK_NAME, READY, Boot
 
 _log = get_logger("gpuproxy.supervisor")
@@ -202,8 +202,8 @@ class Supervisor:
         self._watch.remember()
         try:
             config = load(self._config_path, os.environ)
-            load_plugins(config.plugins.enabled)
-        except (ConfigError, PluginError) as error:
+            check_plugins(config, os.environ)
+        except ConfigError as error:
             _log.error("configuration refused, the old one stays", faults=str(error))
             return
         if config.server != self._config.server:
@@ -310,10 +310,7 @@ def serve(config_path: Path | None) -> int:
     """Run a gateway from a configuration file; return the exit code. Raises ConfigError."""
     config = load(config_path, os.environ)
     configure_logs(config.log)
-    try:
-        load_plugins(config.plugins.enabled)
-    except PluginError as error:
-        raise ConfigError([str(error)]) from error
+    check_plugins(config, os.environ)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     Path(config.server.data_dir).mkdir(parents=True, exist_ok=True)
     try:

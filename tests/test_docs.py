@@ -13,7 +13,7 @@ from gpuproxy.cli import cli
 from gpuproxy.config import Config, Model, Payment, Price, Provider, Upstream, load
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
-from gpuproxy.plugin import Call, Registry, Usage
+from gpuproxy.plugin import Call, Registry, Usage, check_plugins, load_plugins
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -100,6 +100,20 @@ def test_the_configuration_shown_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(blocks("toml")[0])
     assert [upstream.name for upstream in load(path, {}).upstreams] == ["llm", "tools"]
+
+
+def test_the_providers_shown_are_those_there_are(tmp_path: Path) -> None:
+    shown = next(block for block in blocks("toml") if "[[providers]]" in block)
+    path = tmp_path / "config.toml"
+    path.write_text(shown.replace('"ionet"]', '"ionet", "simulated"]'))
+    config = load(path, {})
+    check_plugins(config, {})
+    kinds = load_plugins(config.plugins.enabled).providers
+    rows = re.findall(r"^\| `([a-z.]+)` \| `(vast|ionet|simulated)` \| `([a-z]+)` \| (.+?) \|", README, re.MULTILINE)
+    assert {name for name, *_ in rows} == set(kinds)
+    for name, _, alias, billed in rows:
+        assert alias in kinds[name].aliases
+        assert ("in advance" in billed) is (kinds[name].basis == "prepaid")
 
 
 def test_the_plugin_shown_works() -> None:

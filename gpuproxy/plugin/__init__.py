@@ -54,7 +54,7 @@ from gpuproxy.plugin.provider_errors import (
     SpecRefused,
     Unauthorized,
 )
-from gpuproxy.plugin.providers import build_providers
+from gpuproxy.plugin.providers import build_providers, check_plugins
 from gpuproxy.plugin.registry import GROUP, Registry, load_plugins
 from gpuproxy.types import Usage
 
@@ -111,6 +111,7 @@ __all__ = [
     "best_offers",
     "build_payments",
     "build_providers",
+    "check_plugins",
     "event_payloads",
     "is_fitting",
     "is_same_model",

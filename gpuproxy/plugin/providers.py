@@ -1,11 +1,11 @@
-"""From `[[providers]]` blocks to adapters. Called by control alone; workers make none."""
+"""From `[[providers]]` blocks to adapters. Control makes and keeps them; workers make none."""
 
 from collections.abc import Iterable, Mapping
 
-from gpuproxy.config import Provider
-from gpuproxy.errors import ConfigError
+from gpuproxy.config import Config, Provider
+from gpuproxy.errors import ConfigError, PluginError
 from gpuproxy.plugin.provider import ProviderAdapter, ProviderSettings
-from gpuproxy.plugin.registry import Registry
+from gpuproxy.plugin.registry import Registry, load_plugins
 
 
 def build_providers(
@@ -43,3 +43,12 @@ def _add(
 def _settings(block: Provider, environment: Mapping[str, str]) -> ProviderSettings:
     key = environment.get(block.api_key_env, "") if block.api_key_env else ""
     return ProviderSettings(key, block.base_url, block.spacing_s, block.timeout_s, block.options)
+
+
+def check_plugins(config: Config, environment: Mapping[str, str]) -> None:
+    """Load the plugins and make the providers, to see whether that can be done. Raises ConfigError."""
+    try:
+        registry = load_plugins(config.plugins.enabled)
+    except PluginError as error:
+        raise ConfigError([str(error)]) from error
+    build_providers(config.providers, registry, environment)
