@@ -12,7 +12,7 @@ from gpuproxy.plugin import AnswerEditor, Call, Intent, ProtocolHandler, Upstrea
 from gpuproxy.pricing import FREE, Price, cost_of
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy import refusal, tunnel
-from gpuproxy.proxy.credit import Bill, unknown_credit, used_by_now
+from gpuproxy.proxy.credit import Bill, price_for, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
 from gpuproxy.proxy.limits import Purse
@@ -701,7 +701,8 @@ class Answer:
         destination = self._destination
         if destination is None or len(destination.places) == 1:
             return reserved
-        return self.plane.prices.find(receipt.model, receipt.upstream, receipt.started_ns) or FREE
+        price = self.plane.prices.find(receipt.model, receipt.upstream, receipt.started_ns)
+        return (price and price_for(self._grant or NO_GRANT, price)) or FREE
 
     def _end_attempt(self, has_failed: bool) -> None:
         replica = self._endpoint.replica  # type: ignore[union-attr]  # an attempt is under way there

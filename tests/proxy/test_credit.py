@@ -415,3 +415,25 @@ async def test_the_short_alias_and_the_long_path_cost_the_same(serve: Serve) -> 
         await upstream.send(JSON_OK)
         await client.answer()
     await _back(gateway, bank, 2_000 - 2 * USED)
+
+
+async def test_a_call_costs_what_the_place_costs_that_served_it_with_the_markup(serve: Serve) -> None:
+    prices = Price("m", "llm", request_nanousd=100), Price("m", "raw", request_nanousd=300)
+    raw = {"protocol": "openinference", "models": ["m"]}
+    gateway, bank = await _open(serve, 2_000, *prices, raw=raw)
+    key = gateway.keys.add(markup_bps=1_000)
+    paid = []
+    for number in range(2):
+        client = await gateway.ask(request(b"POST " + CHAT, body=BODY, key=key, id=b"t%d" % number))
+        await until(lambda: not (gateway.llm.is_untouched() and gateway.raw.is_untouched()), "the call")
+        (wallet,) = gateway.plane.credit._wallets.values()
+        assert wallet.reserved == 330
+        listener = gateway.raw if gateway.llm.is_untouched() else gateway.llm
+        upstream = await listener.accept()
+        await upstream.read_head()
+        await upstream.send(JSON_OK.replace(b"OK\r\n", b"OK\r\nConnection: close\r\n", 1))
+        await client.answer()
+        upstream.close()
+        paid.append({"llm": 110, "raw": 330}[(await gateway.receipt(number + 1)).upstream])
+    assert set(paid) == {110, 330}
+    await _back(gateway, bank, 2_000 - sum(paid))
