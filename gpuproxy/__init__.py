@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpuproxy.client import Client, GpuproxyError
+    from gpuproxy.client import AsyncClient, Client, GpuproxyError
 
-__all__ = ["Client", "GpuproxyError", "__version__"]
+__all__ = ["AsyncClient", "Client", "GpuproxyError", "__version__"]
 __version__ = "1.0.0"
 
 
 def __getattr__(name: str) -> Any:
     """Import the client library only when it is asked for: the daemon's processes start without httpx."""
-    if name in ("Client", "GpuproxyError"):
+    if name in ("AsyncClient", "Client", "GpuproxyError"):
         from gpuproxy import client
 
         return getattr(client, name)

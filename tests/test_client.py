@@ -78,7 +78,7 @@ def gateway() -> Iterator[ScriptedGateway]:
 
 @pytest.fixture
 def client(gateway: ScriptedGateway) -> Iterator[gpuproxy.Client]:
-    with gpuproxy.Client(gateway.url, "gp_key") as client:
+    with gpuproxy.Client(gateway.url, "gp_key", sleep=lambda seconds: None) as client:
         yield client
 
 
@@ -199,6 +199,12 @@ def test_a_streaming_body_without_stream_is_refused_before_anything_is_sent(
 
 def test_importing_the_package_does_not_import_the_client() -> None:
     code = 'import gpuproxy as g, sys; m = sys.modules\nassert "httpx" not in m; g.Client; assert "httpx" in m'
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_importing_the_clients_does_not_import_the_server() -> None:
+    server = '("sqlalchemy", "gpuproxy.control", "gpuproxy.store", "gpuproxy.proxy", "uvloop", "httptools")'
+    code = f"import gpuproxy as g, sys; g.Client, g.AsyncClient\nassert not set({server}) & set(sys.modules)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 

@@ -1,0 +1,274 @@
+"""The client for ordinary code, on httpx."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+import httpx
+
+from gpuproxy.client.calls import (
+    CONNECT_TIMEOUT_S,
+    DEFAULT_TIMEOUT_S,
+    RETRIES,
+    Call,
+    Listing,
+    answer_of,
+    call_of,
+    gpus_call,
+    own_refusal,
+    proxied,
+    wait_before_retry,
+)
+from gpuproxy.client.errors import GpuproxyError, failed
+from gpuproxy.client.instances import (
+    POLL_S,
+    WAIT_S,
+    instance_path,
+    is_up,
+    not_in_time,
+    progress,
+    rental_path,
+)
+
+
+class ProxyStream:
+    """An upstream's streamed answer as it arrives: iterate for bytes, close when leaving early."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
+        self.status_code = response.status_code
+        self.headers: Mapping[str, str] = response.headers
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the body in the pieces it arrives in. Raises GpuproxyError when it breaks off."""
+        with self:
+            try:
+                yield from self._response.iter_bytes()
+            except httpx.TransportError as error:
+                raise _transport_failure(error) from error
+
+    def __enter__(self) -> Self:
+        """Return the stream; leaving the block closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the stream; the gateway then aborts the upstream call."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection back; an unfinished upstream call is aborted."""
+        self._response.close()
+
+
+class Client:
+    """A caller of one gateway. Safe to share between threads; close it or use it in a ``with`` block.
+
+    ``api_url`` ends in the version, as in ``http://localhost:8080/api/v1``. ``timeout_s`` bounds each wait
+    for bytes. ``retries`` is how often a call is repeated that may be.
+    """
+
+    def __init__(
+        self,
+        api_url: str,
+        api_key: str,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retries: int = RETRIES,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.api_url = api_url.rstrip("/")
+        self._api_key = api_key
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._sleep = sleep
+        self._http = httpx.Client(
+            headers={"X-API-Key": api_key}, timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+        )
+
+    def __enter__(self) -> Self:
+        """Return the client; leaving the block closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the client."""
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
+        """Return what GET `path` (below the API URL) answers, decoded. Raises GpuproxyError."""
+        return self._call(call_of("GET", path, params=params, wait_s=self._timeout_s))
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """Send `body` as JSON by POST and return the decoded answer. Raises GpuproxyError."""
+        return self._call(call_of("POST", path, body, wait_s=self._timeout_s))
+
+    def put(self, path: str, body: Any = None) -> Any:
+        """Send `body` as JSON by PUT and return the decoded answer. Raises GpuproxyError."""
+        return self._call(call_of("PUT", path, body, wait_s=self._timeout_s))
+
+    def delete(self, path: str) -> Any:
+        """Return what DELETE `path` answers, decoded; None when it answers nothing. Raises GpuproxyError."""
+        return self._call(call_of("DELETE", path, wait_s=self._timeout_s))
+
+    def list_gpus(self, provider: str = "all", min_vram: float | None = None, **filters: Any) -> Listing:
+        """Return the GPUs that can be rented, each a dict; the list also answers ``["count"]``.
+
+        `min_vram` is in GB. `filters` are the other parameters of ``GET /gpu/instances``, such as max_price.
+        """
+        return Listing(self._call(gpus_call(provider, min_vram, filters, self._timeout_s)))
+
+    def create_instance(
+        self,
+        provider: str,
+        instance_id: str,
+        config: Mapping[str, Any] | None = None,
+        wait: bool = True,
+        wait_s: float = WAIT_S,
+        poll_s: float = POLL_S,
+    ) -> dict[str, Any]:
+        """Rent the offer `instance_id` and return it, by default when it runs: ``["ip"]``, ``["contract_id"]``.
+
+        Raises InstanceFailedError if it fails, or does not run after `wait_s`; it is still rented then.
+        """
+        path = instance_path(provider, instance_id)
+        rental: dict[str, Any] = self._call(call_of("POST", path, config or {}, wait_s=self._timeout_s))
+        return self._until_up(rental, wait_s, poll_s) if wait else rental
+
+    def _until_up(self, rental: dict[str, Any], wait_s: float, poll_s: float) -> dict[str, Any]:
+        until = time.monotonic() + wait_s
+        with progress(rental) as show:
+            while not is_up(rental):
+                if time.monotonic() >= until:
+                    raise not_in_time(rental, wait_s)
+                self._sleep(poll_s)
+                rental = {**rental, **self.get(rental_path(rental))}
+                show(rental["status"])
+        return rental
+
+    def destroy_instance(self, provider: str, contract_id: str) -> Any:
+        """End a rented instance; again does nothing."""
+        return self.delete(instance_path(provider, contract_id))
+
+    @overload
+    def proxy_request(
+        self,
+        protocol: str,
+        target_url: str,
+        method: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        stream: Literal[False] = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]: ...
+
+    @overload
+    def proxy_request(
+        self,
+        protocol: str,
+        target_url: str,
+        method: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        *,
+        stream: Literal[True],
+        timeout_s: float | None = None,
+    ) -> ProxyStream: ...
+
+    def proxy_request(
+        self,
+        protocol: str,
+        target_url: str,
+        method: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        stream: bool = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any] | ProxyStream:
+        """Send one call through the gateway and return its envelope: data, status_code, headers, usage.
+
+        The upstream's own refusal is no exception: it is told by ``status_code``. With `stream` the
+        upstream's answer comes as a `ProxyStream` instead. `method` defaults to POST with a body, else GET.
+        `timeout_s` bounds the upstream's answer. Raises GpuproxyError for the gateway's own failures.
+        """
+        call = proxied(protocol, target_url, method, headers, body, stream, timeout_s, self._timeout_s)
+        if stream:
+            opened: ProxyStream = self._repeated(call, self._open_stream)
+            return opened
+        answer: dict[str, Any] = self._call(call)
+        return answer
+
+    def events(self, channels: Iterable[str], last_event_id: str = "") -> Iterator[dict[str, Any]]:
+        """Yield what happens on the channels, each a dict of type, payload, id; comes back after every break.
+
+        With `last_event_id` it begins with what happened since. Not for code in an event loop: there is AsyncClient.
+        """
+        import asyncio
+
+        from gpuproxy.client.asynchronous import AsyncClient
+
+        with asyncio.Runner() as runner:
+            client = AsyncClient(self.api_url, self._api_key, self._timeout_s, self._retries)
+            happening = client.events(tuple(channels), last_event_id)
+            try:
+                while True:
+                    yield runner.run(anext(happening))
+            finally:
+                runner.run(happening.aclose())
+                runner.run(client.close())
+
+    def _call(self, call: Call) -> Any:
+        return self._repeated(call, self._once)
+
+    def _repeated(self, call: Call, work: Callable[[Call], Any]) -> Any:
+        for done in count():
+            try:
+                return work(call)
+            except GpuproxyError as error:
+                wait_s = wait_before_retry(call, error, done, self._retries)
+                if wait_s is None:
+                    raise
+            self._sleep(wait_s)
+        raise AssertionError  # the loop above has no end
+
+    def _once(self, call: Call) -> Any:
+        response = self._send(call, stream=False)
+        return answer_of(str(response.request.url), response.status_code, response.headers, response.content)
+
+    def _open_stream(self, call: Call) -> ProxyStream:
+        response = self._send(call, stream=True)
+        if response.status_code >= 400:
+            try:
+                content = response.read()
+            except httpx.TransportError as error:
+                raise _transport_failure(error) from error
+            if refusal := own_refusal(response.status_code, response.headers, content):
+                raise refusal
+        return ProxyStream(response)
+
+    def _send(self, call: Call, stream: bool) -> httpx.Response:
+        request = self._http.build_request(
+            call.method,
+            f"{self.api_url}/{call.path}",
+            params=call.params or None,
+            content=call.body,
+            headers=call.headers,
+            timeout=httpx.Timeout(call.wait_s, connect=CONNECT_TIMEOUT_S),
+        )
+        try:
+            return self._http.send(request, stream=stream)
+        except httpx.TransportError as error:
+            raise _transport_failure(error) from error
+
+
+def _transport_failure(error: httpx.TransportError) -> GpuproxyError:
+    if isinstance(error, httpx.TimeoutException):
+        return failed(f"no answer in time: {type(error).__name__}", "TIMED_OUT")
+    return failed(f"the connection failed: {error or type(error).__name__}", "CONNECTION_FAILED")
