@@ -586,6 +586,8 @@ class Answer:
         self._first_byte_ns = time.monotonic_ns()
         downstream = self.downstream
         head = connection.head
+        if self._generation >= 0:
+            self._report(head, self._first_byte_ns)  # a tunnel may last for days: its endpoint is well now
         self._write(
             b"%bConnection: Upgrade\r\nUpgrade: %b\r\nX-Request-Id: %b\r\n\r\n"
             % (head.start, head.upgrade, self.request_id.encode())

@@ -219,3 +219,17 @@ async def test_a_call_before_an_upgrade_is_answered_first(gateway: Gateway) -> N
     await upstream.send(SWITCH)
     assert (await client.answer()).status == 101
     await upstream.expect(b"early")
+
+
+async def test_a_tunnel_that_tries_an_endpoint_closes_its_breaker_at_once(gateway: Gateway) -> None:
+    (replica,) = [each for each in gateway.plane.replicas.all() if each.upstream == "raw"]
+    for _ in range(gateway.config.routing.failures_max):
+        replica.failed(replica.generation)
+    gateway.passes(gateway.config.routing.open_s)
+    assert (replica.state, replica.admits) == (2, True)
+    client = await gateway.ask(request(b"GET " + RAW + b"/ws?x=1", *UPGRADE))
+    await _switched(gateway, client)
+    assert (replica.state, replica.open_count) == (0, 1)
+    client.close()
+    await gateway.receipt()
+    assert replica.open_count == 0
