@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.guard import parse_target
+from gpuproxy.guard import Target, parse_target
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Call, Intent, ProtocolHandler, UpstreamRequest
@@ -332,8 +332,7 @@ class Exchange(Attempts):
             rented = self._rented()
             if rented is None:
                 return
-            port = rented.outside(target.host, target.port)
-            endpoint = self._user_given(target.scheme, target.host, port, target.authority)
+            endpoint = self._user_given(rented.outside(target))
         endpoint = endpoint.at_root(envelope.timeout_s)  # a target's path is whole
         if not envelopes.wants_stream(envelope):
             limit_bytes = self.plane.limits.envelope_answer_bytes_max
@@ -455,22 +454,22 @@ class Exchange(Attempts):
         rented = self._rented()
         if rented is None:
             return
-        host, port = rented.at(route.contract_id, route.port)
+        target = rented.at(route.contract_id, route.port)
         intent = self._intent = handler.describe(call)
         self._check_model(intent.model)
         request = handler.prepare(call, intent)
         self._editor = request.editor
         body, call.body = call.body, None
         call.body_bytes = self.request_bytes
-        endpoint = self._user_given("http", host, port, f"{host}:{port}")
+        endpoint = self._user_given(target)
         path = request.path if request.path is not None else route.path
         self._sending = self.method, path, self.head.fields, body, request
         if not self.plane.prices.is_any or self._reserve(intent, body, endpoint):
             self._forward(endpoint)
 
-    def _user_given(self, scheme: str, host: str, port: int, authority: str) -> Endpoint:
-        origin, timeouts = self.plane.pools.user_given(scheme, host, port), self.plane.timeouts
-        return Endpoint(origin, authority.encode(), timeouts.first_byte_s, timeouts.idle_s)
+    def _user_given(self, target: Target) -> Endpoint:
+        origin, timeouts = self.plane.pools.user_given(target.scheme, target.host, target.port), self.plane.timeouts
+        return Endpoint(origin, target.authority.encode(), timeouts.first_byte_s, timeouts.idle_s)
 
     def _rented(self) -> Rented | None:
         """Return the caller's machines; None if control must be asked: then `rented` goes on."""

@@ -11,6 +11,7 @@ is no more to be trusted than one a caller writes, so what comes out of here pas
 from collections.abc import Callable, Iterable
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.guard import Target
 from gpuproxy.link.client import LinkClient
 from gpuproxy.link.messages import Machine
 
@@ -18,6 +19,7 @@ FRESH_S = 15.0
 USABLE_S = 300.0  # while control is away; the address may belong to somebody else by then
 USERS_MAX = 10_000
 PREFIX = b"/instances/"
+HTTPS_PORT = 443
 
 Waiter = Callable[["Rented | GatewayError"], None]
 
@@ -35,25 +37,27 @@ class Rented:
         self.fresh_until_s = now_s + FRESH_S
         self.usable_until_s = now_s + USABLE_S
 
-    def outside(self, host: str, port: int) -> int:
-        """Return the port outside that a port inside the user's machine at this address is mapped to; else the port.
+    def outside(self, target: Target) -> Target:
+        """Return where a port inside the user's machine at this address is mapped to; else the target as it is.
 
         Several machines may share an address; the first that has the port is meant.
         """
-        for machine in self._by_host.get(host, ()):
-            if port in machine.ports:
-                return machine.ports[port]
-        return port
+        for machine in self._by_host.get(target.host, ()):
+            if target.port in machine.ports:
+                mapped = _reached(machine.host, machine.ports[target.port])
+                authority = mapped.authority if mapped.scheme == "https" else target.authority
+                return mapped._replace(authority=authority, path=target.path)
+        return target
 
-    def at(self, contract_id: str, port: int) -> tuple[str, int]:
-        """Return address and port outside. Raises GatewayError NOT_FOUND, naming the ports there are."""
+    def at(self, contract_id: str, port: int) -> Target:
+        """Return where a port of a machine is reached. Raises GatewayError NOT_FOUND, naming the ports there are."""
         machine = self._by_contract.get(contract_id)
         if machine is None:
             raise GatewayError("NOT_FOUND", f"no instance {contract_id[:100]!r} of this account runs")
         if port not in machine.ports:
             known = ", ".join(map(str, sorted(machine.ports))) or "none"
             raise GatewayError("NOT_FOUND", f"instance {contract_id} has no port {port}; it has: {known}")
-        return machine.host, machine.ports[port]
+        return _reached(machine.host, machine.ports[port])
 
 
 class Instances:
@@ -111,6 +115,13 @@ class Instances:
         if len(self._known) >= USERS_MAX:
             del self._known[next(iter(self._known))]
         self._known[user_id] = Rented(machines, self._now())
+
+
+def _reached(host: str, port: int) -> Target:
+    """Return the target; a provider that puts TLS before its machines does so at the port of https."""
+    if port == HTTPS_PORT:
+        return Target("https", host, port, host, "")
+    return Target("http", host, port, f"{host}:{port}", "")
 
 
 def split_target(rest: bytes) -> tuple[str, int, bytes]:

@@ -48,6 +48,7 @@ class Market(Simulated):
         self.asked: list[str] = []
         self._now = now
         self._late: list[tuple[datetime, str, InstanceSpec, str]] = []
+        self.lied_about: set[str] = set()  # machines that were said to run and did not
         self._before: Sequence[ProviderInstance] = []
 
     def fault(self, phase: str, *known: str) -> str:
@@ -94,7 +95,10 @@ class Market(Simulated):
         listed = await super().list()
         lying = [structs.replace(each, state=self.random.choice(("running", "stopped", "failed"))) for each in listed]
         stale, self._before = self._before, listed
-        return {"empty": [], "partial": listed[::2], "stale": stale, "lying": lying}.get(fault, listed)
+        told = {"empty": [], "partial": listed[::2], "stale": stale, "lying": lying}.get(fault, listed)
+        really = {each.id for each in listed if each.state == "running"}
+        self.lied_about |= {each.id for each in told if each.state == "running" and each.id not in really}
+        return told
 
     async def find(self, tag: str) -> Sequence[ProviderInstance]:
         fault = self.fault("find", "down", "empty")

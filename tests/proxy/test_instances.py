@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from gpuproxy.guard import parse_target
 from gpuproxy.link.messages import Machine
+from gpuproxy.proxy.instances import Rented
 
 from .conftest import Serve
 from .harness import ENVELOPE, KEY, OK, PREFIX, Gateway, request, until
@@ -158,3 +160,14 @@ async def test_an_answer_from_before_a_change_is_not_believed(gateway: Gateway, 
     client = await gateway.ask(request(b"GET " + MINE + b"/"))
     assert (await client.answer()).status == 404
     assert answers == []
+
+
+def test_a_machine_behind_tls_is_reached_by_https() -> None:
+    rented = Rented([Machine("a", "x.example", {8000: 443}), Machine("b", "192.0.2.1", {8000: 40800})], 0)
+    assert rented.at("a", 8000) == ("https", "x.example", 443, "x.example", "")
+    assert rented.at("b", 8000) == ("http", "192.0.2.1", 40800, "192.0.2.1:40800", "")
+    assert rented.outside(parse_target("http://x.example:8000/p")) == ("https", "x.example", 443, "x.example", "/p")
+    plain = parse_target("http://192.0.2.1:8000/p")
+    assert rented.outside(plain) == ("http", "192.0.2.1", 40800, "192.0.2.1:8000", "/p")
+    other = parse_target("http://192.0.2.1:9000/p")
+    assert rented.outside(other) == other
