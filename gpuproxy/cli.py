@@ -265,6 +265,90 @@ def key_revoke(key_id: str, config_path: Path | None, as_json: bool) -> None:
 
 
 @cli.group()
+def credits() -> None:
+    """Add credit."""
+
+
+@credits.command("add")
+@click.argument("email")
+@click.argument("usd")
+@with_config
+@with_json
+def credits_add(email: str, usd: str, config_path: Path | None, as_json: bool) -> None:
+    """Add credit, in dollars such as 12.50, to a user's account."""
+    from uuid import uuid4
+
+    from gpuproxy.access.accounts import find_user
+    from gpuproxy.ledger.book import balance, credit, format_usd, parse_usd
+
+    nanousd = _usage_fault(parse_usd, usd, "USD")
+
+    async def work(store: "Store") -> int:
+        user = await find_user(store, email)
+        await credit(store, user.id, nanousd, f"credits-add:{uuid4()}")
+        return await balance(store, user.id)
+
+    left = format_usd(_with_store(config_path, work))
+    fields = {"email": email, "added": format_usd(nanousd), "credits_remaining": left}
+    _show(fields, f"{email} has {left} USD", as_json)
+
+
+@cli.group()
+def price() -> None:
+    """Set and list prices."""
+
+
+@price.command("set")
+@click.argument("model")
+@click.option("--input", "input_usd", default="", metavar="USD", help="Per million input tokens.")
+@click.option("--cached-input", "cached_usd", default="", metavar="USD", help="Per million cached input tokens.")
+@click.option("--output", "output_usd", default="", metavar="USD", help="Per million output tokens.")
+@click.option("--request", "request_usd", default="", metavar="USD", help="Per call.")
+@click.option("--second", "second_usd", default="", metavar="USD", help="Per second.")
+@click.option("--upstream", default="", help="At this upstream only.")
+@with_config
+@with_json
+def price_set(
+    model: str,
+    input_usd: str,
+    cached_usd: str,
+    output_usd: str,
+    request_usd: str,
+    second_usd: str,
+    upstream: str,
+    config_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Set what calls of a model cost, in a moment; * is every model."""
+    import msgspec
+
+    from gpuproxy import config
+    from gpuproxy.ledger.catalogue import add_price, valid_from_now
+    from gpuproxy.pricing import from_config
+
+    written = config.Price(model, upstream, input_usd, cached_usd, output_usd, request_usd, second_usd)
+    config.build({"prices": [msgspec.to_builtins(written)]})  # names what is wrong
+    wanted = msgspec.structs.replace(from_config(written), valid_from_ns=valid_from_now())
+    _with_store(config_path, lambda store: add_price(store, wanted))
+    _show(msgspec.to_builtins(wanted), f"{model} costs this in a few seconds", as_json)
+
+
+@price.command("list")
+@with_config
+@with_json
+def price_list(config_path: Path | None, as_json: bool) -> None:
+    """List all versions of prices that were set, by model, upstream and time."""
+    import msgspec
+
+    from gpuproxy.ledger.catalogue import list_prices
+    from gpuproxy.pricing import Price
+
+    found = [msgspec.to_builtins(each) for each in _with_store(config_path, list_prices)]
+    columns = ("model", "upstream", "valid_from_ns", *(name for name in Price.__struct_fields__ if "nanousd" in name))
+    _table(found, columns, as_json)
+
+
+@cli.group()
 def ledger() -> None:
     """Check the books."""
 
@@ -353,11 +437,11 @@ def _on_store(config_path: Path | None, work: "Callable[[Store], Awaitable[T]]")
         raise click.ClickException(f"the store cannot be used: {fault_of(error)}; see [store] url") from None
 
 
-def _usage_fault(parse: Callable[[str], T], text: str) -> T:
+def _usage_fault(parse: Callable[[str], T], text: str, name: str = "--credits") -> T:
     try:
         return parse(text)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--credits") from None
+        raise click.BadParameter(str(error), param_hint=name) from None
 
 
 def _names(listed: str) -> list[str]:

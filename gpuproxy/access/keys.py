@@ -53,12 +53,17 @@ async def issue_key(
 
     Raises GatewayError CONFLICT for one too many.
     """
-    live = and_(api_keys.c.user_id == caller.user_id, api_keys.c.revoked_at.is_(None))
-    if (await connection.scalar(select(func.count()).select_from(api_keys).where(live)) or 0) >= KEYS_MAX:
+    if await live_keys(connection, caller.user_id) >= KEYS_MAX:
         raise GatewayError("CONFLICT", f"there are {KEYS_MAX} keys already; revoke those that are not used")
     if root_id is None and await has_budget(connection, caller):
         root_id = caller.root_id
     return await add_key(connection, caller.user_id, terms, root_id)
+
+
+async def live_keys(connection: AsyncConnection, user_id: str) -> int:
+    """Return how many keys of a user are not revoked."""
+    live = and_(api_keys.c.user_id == user_id, api_keys.c.revoked_at.is_(None))
+    return (await connection.scalar(select(func.count()).select_from(api_keys).where(live))) or 0
 
 
 async def has_budget(connection: AsyncConnection, caller: Caller) -> bool:

@@ -35,6 +35,7 @@ from gpuproxy.control.parts import (
     HUB,
     KEYRING,
     LEADER,
+    LEASES,
     LISTENERS,
     NODES,
     OFFERS,
@@ -147,7 +148,7 @@ async def _serve(
     await link.start(socket.socket(fileno=boot.link_fd))
     fleet = await open_fleet(store, boot.config)
     link.machines_of = partial(machines_of, fleet)
-    app = application(store, stopping, boot.config, keyring, nodes, providers, fleet, routing)
+    app = application(store, stopping, boot.config, keyring, nodes, providers, fleet, routing, leases)
     await app[STREAM].start()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
@@ -247,6 +248,7 @@ def application(
     providers: Mapping[str, PaymentProvider] | None = None,
     fleet: Fleet | None = None,
     routing: RoutingFeed | None = None,
+    leases: Leases | None = None,
 ) -> web.Application:
     """Return the management API over `store`; without a keyring its tokens end with it.
 
@@ -263,6 +265,7 @@ def application(
     app[HASHER] = Hasher()
     app[ATTEMPTS] = Attempts()
     app[EXPORTING] = set()
+    app[LEASES] = leases or Leases(store, "", limits(store, app[CONFIG].rates), lambda epoch, recall: False)
     app[FLEET] = fleet or Fleet(store, {}, app[CONFIG].fleet)
     app[OFFERS] = Offers(app[FLEET])
     app[STOPPING] = stopping

@@ -17,6 +17,7 @@ from gpuproxy.events.hub import Hub
 from gpuproxy.events.stream import Stream
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
+from gpuproxy.ledger.leases import Leases
 from gpuproxy.store.bus import Bus
 from gpuproxy.store.engine import Store
 from gpuproxy.store.leader import Leader
@@ -36,6 +37,7 @@ ATTEMPTS = web.AppKey("attempts", Attempts)
 FLEET = web.AppKey("fleet", Fleet)
 OFFERS = web.AppKey("offers", Offers)
 STOPPING = web.AppKey("stopping", asyncio.Event)
+LEASES = web.AppKey("leases", Leases)
 EXPORTING: web.AppKey[set[str]] = web.AppKey("exporting")  # the users whose exports run
 HUB = web.AppKey("hub", Hub)
 STREAM = web.AppKey("stream", Stream)

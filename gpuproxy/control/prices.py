@@ -18,11 +18,10 @@ from gpuproxy.control.query import count_asked
 from gpuproxy.control.respond import answer
 from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.book import format_usd
-from gpuproxy.ledger.catalogue import PRICES_MAX, cursor_of, insert_price, load_catalogue, page_of_prices
+from gpuproxy.ledger.catalogue import NOTICE_S, PRICES_MAX, cursor_of, insert_price, load_catalogue, page_of_prices
 from gpuproxy.ledger.usage import unix_ns
 from gpuproxy.pricing import Price, from_config
 
-NOTICE_S = 3  # workers hear of a price within two seconds: none may reserve by one and be charged by the next
 PRICES_DEFAULT = 100
 QUERY = {
     "limit": f"how many versions, 1 to {PRICES_MAX}; {PRICES_DEFAULT} if left out",

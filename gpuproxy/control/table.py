@@ -20,6 +20,7 @@ from gpuproxy.control import (
     keys,
     openapi,
     prices,
+    quota,
     terms,
     user,
     webhooks,
@@ -70,6 +71,7 @@ TABLE: tuple[Route, ...] = (
         shape="list",
         query=PAGE,
     ),
+    Route("GET", "/api/v1/user/quota", quota.show, "key", gives=quota.Quota),
     Route("GET", "/api/v1/user/budgets", budgets.list_own, "read", gives=budgets.BudgetInfo, shape="list"),
     Route(
         "POST",

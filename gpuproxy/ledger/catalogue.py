@@ -4,6 +4,7 @@ A price set while running is a version: it holds from its time on, until the nex
 has no time; it holds for every call that is settled while it stands there and no version does.
 """
 
+import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -18,10 +19,16 @@ from gpuproxy.pricing import PRICE_NANOUSD_MAX, Catalogue, Price, from_config
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import prices
 
+NOTICE_S = 3  # workers hear of a price within two seconds: none may reserve by one and be charged by the next
 PRICES_MAX = 1_000  # in one page
 
 _ORDER = (prices.c.model, prices.c.upstream, prices.c.valid_from_ns)
 _VERSIONS = select(*(prices.c[name] for name in Price.__struct_fields__)).order_by(*_ORDER)
+
+
+def valid_from_now() -> int:
+    """Return the unix nanoseconds from which a price that is set now should hold."""
+    return time.time_ns() + NOTICE_S * 10**9
 
 
 async def load_catalogue(store: Store, configured: Iterable[config.Price]) -> Catalogue:

@@ -26,7 +26,7 @@ from gpuproxy.ledger.peers import Peers
 from gpuproxy.ledger.rates import share
 from gpuproxy.ledger.settle import lease_owner
 from gpuproxy.ledger.transfers import AMOUNT_NANOUSD_MAX, credit_account, lock
-from gpuproxy.ledger.windows import LocalWindows, Subject, Windows
+from gpuproxy.ledger.windows import LocalWindows, Part, Subject, Windows
 from gpuproxy.link.messages import TOKENS, Lease, Leased, LeaseKind, Recall, Return
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store
@@ -97,6 +97,13 @@ class Leases:
                 if was_recalled or answer.budget_ends_ns:
                     answer, _ = await self._grant(epoch, ask, subject, is_last=True)
         return answer
+
+    async def left(self, subject: Subject) -> tuple[int, Part] | None:
+        """Return the limit of a subject and what nobody was given of it; None if nothing limits it."""
+        limit = await self._limit(subject)
+        if not limit:
+            return None
+        return limit, await self._windows.grant(subject, ("", 0), limit, 0, 0, self.now_ns())
 
     async def give_back(self, subject: Subject, kind: LeaseKind) -> None:
         """Let the workers here give back what they do not use, and all nodes see it. Raises what the store raises."""

@@ -210,3 +210,15 @@ def test_commands_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
         for number in range(3)
     ]  # fmt: skip
     assert [(process.communicate()[1], process.returncode) for process in started] == [("", 0)] * 3
+
+
+def test_credit_is_added_and_prices_are_set_and_listed(run: Run) -> None:
+    run("user", "create", EMAIL, "--credits", "1")
+    assert run("credits", "add", EMAIL, "12.50")[:2] == (0, f"{EMAIL} has 13.50 USD\n")
+    assert run("credits", "add", EMAIL, "-1")[0] == 2
+    assert run("credits", "add", "nobody@example.com", "1")[0] == 1
+    assert run("price", "set", "m", "--request", "0.10", "--input", "0.15")[0] == 0
+    (told,) = json.loads(run("price", "list", "--json")[1])
+    assert (told["model"], told["request_nanousd"], told["input_nanousd_per_million"]) == ("m", 10**8, 15 * 10**7)
+    code, _, err = run("price", "set", "m", "--request", "ten")
+    assert (code, "per_request_usd" in err) == (2, True)

@@ -4,10 +4,12 @@ from typing import Any
 
 from sqlalchemy import select
 
-from gpuproxy.access.accounts import grant_for, newest_change, unread_changes
+from gpuproxy.access.accounts import create_key, grant_for, newest_change, unread_changes
 from gpuproxy.codec.key import digest_of
+from gpuproxy.control.parts import LEASES
 from gpuproxy.ledger.book import credit
 from gpuproxy.ledger.holds import place
+from gpuproxy.link.messages import Lease
 from gpuproxy.store.cursor import Cursor
 from gpuproxy.store.schema import audit
 from gpuproxy.types import Grant
@@ -17,6 +19,7 @@ from .conftest import Api, Person
 OWN = "/api/v1/user/budgets"
 ANY = "/api/v1/admin/budgets"
 KEYS = "/api/v1/auth/apikey"
+QUOTA = "/api/v1/user/quota"
 DAY = {"limit": 5.00, "window_s": 86_400}
 
 
@@ -124,3 +127,24 @@ async def test_an_overdraft_lets_an_account_go_below_nothing_and_is_not_taken_wh
     assert (told["credits_remaining"], told["overage"], told["cap"]) == (-2, 2, 2.5)
     assert (await api.call("PATCH", path, {"overdraft": 1.99}, admin.by_token))[0] == 409
     assert (await api.call("PATCH", path, {"overdraft": 2}, admin.by_token))[0] == 200
+
+
+async def test_a_quota_shows_the_limits_and_what_is_left(api: Api) -> None:
+    admin, person = await api.person(is_admin=True), await api.person()
+    await credit(api.store, person.id, 25 * 10**8, "one")
+    secret, own = await create_key(api.store, person.email, rpm=7)
+    await api.call("POST", OWN, {**DAY, "key_id": own.id}, person.by_token)
+    await api.call("POST", ANY, {**DAY, "user_id": person.id}, admin.by_token)
+    _, shared = await api.call("GET", QUOTA, headers=person.by_key)
+    assert (shared["requests_per_minute"], shared["tokens_per_minute"]) == (None, None)
+    assert (shared["is_shared"], shared["credits_remaining"]) == (True, 2.5)
+    assert ([each["key_id"] for each in shared["budgets"]], shared["keys"], shared["keys_max"]) == ([""], 2, 1_000)
+    asked = Lease(1, person.id, own.id, "requests", 1, 3)
+    assert api.client.app is not None
+    given = await api.client.app[LEASES].grant("worker", asked)
+    _, told = await api.call("GET", QUOTA, headers={"X-API-Key": secret})
+    assert (told["requests_per_minute"]["limit"], told["is_shared"]) == (7, False)
+    assert told["requests_per_minute"]["remaining"] == 7 - given.amount
+    assert 0 < told["requests_per_minute"]["reset_s"] <= 120
+    assert sorted(each["key_id"] for each in told["budgets"]) == ["", own.id]
+    assert len((await api.call("GET", QUOTA, headers=person.by_token))[1]["budgets"]) == 2
