@@ -13,6 +13,7 @@ from gpuproxy.cli import cli
 from gpuproxy.config import Config, Model, Payment, Price, Provider, Upstream, load
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
+from gpuproxy.observe.series import COUNTERS, GAUGES, HISTOGRAMS, MANAGEMENT
 from gpuproxy.plugin import Call, Registry, Usage, check_plugins, load_plugins
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +115,13 @@ def test_the_providers_shown_are_those_there_are(tmp_path: Path) -> None:
     for name, _, alias, billed in rows:
         assert alias in kinds[name].aliases
         assert ("in advance" in billed) is (kinds[name].basis == "prepaid")
+
+
+@pytest.mark.parametrize("name", [*COUNTERS, *HISTOGRAMS, *GAUGES, *MANAGEMENT])
+def test_every_series_is_explained_with_its_labels(name: str) -> None:
+    labels = {**COUNTERS, **HISTOGRAMS}.get(name, ("", *GAUGES.get(name, MANAGEMENT.get(name, ("", ())))[1:]))
+    named = next(part for part in labels[1:] if isinstance(part, tuple))
+    assert f"| `{name}` | {', '.join(named)}".rstrip() in README
 
 
 def test_the_plugin_shown_works() -> None:

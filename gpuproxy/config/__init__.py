@@ -160,6 +160,7 @@ class Log(Struct, forbid_unknown_fields=True, frozen=True):
 
     level: Level = "info"
     format: Format = "text"
+    access: bool = True
 
 
 class Fleet(Struct, forbid_unknown_fields=True, frozen=True):

@@ -24,6 +24,7 @@ from gpuproxy.access.passwords import Hasher
 from gpuproxy.config import Config, Rates
 from gpuproxy.control import events
 from gpuproxy.control.changes import ChangeFeed
+from gpuproxy.control.metrics import GAUGES_READ, TRAFFIC, add_metrics, counted, journal_bytes
 from gpuproxy.control.nodes import Nodes
 from gpuproxy.control.parts import (
     ATTEMPTS,
@@ -65,7 +66,8 @@ from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.keeper import Keeper, limit_per_minute
 from gpuproxy.ledger.leases import Leases, LimitOf, node_id
 from gpuproxy.link.server import LinkServer
-from gpuproxy.observe.logs import configure_logs, get_logger
+from gpuproxy.observe.access_log import access_log
+from gpuproxy.observe.logs import configure_logs, get_logger, is_json
 from gpuproxy.plugin import PaymentProvider, Registry, build_providers, load_plugins
 from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
 from gpuproxy.store.engine import Store, fault_of, open_store
@@ -150,6 +152,7 @@ async def _serve(
     link.machines_of = partial(machines_of, fleet)
     app = application(store, stopping, boot.config, keyring, nodes, providers, fleet, routing, leases)
     await app[STREAM].start()
+    _observe(app, ingest, link, boot.config)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
@@ -179,6 +182,14 @@ async def _serve(
         await app[OFFERS].close()
         await fleet.close()
         await _last_pass(ingest)
+
+
+def _observe(app: web.Application, ingest: Ingest, link: LinkServer, settings: Config) -> None:
+    """Let stored receipts be counted and logged, and gauges be read."""
+    log = settings.log
+    ingest.watchers = (app[TRAFFIC].add, access_log(is_json(log))) if log.access else (app[TRAFFIC].add,)
+    app[GAUGES_READ].set("gpuproxy_workers", lambda: {(): float(len(link.links))})
+    app[GAUGES_READ].set("gpuproxy_journal_bytes", lambda: journal_bytes(journal_directory(settings)))
 
 
 async def _first(stopping: asyncio.Event, *tasks: "asyncio.Task[None]") -> None:
@@ -254,7 +265,7 @@ def application(
 
     `providers` take payments; they are closed with the application. Without a `fleet` nothing can be rented.
     """
-    app = web.Application(middlewares=[errors_in_one_shape])
+    app = web.Application(middlewares=[counted, errors_in_one_shape])
     nodes = nodes or Nodes(store)
     app[STORE] = store
     app[BUS], app[LEADER], app[NODES] = nodes.bus, nodes.leader, nodes
@@ -274,6 +285,7 @@ def application(
     app[LISTENERS] = set()
     app[HUB] = Hub()
     app[STREAM] = Stream(store, app[HUB].publish, app[CONFIG].events)
+    add_metrics(app)
     add_routes(app, TABLE)
     app.on_response_prepare.append(name_server)
     app.on_response_prepare.append(tell_count)

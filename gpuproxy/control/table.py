@@ -18,6 +18,7 @@ from gpuproxy.control import (
     fleet,
     health,
     keys,
+    metrics,
     openapi,
     prices,
     quota,
@@ -223,6 +224,7 @@ TABLE: tuple[Route, ...] = (
     Route("GET", "/health", health.health, "anyone", gives=health.Health, shape="plain"),
     Route("GET", "/health/live", health.live, "anyone", gives=health.Status, shape="plain"),
     Route("GET", "/health/ready", health.ready, "anyone", gives=health.Status, shape="plain"),
+    Route("GET", "/metrics", metrics.show, "anyone", shape="other"),
     Route("GET", "/openapi.json", openapi.show, "anyone", shape="other"),
     Route("GET", "/docs", docs.show, "anyone", shape="other"),
 )

@@ -9,7 +9,7 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from gpuproxy.observe.logs import get_logger
 from gpuproxy.pricing import Catalogue
 from gpuproxy.store.engine import Store, fault_of
 from gpuproxy.store.schema import journal_segments
+from gpuproxy.types import Receipt
 
 BATCH_RECEIPTS = 5_000  # a transaction this long keeps other writers waiting about 25 ms
 BACKOFF_S_MAX = 5.0
@@ -47,6 +48,7 @@ class Ingest:
     def __init__(self, store: Store, directory: Path, catalogue: Catalogue | None = None, node: str = "") -> None:
         self.catalogue = catalogue or Catalogue()
         self.ingested_count = 0
+        self.watchers: tuple[Callable[[list[Receipt]], None], ...] = ()
         self.pass_count = 0  # complete ones
         self.torn_count = 0
         self.damaged_count = 0
@@ -184,6 +186,7 @@ class Ingest:
             part.segment.offset = part.end
         self._note_open(notes)
         self.ingested_count += len(rows)
+        await asyncio.to_thread(self._show, rows)
         return len(rows)
 
     def _price(self, parts: Sequence[tuple[str, Sequence[Row]]]) -> list[Call]:
@@ -203,6 +206,7 @@ class Ingest:
             notes = open_calls.Notes(ended=[row[0] for row in rows])
             await write_storable(self._writer, rows, {}, self._price([(owner, rows)]), notes)
             self._note_open(notes)
+            await asyncio.to_thread(self._show, rows)
             total += len(rows)
             logger.info("calls of a worker that is gone were settled", owner=owner, call_count=len(rows))
         return total
@@ -215,6 +219,15 @@ class Ingest:
         gone = set(self._open.values()) - living
         self._missing = {owner: self._missing.get(owner, now_s) for owner in gone}
         return [owner for owner, since_s in self._missing.items() if now_s - since_s >= open_calls.LOST_S]
+
+    def _show(self, rows: Sequence[Row]) -> None:
+        """Show stored receipts to who wants to see them; their failure is not ours."""
+        stored = [Receipt(*row) for row in rows] if self.watchers else []
+        for watch in self.watchers:
+            try:
+                watch(stored)
+            except Exception:
+                logger.exception("receipts cannot be shown")
 
     async def _finish(self) -> None:
         """Put away segments that were read to their end, or cannot be read on, if nobody writes them any more."""

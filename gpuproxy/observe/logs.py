@@ -57,6 +57,11 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     return logger
 
 
+def is_json(log: config.Log, environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether lines are JSON."""
+    return (environment.get("LOG_FORMAT") or log.format) == "json"
+
+
 def _check(level: str, form: str) -> None:
     faults = []
     if level.lower() not in LEVELS:

@@ -1,6 +1,7 @@
 """What the SDKs were told they used is what the gateway wrote down, call by call."""
 
 import json
+import re
 import time
 import uuid
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+import requests
 
 from .gateway import Gateway
 
@@ -90,3 +92,15 @@ def test_a_revoked_key_stops_working_within_a_second(gateway: Gateway, key: str)
 
 def test_a_key_is_shown_only_once(gateway: Gateway, key: str) -> None:
     assert key not in gateway.command("key", "list", "--json")
+
+
+def test_metrics_and_the_log_tell_of_a_call(gateway: Gateway, key: str) -> None:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as client:
+        told = client.chat.completions.with_raw_response.create(model="chat", messages=ASK)
+    gateway.usage(key, lambda usage: usage["requests"] >= 1)
+    shown = requests.get(f"{gateway.url}/metrics", timeout=10)
+    assert shown.headers["Content-Type"].startswith("text/plain")
+    assert re.search(r'^gpuproxy_requests_total{.*model="chat".*status="200".*} [1-9]', shown.text, re.MULTILINE)
+    assert re.search(r"^gpuproxy_workers 2\.0$", shown.text, re.MULTILINE)
+    assert re.search(r'^gpuproxy_management_seconds_count{route="/api/v1/user/usage"}', shown.text, re.MULTILINE)
+    assert f"request_id={told.headers['x-request-id']}" in gateway.log.read_text()

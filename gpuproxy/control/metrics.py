@@ -1,0 +1,120 @@
+"""``/metrics`` for Prometheus: what calls add up to since control started, and how things are now."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+from prometheus_async.aio import time
+from prometheus_client import Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector, CollectorRegistry
+from sqlalchemy import func, select
+
+from gpuproxy.control.parts import STORE
+from gpuproxy.fleet.states import ENDED
+from gpuproxy.observe.series import GAUGES, MANAGEMENT, Labels
+from gpuproxy.observe.traffic import Traffic
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import rentals
+
+Reading = dict[Labels, float]
+MANAGED_NAME = "gpuproxy_management_seconds"
+LASTING = ("/ws",)  # a WebSocket lasts for hours
+READ_TIMEOUT_S = 1.0  # a store that is away must not hide all other series
+
+
+class Gauges(Collector):
+    """Values that are read when asked for."""
+
+    def __init__(self) -> None:
+        self.instances: Reading = {}
+        self._readers: dict[str, Callable[[], Reading]] = {"gpuproxy_active_instances": lambda: self.instances}
+
+    def set(self, name: str, read: Callable[[], Reading]) -> None:
+        """Let `read` tell the values of a series of GAUGES."""
+        if name not in GAUGES:
+            raise ValueError(f"no gauge {name!r}; add it to observe/series.py")
+        self._readers[name] = read
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every series, for the registry."""
+        for name, read in self._readers.items():
+            description, labels = GAUGES[name]
+            family = GaugeMetricFamily(name, description, labels=labels)
+            for values, value in read().items():
+                family.add_metric(values, value)
+            yield family
+
+
+TRAFFIC = web.AppKey("traffic", Traffic)
+GAUGES_READ = web.AppKey("gauges", Gauges)
+MANAGED = web.AppKey("managed", Histogram)
+REGISTRY = web.AppKey("registry", CollectorRegistry)
+
+
+def add_metrics(app: web.Application) -> None:
+    """Let the application count its own answers and serve `show`."""
+    registry = CollectorRegistry()
+    app[TRAFFIC], app[GAUGES_READ], app[REGISTRY] = Traffic(), Gauges(), registry
+    registry.register(app[TRAFFIC])
+    registry.register(app[GAUGES_READ])
+    app[MANAGED] = Histogram(MANAGED_NAME, *MANAGEMENT[MANAGED_NAME], registry=registry)
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+
+
+async def show(request: web.Request) -> web.Response:
+    """Show all metrics in the text form of Prometheus."""
+    gauges = request.app[GAUGES_READ]
+    with suppress(Exception):
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            gauges.instances = await _active_instances(request.app[STORE])
+    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    return web.Response(body=encode(request.app[REGISTRY]), headers={"Content-Type": content_type})
+
+
+@web.middleware
+async def counted(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Count and time each answer of the management API."""
+    resource = request.match_info.route.resource
+    answering = handler(request)
+    if resource is not None and resource.canonical not in LASTING:
+        answering = time(request.app[MANAGED].labels(resource.canonical), answering)
+    response: web.StreamResponse = await answering
+    request.app[TRAFFIC].add_managed(response.status, _code_of(response))
+    return response
+
+
+class _Coded(Struct):
+    code: str = ""
+
+
+_decode = msgspec.json.Decoder(_Coded).decode
+
+
+def _code_of(response: web.StreamResponse) -> str:
+    if response.status < 400 or not isinstance(response, web.Response) or not isinstance(response.body, bytes):
+        return ""
+    try:
+        return _decode(response.body).code
+    except msgspec.MsgspecError:
+        return ""
+
+
+async def _active_instances(store: Store) -> Reading:
+    query = select(rentals.c.provider, func.count()).where(rentals.c.state.not_in(ENDED)).group_by(rentals.c.provider)
+    async with store.reading() as connection:
+        return {(provider,): float(count) for provider, count in (await connection.execute(query)).all()}
+
+
+def journal_bytes(directory: Path) -> Reading:
+    """Return how much the journal holds."""
+    with suppress(FileNotFoundError):
+        return {(): float(sum(path.stat().st_size for path in directory.iterdir()))}
+    return {(): 0.0}

@@ -1,0 +1,74 @@
+"""What calls add up to: each counted once, under bounded labels."""
+
+from typing import Any
+
+import msgspec
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gpuproxy.observe.series import COUNTERS, GAUGES, HISTOGRAMS, MANAGEMENT
+from gpuproxy.observe.traffic import MODELS_MAX, Traffic
+from gpuproxy.types import Receipt
+
+CALL = Receipt(
+    "r1", "q1", 10**18, 2_000_000, 500_000, "u1", "k1", "openinference", "llm", "m", "POST", "/v1/chat/completions",
+    200, "ok", "", 100, 900, 7, 3, 4, "provider", 1, True,
+)  # fmt: skip
+
+
+def like(**changes: Any) -> Receipt:
+    return msgspec.structs.replace(CALL, **changes)
+
+
+def shown(*receipts: Receipt) -> dict[tuple[str, ...], float]:
+    """Return every sample by its name and the values of its labels."""
+    traffic, registry = Traffic(), CollectorRegistry()
+    traffic.add(receipts)
+    registry.register(traffic)
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {(sample.name, *_in_order(sample.labels)): sample.value for sample in samples}
+
+
+def _in_order(labels: dict[str, str]) -> list[str]:
+    names = ("protocol", "upstream", "model", "type", "status", "outcome", "code", "direction", "le")
+    return [labels[name] for name in names if name in labels]
+
+
+def test_a_call_is_counted_timed_and_metered() -> None:
+    told = shown(CALL, like(attempts=3))
+    assert told["gpuproxy_requests_total", "openinference", "llm", "m", "200", "ok"] == 2
+    assert told["gpuproxy_tokens_total", "m", "input"] == 14
+    assert told["gpuproxy_tokens_total", "m", "cached"] == 6
+    assert told["gpuproxy_tokens_total", "m", "output"] == 8
+    assert told["gpuproxy_retries_total", "llm"] == 2
+    assert told["gpuproxy_bytes_total", "response"] == 1800
+    assert told["gpuproxy_latency_seconds_count", "openinference", "llm"] == 2
+    assert told["gpuproxy_latency_seconds_sum", "openinference", "llm"] == 4
+    assert told["gpuproxy_latency_seconds_bucket", "openinference", "llm", "1.0"] == 0
+    assert told["gpuproxy_latency_seconds_bucket", "openinference", "llm", "2.5"] == 2
+    assert told["gpuproxy_latency_seconds_bucket", "openinference", "llm", "+Inf"] == 2
+    assert told["gpuproxy_time_to_first_token_seconds_sum", "m"] == 1
+    assert told["gpuproxy_time_per_output_token_seconds_sum", "m"] == 1
+
+
+def test_a_refused_call_counts_as_an_error_and_not_as_a_first_token() -> None:
+    told = shown(like(status=402, outcome="refused", error="INSUFFICIENT_CREDITS", output_tokens=-1, first_byte_us=-1))
+    assert told["gpuproxy_errors_total", "INSUFFICIENT_CREDITS"] == 1
+    assert told["gpuproxy_requests_total", "openinference", "llm", "m", "402", "refused"] == 1
+    assert not any(key[0].startswith(("gpuproxy_time", "gpuproxy_tokens")) for key in told)
+
+
+def test_callers_cannot_make_series_without_end() -> None:
+    strange = [like(model=f"x{n}", upstream="") for n in range(9)]
+    served = [like(model=f"m{n}") for n in range(MODELS_MAX + 9)]
+    told = shown(*strange, *served)
+    assert told["gpuproxy_requests_total", "openinference", "", "other", "200", "ok"] == 9
+    assert told["gpuproxy_requests_total", "openinference", "llm", "other", "200", "ok"] == 9
+    assert len([key for key in told if key[0] == "gpuproxy_requests_total"]) == MODELS_MAX + 2
+
+
+def test_every_series_says_what_it_is() -> None:
+    for name, (description, *_) in {**COUNTERS, **HISTOGRAMS, **GAUGES, **MANAGEMENT}.items():
+        assert name.startswith("gpuproxy_")
+        assert description
