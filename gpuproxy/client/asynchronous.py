@@ -31,6 +31,7 @@ from gpuproxy.client.instances import (
     is_up,
     not_in_time,
     progress,
+    rental_of,
     rental_path,
 )
 
@@ -151,7 +152,7 @@ class AsyncClient:
         Raises InstanceFailedError if it fails, or does not run after `wait_s`; it is still rented then.
         """
         path = instance_path(provider, instance_id)
-        rental: dict[str, Any] = await self._call(call_of("POST", path, config or {}, wait_s=self._timeout_s))
+        rental = rental_of(await self._call(call_of("POST", path, config or {}, wait_s=self._timeout_s)))
         return await self._until_up(rental, wait_s, poll_s) if wait else rental
 
     async def _until_up(self, rental: dict[str, Any], wait_s: float, poll_s: float) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class AsyncClient:
                 if time.monotonic() >= until:
                     raise not_in_time(rental, wait_s)
                 await self._sleep(poll_s)
-                rental = {**rental, **await self.get(rental_path(rental))}
+                rental = rental_of(await self.get(rental_path(rental)))
                 show(rental["status"])
         return rental
 

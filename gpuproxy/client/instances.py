@@ -18,6 +18,11 @@ def instance_path(provider: str, instance_id: str) -> str:
     return f"/gpu/instances/{quote(provider, safe='')}/{quote(str(instance_id), safe='')}"
 
 
+def rental_of(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rented instance an answer tells of: at the top level its status would be the call's, success."""
+    return dict(answer.get("data") or answer)
+
+
 def rental_path(rental: Mapping[str, Any]) -> str:
     """Return the path that tells how a rented instance is."""
     return f"/gpu/rentals/{quote(str(rental['contract_id']), safe='')}"

@@ -29,6 +29,7 @@ from gpuproxy.client.instances import (
     is_up,
     not_in_time,
     progress,
+    rental_of,
     rental_path,
 )
 
@@ -139,7 +140,7 @@ class Client:
         Raises InstanceFailedError if it fails, or does not run after `wait_s`; it is still rented then.
         """
         path = instance_path(provider, instance_id)
-        rental: dict[str, Any] = self._call(call_of("POST", path, config or {}, wait_s=self._timeout_s))
+        rental = rental_of(self._call(call_of("POST", path, config or {}, wait_s=self._timeout_s)))
         return self._until_up(rental, wait_s, poll_s) if wait else rental
 
     def _until_up(self, rental: dict[str, Any], wait_s: float, poll_s: float) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class Client:
                 if time.monotonic() >= until:
                     raise not_in_time(rental, wait_s)
                 self._sleep(poll_s)
-                rental = {**rental, **self.get(rental_path(rental))}
+                rental = rental_of(self.get(rental_path(rental)))
                 show(rental["status"])
         return rental
 
