@@ -2,7 +2,8 @@
 
 What goes back comes out of the customer's credit. A refund ordered here takes it before the provider is asked, so that
 it cannot be spent meanwhile, and is refused if it is not there. What a provider took by itself is gone: of that the
-customer's credit bears what there is, the rest is written off.
+customer's credit bears what there is, the rest is written off. Either switches the customer's renewal off, or the
+money would be charged again at once.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from uuid import uuid4
 from msgspec import Struct
 from sqlalchemy import Connection, Row, and_, func, select, update
 
+from gpuproxy.billing import renewals
 from gpuproxy.billing.cents import to_cents, to_nanousd
 from gpuproxy.billing.payments import PAID, Payment, State, locked, move
 from gpuproxy.errors import GatewayError
@@ -167,6 +169,7 @@ def _of_event(connection: Connection, payment: Payment, event: PaymentEvent) -> 
 def _take(connection: Connection, payment: Payment, wanted: Reversal) -> Payment:
     """Store a reversal and post it: out of credit, and out of our own what credit does not bear."""
     insert_new(connection, payment_reversals, _row(wanted))
+    renewals.switch_off(connection, payment.user_id, f"a {wanted.kind} took credit back; agree to renewal anew")
     own, key = credit_account(payment.user_id), f"reversal:{wanted.id}"
     rest = wanted.amount_nanousd - wanted.taken_nanousd
     _post(

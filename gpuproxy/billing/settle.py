@@ -36,10 +36,10 @@ def take(connection: Connection, provider: str, event: PaymentEvent) -> bool:
 
     Raises GatewayError UNPROCESSABLE for a currency other than usd.
     """
-    _check_currency(event)
     known = _payment_of(connection, provider, event)
     if known is None:
         return _keep_waiting(connection, provider, event)
+    _check_currency(event)
     payment, _ = locked(connection, known.id)
     if not _store(connection, provider, event, payment.id):
         return False
@@ -105,7 +105,7 @@ def _payment_of(connection: Connection, provider: str, event: PaymentEvent) -> P
 
 def _keep_waiting(connection: Connection, provider: str, event: PaymentEvent) -> bool:
     """Store what takes money back; a success that names no payment of ours is somebody else's."""
-    if event.reversal and event.reference:
+    if event.reversal and event.reference and event.currency == "usd":
         _store(connection, provider, event, None)
     else:
         logger.info("payment event concerns nothing here", provider=provider, id=event.id, kind=event.kind)
