@@ -258,7 +258,7 @@ def _read_session(event_id: str, kind: EventKind, session: dict[str, Any]) -> Pa
     return PaymentEvent(
         event_id,
         kind,
-        _our_id(session) or session.get("client_reference_id") or "",
+        _our_id(session) or _text(session.get("client_reference_id")),
         _id_of(session.get("payment_intent")) or (session["id"] if kind == "failed" else ""),
         session.get("amount_total") or 0,
         session.get("currency") or "",
@@ -275,7 +275,7 @@ def _read_intent(event_id: str, kind: EventKind, intent: dict[str, Any]) -> Paym
         event_id,
         kind,
         _our_id(intent),
-        intent["id"],
+        _text(intent["id"]),
         intent.get("amount_received") or 0,
         intent.get("currency") or "",
         saved_method=_saved(intent) if kind == "completed" else "",
@@ -305,19 +305,25 @@ def _reversal(event_id: str, kind: EventKind, thing: dict[str, Any]) -> PaymentE
         reference=_id_of(thing.get("payment_intent")),
         amount_cents=thing["amount"],
         currency=thing["currency"],
-        reversal=thing["id"],
-        refund_id=metadata.get("refund_id") or "",
+        reversal=_text(thing["id"]),
+        refund_id=_text(metadata.get("refund_id")),
         reason=thing.get("reason") or thing.get("failure_reason") or "",
     )
 
 
 def _our_id(thing: dict[str, Any]) -> str:
-    return (thing.get("metadata") or {}).get("payment_id") or ""
+    return _text((thing.get("metadata") or {}).get("payment_id"))
 
 
 def _id_of(thing: Any) -> str:
     """Return the id of what Stripe tells by its id or, expanded, in whole."""
-    return (thing.get("id") if isinstance(thing, dict) else thing) or ""
+    return _text(thing.get("id") if isinstance(thing, dict) else thing)
+
+
+def _text(value: Any) -> str:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{value!r} is no id")
+    return value or ""
 
 
 def register(registry: Registry) -> None:

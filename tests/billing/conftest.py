@@ -13,6 +13,7 @@ from gpuproxy.access.accounts import create_user
 from gpuproxy.billing.cashier import Cashier
 from gpuproxy.config import build
 from gpuproxy.control.app import application
+from gpuproxy.control.parts import FLEET
 from gpuproxy.control.paying import CASHIER
 from gpuproxy.plugin import PaymentSettings
 from gpuproxy.store.engine import Store
@@ -59,7 +60,7 @@ async def api(
     """Serve the management API, which takes money by Stripe and by hand."""
     providers = {"stripe": provider, "manual": Manual(PaymentSettings())}
     app = application(store, asyncio.Event(), build({}), KEYRING, providers=providers)
-    return Api(store, await aiohttp_client(app))
+    return Api(store, await aiohttp_client(app), app[FLEET])
 
 
 @pytest.fixture

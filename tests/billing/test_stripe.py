@@ -140,7 +140,7 @@ async def test_what_stripe_refuses_is_told(
     assert (got, told["code"], told["error"]) == (status, code, "stripe: something went wrong")
 
 
-async def test_a_thousand_deliveries_of_one_event_post_once(api: Api, stripe: Stripe, ann: Person) -> None:
+async def test_deliveries_of_one_event_however_many_post_once(api: Api, stripe: Stripe, ann: Person) -> None:
     await checkout(api, ann)
     _, event = stripe.pay(stripe.made("checkout.session")[0]["id"])
     body, headers = stripe.signed(event)
@@ -322,3 +322,13 @@ def test_without_the_sdk_the_plugin_says_what_to_install() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert told.strip() == "plugin 'stripe' needs the package stripe; install it: pip install 'gpuproxy[stripe]'"
+
+
+@pytest.mark.parametrize("part", ["metadata", "client_reference_id", "payment_intent"])
+async def test_an_id_that_is_no_text_is_refused(api: Api, stripe: Stripe, ann: Person, part: str) -> None:
+    await checkout(api, ann)
+    _, event = stripe.pay(stripe.made("checkout.session")[0]["id"])
+    session = {**event["data"]["object"], "metadata": {}, part: {"payment_id": 7} if part == "metadata" else 7}
+    body, headers = stripe.signed({**event, "type": "checkout.session.completed", "data": {"object": session}})
+    status, told = await api.call("POST", HOOK, body, headers)
+    assert (status, told["code"]) == (422, "UNPROCESSABLE"), told
