@@ -24,7 +24,15 @@ from gpuproxy.access.passwords import Hasher
 from gpuproxy.config import Config, Rates
 from gpuproxy.control import events
 from gpuproxy.control.changes import ChangeFeed
-from gpuproxy.control.metrics import GAUGES_READ, TRAFFIC, add_metrics, counted, journal_bytes
+from gpuproxy.control.metrics import (
+    GAUGES_READ,
+    TRAFFIC,
+    add_metrics,
+    counted,
+    endpoint_calls,
+    journal_bytes,
+    open_breakers,
+)
 from gpuproxy.control.nodes import Nodes
 from gpuproxy.control.parts import (
     ATTEMPTS,
@@ -188,6 +196,8 @@ def _observe(app: web.Application, ingest: Ingest, link: LinkServer, settings: C
     """Let stored receipts be counted and logged, and gauges be read."""
     log = settings.log
     ingest.watchers = (app[TRAFFIC].add, access_log(is_json(log))) if log.access else (app[TRAFFIC].add,)
+    app[GAUGES_READ].set("gpuproxy_breaker_open", lambda: open_breakers(link.states()))
+    app[GAUGES_READ].set("gpuproxy_endpoint_calls", lambda: endpoint_calls(link.states()))
     app[GAUGES_READ].set("gpuproxy_workers", lambda: {(): float(len(link.links))})
     app[GAUGES_READ].set("gpuproxy_journal_bytes", lambda: journal_bytes(journal_directory(settings)))
 

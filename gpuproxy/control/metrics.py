@@ -1,7 +1,7 @@
 """``/metrics`` for Prometheus: what calls add up to since control started, and how things are now."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sqlalchemy import func, select
 
 from gpuproxy.control.parts import STORE
 from gpuproxy.fleet.states import ENDED
+from gpuproxy.link.messages import EndpointState
 from gpuproxy.observe.series import GAUGES, MANAGEMENT, Labels
 from gpuproxy.observe.traffic import Traffic
 from gpuproxy.store.engine import Store
@@ -111,6 +112,24 @@ async def _active_instances(store: Store) -> Reading:
     query = select(rentals.c.provider, func.count()).where(rentals.c.state.not_in(ENDED)).group_by(rentals.c.provider)
     async with store.reading() as connection:
         return {(provider,): float(count) for provider, count in (await connection.execute(query)).all()}
+
+
+def open_breakers(states: Iterable[EndpointState]) -> Reading:
+    """Return in how many workers each endpoint is left alone."""
+    return _by_endpoint(states, lambda state: state.state != "closed")
+
+
+def endpoint_calls(states: Iterable[EndpointState]) -> Reading:
+    """Return how many calls each endpoint serves."""
+    return _by_endpoint(states, lambda state: state.open_count)
+
+
+def _by_endpoint(states: Iterable[EndpointState], value: Callable[[EndpointState], float]) -> Reading:
+    found: Reading = {}
+    for state in states:
+        labels = (state.upstream, state.url)
+        found[labels] = found.get(labels, 0.0) + value(state)
+    return found
 
 
 def journal_bytes(directory: Path) -> Reading:

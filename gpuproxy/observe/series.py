@@ -41,6 +41,11 @@ MANAGEMENT: dict[str, tuple[str, tuple[str, ...]]] = {
 
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gpuproxy_active_instances": ("rented instances that are not gone", ("provider",)),
+    "gpuproxy_breaker_open": (
+        "workers in which the breaker of an endpoint is open or half open",
+        ("upstream", "endpoint"),
+    ),
+    "gpuproxy_endpoint_calls": ("calls an endpoint serves now", ("upstream", "endpoint")),
     "gpuproxy_journal_bytes": ("receipts on their way to the store", ()),
     "gpuproxy_workers": ("workers that are linked to control", ()),
 }

@@ -1,0 +1,16 @@
+"""Gauges that are read off what workers told."""
+
+from gpuproxy.control.metrics import endpoint_calls, open_breakers
+from gpuproxy.link.messages import EndpointState
+
+A, B = "http://127.0.0.1:1", "http://127.0.0.1:2"
+
+
+def told(url: str, state: str, open_count: int) -> EndpointState:
+    return EndpointState("llm", url, state, open_count, 9, 1, 1, 0)
+
+
+def test_states_of_all_workers_are_summed_by_endpoint() -> None:
+    states = [told(A, "closed", 2), told(A, "open", 1), told(B, "half_open", 0), told(A, "half_open", 4)]
+    assert open_breakers(states) == {("llm", A): 2, ("llm", B): 1}
+    assert endpoint_calls(states) == {("llm", A): 7, ("llm", B): 0}
