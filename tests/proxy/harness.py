@@ -32,7 +32,7 @@ from gpuproxy.types import Grant, Receipt
 
 from .wire import WAIT_S, Listener, Wire
 
-KEY = b"gp_nBk4I8DXJrWmsw8pWKRhgW1bKurdQ4MWw8IW9BFzGK40HJAf0"  # well-formed, and the same in every process that collects tests
+KEY = b"gp_nBk4I8DXJrWmsw8pWKRhgW1bKurdQ4MWw8IW9BFzGK40HJAf0"  # the same wherever tests are collected
 PREFIX = b"/api/v1/gpu/proxy"
 RAW = PREFIX + b"/upstreams/raw"
 CHAT = b"/v1/chat/completions"
