@@ -86,7 +86,7 @@ def test_the_readme_names_every_path_of_the_control_plane() -> None:
 def test_the_first_commands_are_the_two_a_newcomer_needs() -> None:
     demo, test = (block.strip() for block in blocks("sh")[:2])
     assert demo.endswith("&& .venv/bin/gpuproxy demo")
-    assert test.endswith("&& .venv/bin/pytest -q")
+    assert test.endswith("&& .venv/bin/pytest -q -n 2 --dist loadfile")
     assert README.index(test) < 1_000
 
 
