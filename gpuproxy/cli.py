@@ -210,6 +210,7 @@ def key() -> None:
 @click.option("--rpm", type=click.IntRange(0), metavar="N", help="Requests per minute; 0: no limit.")
 @click.option("--rpm-ceiling", type=click.IntRange(0), metavar="N", help="How far a call may raise --rpm by header.")
 @click.option("--tpm", type=click.IntRange(0), metavar="N", help="Tokens per minute; 0: no limit.")
+@click.option("--streams", type=click.IntRange(0), metavar="N", help="Streams open at once; 0: no limit.")
 @with_config
 @with_json
 def key_create(
@@ -221,6 +222,7 @@ def key_create(
     rpm: int | None,
     rpm_ceiling: int | None,
     tpm: int | None,
+    streams: int | None,
     config_path: Path | None,
     as_json: bool,
 ) -> None:
@@ -233,7 +235,7 @@ def key_create(
     may = ALL_SCOPES if scopes is None else _names(scopes)
     secret, made = _with_store(
         config_path,
-        lambda store: create_key(store, email, name, expires_at, allowed, may, rpm, rpm_ceiling, tpm),
+        lambda store: create_key(store, email, name, expires_at, allowed, may, rpm, rpm_ceiling, tpm, streams),
     )
     _show(_key_fields(made) | {"api_key": secret}, secret, as_json)
 

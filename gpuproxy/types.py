@@ -19,7 +19,8 @@ class Grant(Struct, array_like=True):
 
     ``models`` is None when every model is allowed. ``expires_ns`` is unix time in nanoseconds, 0 for never.
     ``rpm`` and ``tpm`` are the limits of requests and tokens per minute, 0 for none; those that are shared count
-    for all keys of the user. ``rpm_ceiling`` is how far a call may raise ``rpm``.
+    for all keys of the user. ``rpm_ceiling`` is how far a call may raise ``rpm``. ``streams`` is how many may be open
+    at once.
     ``markup_bps``, in hundredths of a percent, is added to what its calls cost. ``budget_key`` names the keys that
     share a budget of their own; empty: it has none.
     ``revoked`` is set in place by a push from control, so that whoever still holds the grant sees it.
@@ -38,6 +39,8 @@ class Grant(Struct, array_like=True):
     is_tpm_shared: bool = False
     markup_bps: int = 0
     budget_key: str = ""
+    streams: int = 0
+    is_streams_shared: bool = False
 
 
 class Usage(Struct, array_like=True, gc=False):

@@ -57,8 +57,8 @@ class Key(Struct, frozen=True):
     """What may be shown of an API key; `prefix` is its first characters.
 
     `models` is None when all are allowed; `rpm` and `tpm`, requests and tokens per minute, when the user's hold, 0 for
-    no limit; `rpm_ceiling`, how far a call may raise `rpm`, when none may. `root_id` is the key whose budgets it
-    shares, None for its own.
+    no limit, and so `streams`, how many may be open at once; `rpm_ceiling`, how far a call may raise `rpm`, when none
+    may. `root_id` is the key whose budgets it shares, None for its own.
     """
 
     id: str
@@ -73,6 +73,7 @@ class Key(Struct, frozen=True):
     rpm: int | None = None
     rpm_ceiling: int | None = None
     tpm: int | None = None
+    streams: int | None = None
     root_id: str | None = None
 
 
@@ -86,6 +87,7 @@ class KeyTerms(Struct, frozen=True):
     rpm: int | None = None
     rpm_ceiling: int | None = None
     tpm: int | None = None
+    streams: int | None = None
 
 
 KEY_COLUMNS = tuple(api_keys.c[field] for field in Key.__struct_fields__)
@@ -174,12 +176,14 @@ async def create_key(
     rpm: int | None = None,
     rpm_ceiling: int | None = None,
     tpm: int | None = None,
+    streams: int | None = None,
 ) -> tuple[str, Key]:
     """Add an API key for the user; return it, the only time it can be seen, and what is kept of it.
 
     Raises GatewayError NOT_FOUND for an unknown user, UNPROCESSABLE for bad terms.
     """
-    terms = KeyTerms(name, tuple(scopes), None if models is None else tuple(models), expires_at, rpm, rpm_ceiling, tpm)
+    allowed = None if models is None else tuple(models)
+    terms = KeyTerms(name, tuple(scopes), allowed, expires_at, rpm, rpm_ceiling, tpm, streams)
     async with store.writing() as connection:
         user = await _user(connection, email)
         return await add_key(connection, user.id, terms)
@@ -219,10 +223,10 @@ async def revoke_key(store: Store, key_id: str) -> bool:
         return True
 
 
-async def grant_for(store: Store, digest: bytes, rpm: int = 0, tpm: int = 0) -> Grant | None:
+async def grant_for(store: Store, digest: bytes, rpm: int = 0, tpm: int = 0, streams: int = 0) -> Grant | None:
     """Return what the key with this SHA-256 digest may do; None if unknown, expired, revoked or blocked.
 
-    `rpm` and `tpm` are the limits of users, which hold where a key has none of its own.
+    `rpm`, `tpm` and `streams` are the limits of users, which hold where a key has none of its own.
     """
     async with store.reading() as connection:
         row = (await connection.execute(_GRANT, {"wanted": digest})).first()
@@ -242,6 +246,8 @@ async def grant_for(store: Store, digest: bytes, rpm: int = 0, tpm: int = 0) -> 
         is_tpm_shared=row.tpm is None,
         markup_bps=row.markup_bps or 0,
         budget_key=row.budget_key or "",
+        streams=streams if row.streams is None else row.streams,
+        is_streams_shared=row.streams is None,
     )
 
 
@@ -325,7 +331,7 @@ def _grant_query() -> Select[Any]:
     markup_bps = select(terms.markup_bps).where(terms.user_id == key.user_id).scalar_subquery().label("markup_bps")
     shared = and_(budget.user_id == key.user_id, budget.key_id == func.coalesce(key.root_id, key.id))
     budget_key = select(func.min(budget.key_id)).where(shared).scalar_subquery().label("budget_key")
-    bounds = (key.rpm, key.rpm_ceiling, key.tpm, markup_bps, budget_key)
+    bounds = (key.rpm, key.rpm_ceiling, key.tpm, key.streams, markup_bps, budget_key)
     shown = select(key.id, key.user_id, key.scopes, key.models, key.expires_at, *bounds)
     return shown.select_from(joined).where(may_call)
 
@@ -349,7 +355,7 @@ def _check_terms(terms: KeyTerms, now: datetime) -> None:
         raise _bad_term("models", "the list of models has an empty name")
     if terms.expires_at is not None and terms.expires_at <= now:
         raise _bad_term("expires_at", f"the key would expire in the past, {terms.expires_at}")
-    for name in ("rpm", "rpm_ceiling", "tpm"):
+    for name in ("rpm", "rpm_ceiling", "tpm", "streams"):
         limit = getattr(terms, name)
         if limit is not None and not 0 <= limit <= RPM_MAX:
             raise _bad_term(name, f"{name}={limit} is out of range; 0 (no limit) to {RPM_MAX}")

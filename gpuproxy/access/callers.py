@@ -33,6 +33,7 @@ class Caller(Struct, frozen=True):
     rpm: int | None = None
     rpm_ceiling: int | None = None
     tpm: int | None = None
+    streams: int | None = None
     root_id: str = ""
 
     @property
@@ -55,7 +56,7 @@ async def caller_by_key(store: Store, digest: bytes) -> Caller | None:
         return None
     scopes = tuple(scope for scope in row.scopes if scope != ADMIN_SCOPE or row.is_admin)
     models = None if row.models is None else tuple(row.models)
-    limits = (row.rpm, row.rpm_ceiling, row.tpm)
+    limits = (row.rpm, row.rpm_ceiling, row.tpm, row.streams)
     return Caller(row.user_id, row.email, scopes, row.id, "", models, row.expires_at, *limits, row.root_id or row.id)
 
 

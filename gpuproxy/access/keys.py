@@ -41,6 +41,7 @@ def terms_for(caller: Caller, wished: KeyTerms, has_scopes: bool) -> KeyTerms:
         rpm=caller.rpm if wished.rpm is None else wished.rpm,
         rpm_ceiling=caller.rpm_ceiling if wished.rpm_ceiling is None else wished.rpm_ceiling,
         tpm=caller.tpm if wished.tpm is None else wished.tpm,
+        streams=caller.streams if wished.streams is None else wished.streams,
     )
     _check_within(caller, terms)
     return terms
@@ -82,9 +83,11 @@ async def rotate_key(connection: AsyncConnection, caller: Caller, key_id: str, o
     key = await _own(connection, caller, key_id)
     if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
         raise GatewayError("CONFLICT", f"key {key_id} has ended; make a new one")
-    terms = KeyTerms(key.name, key.scopes, key.models, key.expires_at, key.rpm, key.rpm_ceiling, key.tpm)
+    limits = (key.rpm, key.rpm_ceiling, key.tpm, key.streams)
+    terms = KeyTerms(key.name, key.scopes, key.models, key.expires_at, *limits)
     if caller.key_id != key_id:  # the limits were given to the old one and go over to the new
-        _check_within(caller, msgspec.structs.replace(terms, rpm=caller.rpm, rpm_ceiling=None, tpm=caller.tpm))
+        own = {"rpm": caller.rpm, "rpm_ceiling": None, "tpm": caller.tpm, "streams": caller.streams}
+        _check_within(caller, msgspec.structs.replace(terms, **own))
     secret, fresh = await issue_key(connection, caller, terms, key.root_id or key.id)
     ends_at = now + timedelta(seconds=overlap_s)
     if key.expires_at is not None:
@@ -164,6 +167,7 @@ def _excess(caller: Caller, terms: KeyTerms) -> dict[str, bool]:
         "rpm": not caller.is_admin and terms.rpm != caller.rpm,  # each has a minute of its own: many are more than one
         "rpm_ceiling": not caller.is_admin and (terms.rpm_ceiling or 0) > (caller.rpm_ceiling or 0),
         "tpm": not caller.is_admin and terms.tpm != caller.tpm,
+        "streams": not caller.is_admin and terms.streams != caller.streams,
     }
 
 

@@ -99,10 +99,11 @@ class Auth(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Rates(Struct, forbid_unknown_fields=True, frozen=True):
-    """What a user may do in a minute with all keys that have no limit of their own; 0 is no limit."""
+    """What a user may do with all keys that have no limit of their own, in a minute and at once; 0 is no limit."""
 
     requests_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 100
     tokens_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
+    streams: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
 
 
 class Credit(Struct, forbid_unknown_fields=True, frozen=True):

@@ -236,7 +236,8 @@ def link_server(store: Store, config: Config) -> LinkServer:
     """Return the link server that answers from `store`."""
 
     async def authorize(digest: bytes) -> Grant | None:
-        return await grant_for(store, digest, config.rates.requests_per_minute, config.rates.tokens_per_minute)
+        rates = config.rates
+        return await grant_for(store, digest, rates.requests_per_minute, rates.tokens_per_minute, rates.streams)
 
     return LinkServer(authorize, config.auth.authorize_timeout_s, config.auth.stale_grant_s)
 
@@ -252,7 +253,7 @@ def webhook_sender(store: Store, config: Config, keyring: Keyring) -> Sender:
 
 
 def limits(store: Store, rates: Rates) -> LimitOf:
-    """Return the function that tells what a key, or a user, may do in a minute."""
+    """Return the function that tells what a key, or a user, may do in a minute or at once."""
 
     async def limit_of(_user_id: str, key_id: str) -> int:
         return await limit_per_minute(store, key_id, rates)

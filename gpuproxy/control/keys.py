@@ -39,6 +39,9 @@ class NewKey(Struct, forbid_unknown_fields=True):
         | None
     ) = None
     tpm: Annotated[int, Meta(ge=0, le=RPM_MAX, description="tokens per minute; 0: no limit; by admins")] | None = None
+    streams: (
+        Annotated[int, Meta(ge=0, le=RPM_MAX, description="streams open at once; 0: no limit; by admins")] | None
+    ) = None
     budget: KeyBudget | None = None
 
 
@@ -49,8 +52,8 @@ class Rotation(Struct, forbid_unknown_fields=True):
 
 
 class KeyInfo(Struct):
-    """What may be shown of a key; `rpm` and `tpm` are None where the default holds. `budgets` are its own, not its
-    account's.
+    """What may be shown of a key; `rpm`, `tpm` and `streams` are None where the default holds. `budgets` are its own,
+    not its account's.
     """
 
     id: str
@@ -61,6 +64,7 @@ class KeyInfo(Struct):
     rpm: int | None
     rpm_ceiling: int | None
     tpm: int | None
+    streams: int | None
     expires_at: datetime | None
     revoked_at: datetime | None
     created_at: datetime
@@ -138,7 +142,8 @@ def _terms(body: NewKey) -> KeyTerms:
     days = body.expires_days
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
     scopes = ALL_SCOPES if body.scopes is UNSET else body.scopes
-    return KeyTerms(body.name, scopes, body.models, expires_at, body.rpm, body.rpm_ceiling, body.tpm)
+    limits = (body.rpm, body.rpm_ceiling, body.tpm, body.streams)
+    return KeyTerms(body.name, scopes, body.models, expires_at, *limits)
 
 
 def key_info(key: Key, budgets: Sequence[Budget] | None = None) -> KeyInfo:

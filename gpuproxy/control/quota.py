@@ -27,14 +27,22 @@ class Rate(Struct):
     reset_s: int
 
 
+class Streams(Struct):
+    """How many streams may be open at once on this machine; `remaining` is what no worker holds."""
+
+    limit: int
+    remaining: int
+
+
 class Quota(Struct):
-    """What the caller's key, or without one their account, may do; a rate is None where nothing limits it.
+    """What the caller's key, or without one their account, may do; a limit is None where nothing limits it.
 
     Without limits of its own a key shares those of the account, as `is_shared` tells. `budgets` are all that bound it.
     """
 
     requests_per_minute: Rate | None
     tokens_per_minute: Rate | None
+    streams: Streams | None
     is_shared: bool
     budgets: list[BudgetInfo]
     credits_remaining: Usd
@@ -48,15 +56,18 @@ async def show(request: web.Request) -> web.Response:
     caller, leases = request[CALLER], request.app[LEASES]
     requests_key = "" if caller.rpm is None else caller.key_id
     tokens_key = "" if caller.tpm is None else caller.key_id
+    streams_key = "" if caller.streams is None else caller.key_id
     requests_rate = await _rate(leases, caller, requests_key)
     tokens_rate = await _rate(leases, caller, TOKENS + tokens_key)
+    streams = await leases.streams_left(caller.user_id, streams_key)
     async with request.app[STORE].reading() as connection:
         left = (await credits_within(connection, caller.user_id)).remaining_nanousd
         budgets = await connection.run_sync(budgets_of, caller.user_id)
         keys = await live_keys(connection, caller.user_id)
     bounding = [budget_info(each) for each in budgets if not caller.key_id or each.key_id in ("", caller.root_id)]
-    is_shared = not requests_key and not tokens_key
-    return success(Quota(requests_rate, tokens_rate, is_shared, bounding, usd(left), left, keys, KEYS_MAX))
+    is_shared = not (requests_key or tokens_key or streams_key)
+    limits = (requests_rate, tokens_rate, None if streams is None else Streams(*streams))
+    return success(Quota(*limits, is_shared, bounding, usd(left), left, keys, KEYS_MAX))
 
 
 async def _rate(leases: Leases, caller: Caller, key: str) -> Rate | None:

@@ -14,7 +14,7 @@ from gpuproxy import config
 from gpuproxy.ledger.catalogue import load_catalogue
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.leases import Leases, journaled_epochs
-from gpuproxy.link.messages import TOKENS
+from gpuproxy.link.messages import STREAMS, TOKENS
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.pricing import Price
 from gpuproxy.store.engine import Store, fault_of
@@ -80,13 +80,16 @@ class Keeper:
 
 
 async def limit_per_minute(store: Store, key_id: str, rates: config.Rates) -> int:
-    """Return the limit of requests of a key, or of tokens if TOKENS stands before it; 0 for none.
+    """Return the limit of requests of a key, or where TOKENS or STREAMS stands before it of those; 0 for none.
 
     Of a key without one of its own, or no key, that is the limit of users.
     """
-    is_tokens = key_id.startswith(TOKENS)
-    column = api_keys.c.tpm if is_tokens else api_keys.c.rpm
+    if key_id.startswith(TOKENS):
+        mark, column, default = TOKENS, api_keys.c.tpm, rates.tokens_per_minute
+    elif key_id.startswith(STREAMS):
+        mark, column, default = STREAMS, api_keys.c.streams, rates.streams
+    else:
+        mark, column, default = "", api_keys.c.rpm, rates.requests_per_minute
     async with store.reading() as connection:
-        limit: int | None = await connection.scalar(select(column).where(api_keys.c.id == key_id.removeprefix(TOKENS)))
-    default = rates.tokens_per_minute if is_tokens else rates.requests_per_minute
+        limit: int | None = await connection.scalar(select(column).where(api_keys.c.id == key_id.removeprefix(mark)))
     return default if limit is None else limit

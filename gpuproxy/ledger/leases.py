@@ -25,9 +25,10 @@ from gpuproxy.ledger.budgets import KEY_MARK, Budget, refused, room
 from gpuproxy.ledger.peers import Peers
 from gpuproxy.ledger.rates import share
 from gpuproxy.ledger.settle import lease_owner
+from gpuproxy.ledger.slots import Slots
 from gpuproxy.ledger.transfers import AMOUNT_NANOUSD_MAX, credit_account, lock
 from gpuproxy.ledger.windows import LocalWindows, Part, Subject, Windows
-from gpuproxy.link.messages import TOKENS, Lease, Leased, LeaseKind, Recall, Return
+from gpuproxy.link.messages import STREAMS, TOKENS, HeldStreams, Lease, Leased, LeaseKind, Recall, Return
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import holds as table
@@ -41,6 +42,8 @@ LIMIT_ANSWER_S = 1.0  # half of what a worker waits
 LIMITS_MAX = 100_000  # remembered for a store that is away
 OWNER_PREFIX = lease_owner("", "").removesuffix("/")
 
+MARKS = {"requests": "", "tokens": TOKENS, "streams": STREAMS}  # before the key id of a subject
+
 LimitOf = Callable[[str, str], Awaitable[int]]
 Push = Callable[[str, Recall], bool]
 
@@ -51,7 +54,7 @@ class Leases:
     """The leases of the workers of one data directory.
 
     ``limit_of(user_id, key_id)`` returns requests per minute, of the user if key_id is empty; 0 is no limit. Where
-    TOKENS stands before it: tokens per minute.
+    TOKENS stands before it: tokens per minute; STREAMS: streams at once, which `slots` count.
     ``push(epoch, message)`` sends to a worker and tells whether it is there. ``passes()`` counts how often the journal
     was read to its end. `windows` count requests, `peers` are the other nodes.
     """
@@ -65,6 +68,7 @@ class Leases:
         passes: Callable[[], int] = lambda: 1 << 62,
         windows: Windows | None = None,
         peers: Peers | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.now_ns: Callable[[], int] = time.monotonic_ns
         self.limit_stale_s = 3_600.0  # how long a limit holds that cannot be read again
@@ -76,6 +80,7 @@ class Leases:
         self._locks: WeakValueDictionary[Subject, asyncio.Lock] = WeakValueDictionary()
         self._windows = windows or LocalWindows()
         self._peers = peers
+        self._slots = slots or Slots()
         self._limits: dict[Subject, tuple[int, float]] = {}  # and when it was read
         self._limits_away_until_s = 0.0
         self._owed: dict[tuple[str, str], int] = {}  # owner, user: what came back and is still held
@@ -105,6 +110,17 @@ class Leases:
             return None
         return limit, await self._windows.grant(subject, ("", 0), limit, 0, 0, self.now_ns())
 
+    async def streams_left(self, user_id: str, key_id: str) -> tuple[int, int] | None:
+        """Return the limit of streams of a key or user and how many no worker holds; None if nothing limits them."""
+        subject = user_id, STREAMS + key_id
+        limit = await self._limit(subject)
+        return (limit, self._slots.left(subject, limit)) if limit else None
+
+    def hold(self, epoch: str, told: HeldStreams) -> None:
+        """Note which streams a worker holds that has been linked."""
+        held = [((user_id, STREAMS + key_id), amount) for user_id, key_id, amount in told.held]
+        self._slots.restate(epoch, held, told.is_first)
+
     async def give_back(self, subject: Subject, kind: LeaseKind) -> None:
         """Let the workers here give back what they do not use, and all nodes see it. Raises what the store raises."""
         await self._recall_here("", await self._holders(kind, subject), subject, kind)
@@ -116,7 +132,9 @@ class Leases:
         A negative amount of nanodollars says that the worker has nothing left nor in use: whatever the ledger still
         holds for it is given back when its receipts are settled.
         """
-        if returned.kind != "nanousd":
+        if returned.kind == "streams":
+            self._slots.take_back(subject_of(returned), epoch, returned.amount)
+        elif returned.kind != "nanousd":
             self._windows.take_back(subject_of(returned), (epoch, returned.lease_id), returned.amount)
         elif returned.amount < 0:
             self._idle[(lease_owner(self._node, epoch, returned.key_id), returned.user_id)] = self._passes()
@@ -142,6 +160,8 @@ class Leases:
 
         Only who was missing in the sweep before as well is dead: between two segments a worker has none.
         """
+        linked = set(linked)
+        self._slots.sweep(linked)
         await self.flush()
         living = {lease_owner(self._node, epoch) for epoch in (*linked, *journaled)}
         self._windows.sweep(self.now_ns())
@@ -174,6 +194,8 @@ class Leases:
         self, epoch: str, ask: Lease, subject: Subject, is_last: bool = False
     ) -> tuple[Leased, AbstractSet[str]]:
         """Answer from what is free; also say which other nodes may hold requests, as far as that is known."""
+        if ask.kind == "streams":
+            return await self._grant_streams(epoch, ask, subject), frozenset()
         if ask.kind != "nanousd":
             return await self._grant_requests(epoch, ask, subject)
         owner = lease_owner(self._node, epoch, ask.key_id)
@@ -196,6 +218,12 @@ class Leases:
         now_ns = self.now_ns()
         part = await self._windows.grant(subject, (epoch, ask.id), limit, ask.least, ask.wanted, now_ns)
         return Leased(ask.id, part.amount, part.until_ns, limit, part.left, part.reset_ns), part.elsewhere
+
+    async def _grant_streams(self, epoch: str, ask: Lease, subject: Subject) -> Leased:
+        await self._slots.ready()
+        limit = await self._limit(subject)
+        amount = self._slots.grant(subject, epoch, limit, ask.least, ask.wanted)
+        return Leased(ask.id, amount, limit=limit)
 
     async def _limit(self, subject: Subject) -> int:
         """Return the limit, while the store is away the one it had, within `limit_stale_s`."""
@@ -243,7 +271,9 @@ class Leases:
             del self._recalls[recall_id]
 
     async def _holders(self, kind: LeaseKind, subject: Subject) -> set[str]:
-        """Return the owners that may have something unspent: of requests those here, of credit those everywhere."""
+        """Return the owners that may have something unspent: of limits those here, of credit those everywhere."""
+        if kind == "streams":
+            return {lease_owner(self._node, epoch) for epoch in self._slots.holders(subject)}
         if kind != "nanousd":
             return {lease_owner(self._node, epoch) for epoch in self._windows.holders(subject, self.now_ns())}
         chosen = (
@@ -283,7 +313,7 @@ def subject_of(message: Lease | Return) -> Subject:
     """Return what a message is about: a user's credit, or a limit of a user or key."""
     if message.kind == "nanousd":
         return message.user_id, ""
-    return message.user_id, message.key_id if message.kind == "requests" else TOKENS + message.key_id
+    return message.user_id, MARKS[message.kind] + message.key_id
 
 
 def node_id(data_dir: Path) -> str:

@@ -15,8 +15,9 @@ from gpuproxy.config import Model, Upstream
 from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
 
-LeaseKind = Literal["requests", "tokens", "nanousd"]
+LeaseKind = Literal["requests", "tokens", "streams", "nanousd"]
 TOKENS = "tokens:"  # stands before the key id, or nothing, where control names a limit of tokens
+STREAMS = "streams:"  # the same for streams
 
 FRAME_BYTES_MAX = 1 << 20  # a Grant is under 10 KiB; anything near this is a broken stream
 
@@ -107,9 +108,9 @@ class States(Struct, tag="states", frozen=True):
 class Lease(Struct, tag="lease", frozen=True):
     """Ask for a part of what is left: ``least`` for a call that waits (0: none does), ``wanted`` to go on with.
 
-    Requests and tokens count against the limit of the key, or of the user if ``key_id`` is empty; nanodollars always
-    come from the user's credit, and with ``key_id`` are for the keys that share a budget under that id. ``limit``
-    raises the limit for this question, for a key that may.
+    Requests, tokens and streams count against the limit of the key, or of the user if ``key_id`` is empty; streams
+    until they are given back. Nanodollars always come from the user's credit, and with ``key_id`` are for the keys that
+    share a budget under that id. ``limit`` raises the limit for this question, for a key that may.
     """
 
     id: int
@@ -147,6 +148,16 @@ class Return(Struct, tag="return", frozen=True):
     amount: int
     lease_id: int = 0
     recall_id: int = 0
+
+
+class HeldStreams(Struct, tag="held_streams", frozen=True):
+    """Told by a worker whenever it is linked, before it asks: all streams it holds, as user id, key id and count.
+
+    ``is_first`` of the messages it takes ends what was known before.
+    """
+
+    held: tuple[tuple[str, str, int], ...]
+    is_first: bool = True
 
 
 class Recall(Struct, tag="recall", frozen=True):
@@ -187,7 +198,7 @@ class ForgetMachines(Struct, tag="forget_machines", frozen=True):
     user_ids: tuple[str, ...]
 
 
-FromWorker = Hello | Authorize | Lease | Return | AskMachines | States
+FromWorker = Hello | Authorize | Lease | Return | HeldStreams | AskMachines | States
 FromControl = Authorized | Unavailable | Revoke | Renew | Prices | Leased | Recall | Machines | ForgetMachines | Routing
 
 _encoder = msgspec.msgpack.Encoder()

@@ -15,7 +15,7 @@ from gpuproxy.proxy import refusal, tunnel
 from gpuproxy.proxy.credit import Bill, price_for, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
-from gpuproxy.proxy.limits import Purse
+from gpuproxy.proxy.limits import Purse, Slots
 from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, Route
 from gpuproxy.types import Grant, Outcome, Receipt, Usage
@@ -86,6 +86,7 @@ class Answer:
         "_receipt_id",
         "_response_bytes",
         "_sending",
+        "_slots",
         "_started_ns",
         "_status",
         "_tokens",
@@ -154,6 +155,7 @@ class Answer:
         self._error = ""
         # what it costs
         self._tokens: tuple[Purse, int, int] | None = None  # counted: by whom, how many, of which lease
+        self._slots: Slots | None = None  # where it has one
         self._bill: Bill | None = None
         self._receipt_id = ""  # made early for checkpoints
         self._checkpoint_ns = 0
@@ -642,6 +644,8 @@ class Answer:
                 plane.credit.settle(bill, cost_of(receipt, self._price_of(receipt, bill.price)))
             if self._tokens is not None:
                 self._uncount(max(0, usage.input_tokens) + max(0, usage.output_tokens))
+            if self._slots is not None:
+                self._slots.give()
             plane.journal.append(receipt)
             if not plane.outbox.is_scheduled:
                 plane.outbox.schedule()

@@ -45,6 +45,7 @@ from gpuproxy.proxy.headers import (
     without_nominated,
 )
 from gpuproxy.proxy.instances import Rented
+from gpuproxy.proxy.limits import Slots
 from gpuproxy.proxy.offers import highest
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, INSTANCE, MOUNT, UNKNOWN, joined_path
 from gpuproxy.types import ALL_SCOPES, Grant
@@ -292,7 +293,7 @@ class Exchange(Attempts):
             if path is None:
                 path = route.path if intent.path is None else intent.path
             self._sending = self.method, path, head.fields, body, request
-            may_wait = plane.prices.is_any or self._grant.tpm  # type: ignore[union-attr]  # admitted
+            may_wait = plane.prices.is_any or grant.tpm or grant.streams  # type: ignore[union-attr]  # admitted
             if not may_wait or self._afford(intent, body, None):
                 self._go(destination)
         except GatewayError as error:
@@ -350,10 +351,39 @@ class Exchange(Attempts):
     # -- pay ----------------------------------------------------------------------------------------------
 
     def _afford(self, intent: Intent, body: bytes | None, endpoint: Endpoint | None) -> bool:
-        # count and set aside the most the call may use and cost; False: `metered` or `paid` goes on with it
+        # take a stream's slot, count and set aside the most the call may use and cost
+        # False: `slotted`, `metered` or `paid` goes on with it
         grant = self._grant
         assert grant is not None
-        if grant.tpm:
+        if grant.streams and (intent.is_stream or self.head.is_upgrade):
+            slots = self.plane.limits_by_key.streams(grant)
+            if not slots.take(1, lambda outcome: self.slotted(slots, outcome)):
+                self._unpaid = intent, body, endpoint, 0
+                self._wait_for_control()
+                return False
+            self._slots = slots
+        return self._meter(intent, body, endpoint)
+
+    def slotted(self, slots: Slots, outcome: LeaseOutcome) -> None:
+        """Control has told whether one more stream may be open, or could not tell."""
+        if outcome == "taken" and self.state == DONE:
+            slots.give()
+        if self.state == DONE:
+            return
+        if outcome == "refused":
+            self.refuse(slots.refusal())
+        elif outcome == "unknown":
+            self.refuse(GatewayError("UNAVAILABLE", "limits cannot be checked at the moment; try again", 1))
+        else:
+            self._slots = slots
+            intent, body, endpoint, _ = self._unpaid
+            if self._meter(intent, body, endpoint):
+                self._forward_to(endpoint)
+
+    def _meter(self, intent: Intent, body: bytes | None, endpoint: Endpoint | None) -> bool:
+        grant = self._grant
+        assert grant is not None
+        if grant.tpm and self.route.kind != INSTANCE:
             output_max = intent.max_output_tokens or self.plane.config.credit.output_tokens_default
             input_max = self._input_bytes_max() if body is None else len(body)
             most = min(grant.tpm, input_max + output_max * intent.choice_count)
@@ -464,7 +494,8 @@ class Exchange(Attempts):
         endpoint = self._user_given(target)
         path = request.path if request.path is not None else route.path
         self._sending = self.method, path, self.head.fields, body, request
-        if not self.plane.prices.is_any or self._reserve(intent, body, endpoint):
+        may_wait = self.plane.prices.is_any or self._grant.streams  # type: ignore[union-attr]  # admitted
+        if not may_wait or self._afford(intent, body, endpoint):
             self._forward(endpoint)
 
     def _user_given(self, target: Target) -> Endpoint:

@@ -1,11 +1,11 @@
-"""Requests and tokens per minute in a worker: one wallet for each limit, of a key or of a user, filled by leases.
+"""Requests and tokens per minute and streams at once in a worker: a wallet for each limit, which leases fill.
 
 A call takes one request out of its wallet, in memory; only when that runs low is control asked, in the background.
 Near the limit each call waits for control's answer, so that over all workers never more than the limit pass. While
 control is away what is leased is served; then calls get 503, for a limit that cannot be checked is not to be exceeded.
 
 Keys without limits of their own share those of their user. Tokens are counted when a call is admitted, with the most it
-may use, and corrected when it ends.
+may use, and corrected when it ends. A stream takes a slot, and gives it back when it ends.
 """
 
 import math
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.link.client import LinkClient
-from gpuproxy.link.messages import TOKENS, Leased, LeaseKind, Recall, Return
+from gpuproxy.link.messages import STREAMS, TOKENS, HeldStreams, Leased, LeaseKind, Recall, Return
 from gpuproxy.link.wallet import Outcome, Wallet
 from gpuproxy.proxy.headers import Field
 from gpuproxy.types import Grant
@@ -25,6 +25,7 @@ AHEAD_PER_MINUTE = 600  # a lease is asked for at least a tenth of a second's wo
 OVERRIDE = b"x-rate-limit-override"
 OVERRIDE_MAX = 1 << 31
 RAISED = "raised:"
+HELD_AT_ONCE = 5_000  # in one message: 450 KB
 
 
 class Purse:
@@ -96,6 +97,32 @@ class Purse:
         self.wallet.refill(answer.id, answer.amount, answer.until_ns, time.monotonic_ns())
 
 
+class Slots(Purse):
+    """What a worker knows of one limit of streams; what is taken stays reserved until it is given back."""
+
+    __slots__ = ()
+
+    def take(self, amount: int, waiter: Callable[[Outcome], None]) -> bool:
+        """Take slots. False: `waiter` will be told whether it has them."""
+        return self.wallet.take(amount, time.monotonic_ns(), waiter)
+
+    def taken(self, amount: int) -> None:
+        """Do nothing: what a waiter was told about is reserved."""
+
+    def give(self) -> None:
+        """Give a slot back: a stream has ended."""
+        self.wallet.settle(1, 0, time.monotonic_ns())
+
+    def held(self) -> tuple[str, str, int]:
+        """Return user, key and how many slots are here, in use or not."""
+        return *self._subject, self.wallet.reserved + self.wallet.rest
+
+    def refusal(self) -> GatewayError:
+        """Return the error for when no slot is free."""
+        whose = "with this key" if self._subject[1] else "with this account"
+        return GatewayError("RATE_LIMITED", f"over {self.limit} streams at once {whose}; wait until one ends", 1)
+
+
 class Limits:
     """The purses of a worker."""
 
@@ -124,6 +151,22 @@ class Limits:
         name = TOKENS + (grant.user_id if grant.is_tpm_shared else grant.key_id)
         return self._purses.get(name) or self._open(name, grant, "tokens")
 
+    def streams(self, grant: Grant) -> Slots:
+        """Return what counts the open streams of a grant with a limit of them."""
+        name = STREAMS + (grant.user_id if grant.is_streams_shared else grant.key_id)
+        slots = self._purses.get(name)
+        if slots is None:
+            key_id = "" if grant.is_streams_shared else grant.key_id
+            slots = self._purses[name] = Slots(self._link, grant.user_id, key_id, "streams", grant.streams)
+        assert isinstance(slots, Slots)  # by its name
+        return slots
+
+    def report(self) -> None:
+        """Tell control, which may be a new one, which streams are held here."""
+        held = [purse.held() for purse in self._purses.values() if isinstance(purse, Slots)]
+        for start in range(0, max(1, len(held)), HELD_AT_ONCE):
+            self._link.send(HeldStreams(tuple(held[start : start + HELD_AT_ONCE]), start == 0))
+
     def sweep(self) -> None:
         """Give back what is idle or expired; called about once a second."""
         now_ns = time.monotonic_ns()
@@ -139,7 +182,7 @@ class Limits:
 
     def recall(self, message: Recall) -> None:
         """Give back what no call has taken: another worker needs it."""
-        prefix = TOKENS if message.kind == "tokens" else ""
+        prefix = {"tokens": TOKENS, "streams": STREAMS}.get(message.kind, "")
         name = message.key_id.removeprefix(prefix) or message.user_id
         for purse in (self._purses.get(prefix + name), self._purses.get(RAISED + name)):
             if purse is not None:

@@ -159,6 +159,7 @@ class Plane:
         """Know nothing for sure that control may have taken back while it was away."""
         self.admission.refresh_all()
         self.instances.forget_all()
+        self.limits_by_key.report()
 
     def new_id(self) -> str:
         """Return an id for a request and its receipt, unique over all workers and restarts, growing with time."""

@@ -132,17 +132,19 @@ async def test_an_overdraft_lets_an_account_go_below_nothing_and_is_not_taken_wh
 async def test_a_quota_shows_the_limits_and_what_is_left(api: Api) -> None:
     admin, person = await api.person(is_admin=True), await api.person()
     await credit(api.store, person.id, 25 * 10**8, "one")
-    secret, own = await create_key(api.store, person.email, rpm=7)
+    secret, own = await create_key(api.store, person.email, rpm=7, streams=2)
     await api.call("POST", OWN, {**DAY, "key_id": own.id}, person.by_token)
     await api.call("POST", ANY, {**DAY, "user_id": person.id}, admin.by_token)
     _, shared = await api.call("GET", QUOTA, headers=person.by_key)
-    assert (shared["requests_per_minute"], shared["tokens_per_minute"]) == (None, None)
+    assert (shared["requests_per_minute"], shared["tokens_per_minute"], shared["streams"]) == (None, None, None)
     assert (shared["is_shared"], shared["credits_remaining"]) == (True, 2.5)
     assert ([each["key_id"] for each in shared["budgets"]], shared["keys"], shared["keys_max"]) == ([""], 2, 1_000)
     asked = Lease(1, person.id, own.id, "requests", 1, 3)
     assert api.client.app is not None
     given = await api.client.app[LEASES].grant("worker", asked)
+    await api.client.app[LEASES].grant("worker", Lease(2, person.id, own.id, "streams", 1, 1))
     _, told = await api.call("GET", QUOTA, headers={"X-API-Key": secret})
+    assert told["streams"] == {"limit": 2, "remaining": 1}
     assert (told["requests_per_minute"]["limit"], told["is_shared"]) == (7, False)
     assert told["requests_per_minute"]["remaining"] == 7 - given.amount
     assert 0 < told["requests_per_minute"]["reset_s"] <= 120

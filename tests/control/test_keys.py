@@ -68,6 +68,8 @@ async def test_a_key_is_as_it_was_wished(api: Api) -> None:
         ({"rpm": 5}, 403, "rpm"),
         ({"rpm_ceiling": 5}, 403, "rpm_ceiling"),
         ({"tpm": 5}, 403, "tpm"),
+        ({"streams": 5}, 403, "streams"),
+        ({"streams": -1}, 422, "streams"),
         ({"rpm": -1}, 422, "rpm"),
         ({"name": "x" * 101}, 422, "name"),
         ({"name": "a\nb"}, 422, "name"),
@@ -94,7 +96,7 @@ async def test_a_key_makes_keys_within_its_own_bounds(api: Api) -> None:
 
 async def test_an_admin_gives_keys_limits_that_rotating_keeps(api: Api) -> None:
     admin = await api.person(is_admin=True)
-    wish = {"rpm": 5, "rpm_ceiling": 50, "tpm": 1000}
+    wish = {"rpm": 5, "rpm_ceiling": 50, "tpm": 1000, "streams": 3}
     status, told = await api.call("POST", KEYS, wish, admin.by_token)
     assert (status, {name: told[name] for name in wish}) == (201, wish)
     _, fresh = await api.call("POST", f"{KEYS}/{told['id']}/rotate", {}, admin.by_token)
@@ -102,6 +104,7 @@ async def test_an_admin_gives_keys_limits_that_rotating_keeps(api: Api) -> None:
     grant = await grant_for(api.store, digest_of(fresh["api_key"].encode()), 100)
     assert grant is not None
     assert (grant.rpm, grant.is_rpm_shared, grant.rpm_ceiling, grant.tpm) == (5, False, 50, 1000)
+    assert (grant.streams, grant.is_streams_shared) == (3, False)
 
 
 async def test_keys_without_limits_share_those_of_their_user(api: Api) -> None:

@@ -15,7 +15,7 @@ from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.keeper import Keeper, limit_per_minute
 from gpuproxy.ledger.leases import Leases
 from gpuproxy.ledger.verify import verify
-from gpuproxy.link.messages import TOKENS, Lease, Return
+from gpuproxy.link.messages import STREAMS, TOKENS, Lease, Return
 from gpuproxy.pricing import Price
 from gpuproxy.store.engine import Store
 
@@ -101,10 +101,12 @@ async def test_the_keeper_goes_on_through_an_outage(store: Store, tmp_path: Path
 async def test_a_key_has_its_own_limit_or_the_default(store: Store) -> None:
     await create_user(store, "ann@example.com")
     _, plain = await create_key(store, "ann@example.com")
-    _, fast = await create_key(store, "ann@example.com", rpm=600, tpm=9)
+    _, fast = await create_key(store, "ann@example.com", rpm=600, tpm=9, streams=2)
     _, endless = await create_key(store, "ann@example.com", rpm=0)
-    rates = config.Rates(100, 7)
+    rates = config.Rates(100, 7, 3)
     found = [await limit_per_minute(store, key_id, rates) for key_id in (plain.id, fast.id, endless.id, "")]
     assert found == [100, 600, 0, 100]
     found = [await limit_per_minute(store, TOKENS + key_id, rates) for key_id in (plain.id, fast.id, "")]
     assert found == [7, 9, 7]
+    found = [await limit_per_minute(store, STREAMS + key_id, rates) for key_id in (plain.id, fast.id, "")]
+    assert found == [3, 2, 3]

@@ -14,6 +14,7 @@ from gpuproxy.link.messages import (
     FrameReader,
     FromControl,
     FromWorker,
+    HeldStreams,
     Hello,
     Lease,
     Leased,
@@ -334,6 +335,9 @@ class Purse:
         self.asked.append((epoch, ask.wanted))
         await self.may_answer.wait()
         return Leased(ask.id, ask.wanted)
+
+    def hold(self, epoch: str, told: HeldStreams) -> None:
+        """Nothing: no streams are counted."""
 
     def take_back(self, epoch: str, returned: Return) -> None:
         self.returned.append((epoch, returned.amount))

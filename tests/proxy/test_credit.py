@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from gpuproxy.ledger.settle import priced
-from gpuproxy.link.messages import Lease, Leased, Return
+from gpuproxy.link.messages import HeldStreams, Lease, Leased, Return
 from gpuproxy.pricing import Catalogue, Price, cost_of, marked_up, upper_bound
 from gpuproxy.types import Receipt
 
@@ -45,6 +45,9 @@ class Bank:
         amount = min(self.rest, max(ask.least, ask.wanted)) if self.rest >= ask.least else 0
         self.rest -= amount
         return Leased(ask.id, amount, budget_ends_ns=0 if amount else self.budget_ends_ns)
+
+    def hold(self, epoch: str, told: HeldStreams) -> None:
+        """Nothing: no streams are counted."""
 
     def take_back(self, epoch: str, returned: Return) -> None:
         self.rest += max(0, returned.amount)

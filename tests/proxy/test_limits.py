@@ -6,10 +6,13 @@ from collections import defaultdict
 import pytest
 
 from gpuproxy.ledger.rates import Window
-from gpuproxy.link.messages import Lease, Leased, Return
+from gpuproxy.ledger.slots import Slots
+from gpuproxy.link.messages import HeldStreams, Lease, Leased, Return
 
 from .conftest import Serve
 from .harness import CHAT, OK, RAW, Gateway, request, until
+from .test_tunnels import SWITCH, UPGRADE
+from .wire import Wire
 
 BODY = b'{"model":"m","max_tokens":10}'
 ANSWER = b'{"usage":{"prompt_tokens":5,"completion_tokens":4}}'
@@ -33,6 +36,9 @@ class Counter:
         window, now_ns = self.windows[ask.kind, ask.user_id, ask.key_id], 1
         entry = window.grant((epoch, ask.id), limit, ask.least, ask.wanted, now_ns)
         return Leased(ask.id, entry.amount, 1 << 61, limit, window.left(limit, now_ns), 1 << 61)
+
+    def hold(self, epoch: str, told: HeldStreams) -> None:
+        """Nothing: no streams are counted."""
 
     def take_back(self, epoch: str, returned: Return) -> None:
         self.back.append(returned.amount)
@@ -123,3 +129,106 @@ async def test_a_client_that_leaves_while_tokens_are_asked_for_uses_none(serve: 
     counter.gate.set()
     await until(lambda: len(BODY) + 10 in counter.back, "what was not used")
     assert gateway.llm.is_untouched()
+
+
+STREAM_BODY = b'{"model":"m","stream":true}'
+
+
+class Booth:
+    """Control's side for streams: one slot book."""
+
+    def __init__(self, gateway: Gateway, limit: int) -> None:
+        self.slots = Slots(grace_s=0)
+        self.limit = limit
+        self.gate = asyncio.Event()
+        self.gate.set()
+        gateway.link_server.lessor = self
+
+    async def grant(self, epoch: str, ask: Lease) -> Leased:
+        await self.gate.wait()
+        amount = self.slots.grant((ask.user_id, ask.key_id), epoch, self.limit, ask.least, ask.wanted)
+        return Leased(ask.id, amount, limit=self.limit)
+
+    def hold(self, epoch: str, told: HeldStreams) -> None:
+        held = [((user_id, key_id), amount) for user_id, key_id, amount in told.held]
+        self.slots.restate(epoch, held, told.is_first)
+
+    def take_back(self, epoch: str, returned: Return) -> None:
+        self.slots.take_back((returned.user_id, returned.key_id), epoch, returned.amount)
+
+
+async def _open(gateway: Gateway, key: bytes, body: bytes = STREAM_BODY) -> tuple[Wire, Wire]:
+    client = await gateway.ask(request(b"POST " + CHAT, body=body, key=key, id=b""))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    return client, upstream
+
+
+async def test_a_stream_over_the_limit_is_refused_before_anything_goes_upstream(serve: Serve) -> None:
+    gateway = await serve()
+    Booth(gateway, 1)
+    key = gateway.keys.add(streams=1)
+    for _ in range(2):
+        client, upstream = await _open(gateway, key)
+        other = await gateway.ask(request(b"POST " + CHAT, body=STREAM_BODY, key=key, id=b""))
+        answer = await other.answer()
+        assert (answer.status, answer.field(b"retry-after")) == (429, b"1")
+        assert "over 1 streams at once with this key" in answer.json()["error"]["message"]
+        assert gateway.llm.is_untouched()
+        await upstream.send(JSON_OK.replace(b"OK\r\n", b"OK\r\nConnection: close\r\n"))
+        assert (await client.answer()).status == 200
+        upstream.close()
+
+
+async def test_what_is_no_stream_and_keys_without_a_limit_need_no_slot(serve: Serve) -> None:
+    gateway = await serve()
+    Booth(gateway, 1)
+    key, free = gateway.keys.add(streams=1), gateway.keys.add()
+    await _open(gateway, key)
+    await _open(gateway, key, BODY)
+    await _open(gateway, free)
+
+
+async def test_a_client_that_leaves_gives_its_slot_back(serve: Serve) -> None:
+    gateway = await serve()
+    booth = Booth(gateway, 1)
+    key = gateway.keys.add(streams=1)
+    client, _ = await _open(gateway, key)
+    client.close()
+    await gateway.receipt()
+    client, _ = await _open(gateway, key)
+    client.close()
+    await gateway.receipt(2)
+    gateway.plane.limits_by_key.close()
+    await until(lambda: booth.slots.left(("user", "key1"), 1) == 1, "the slot")
+
+
+async def test_a_client_that_leaves_while_a_slot_is_asked_for_keeps_none(serve: Serve) -> None:
+    gateway = await serve()
+    booth = Booth(gateway, 1)
+    key = gateway.keys.add(streams=1)
+    await gateway.warm(key)
+    booth.gate.clear()
+    client = await gateway.ask(request(b"POST " + CHAT, body=STREAM_BODY, key=key))
+    await until(lambda: bool(gateway.link._leases), "the question")
+    client.close()
+    await gateway.receipt()
+    booth.gate.set()
+    await until(lambda: not gateway.link._leases, "the answer")
+    await _open(gateway, key)
+
+
+async def test_a_tunnel_has_a_slot_until_it_ends(serve: Serve) -> None:
+    gateway = await serve()
+    Booth(gateway, 1)
+    key = gateway.keys.add(streams=1)
+    for number in (1, 2):
+        client = await gateway.ask(request(b"GET " + RAW + b"/ws", *UPGRADE, key=key, id=b""))
+        upstream = await gateway.raw.accept()
+        await upstream.read_head()
+        await upstream.send(SWITCH)
+        assert (await client.answer()).status == 101
+        other = await gateway.ask(request(b"GET " + RAW + b"/ws", *UPGRADE, key=key, id=b""))
+        assert (await other.answer()).status == 429
+        client.close()
+        await gateway.receipt(2 * number)
