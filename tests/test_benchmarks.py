@@ -172,7 +172,7 @@ def test_a_process_that_is_gone_is_an_error() -> None:
 
 
 def test_a_command_line_is_read() -> None:
-    assert "pytest" in proc_cpu.command_line(os.getpid())
+    assert proc_cpu.command_line(os.getpid()).split() == " ".join(sys.orig_argv).split()
 
 
 # Processes
