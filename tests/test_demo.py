@@ -70,10 +70,16 @@ def test_a_gateway_that_does_not_start_is_told_with_its_last_words(tmp_path: Pat
         pass
 
 
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it runs in the background ignore it
+
+
 @contextmanager
 def staying_demo() -> Iterator["tuple[subprocess.Popen[str], str]"]:
     """Run a demo that stays up; yields it and what it printed until it waits."""
-    process = subprocess.Popen([*DEMO, "--port", "0"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [*DEMO, "--port", "0"], stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_heed_ctrl_c
+    )
     try:
         yield process, _said_until(process, "Ctrl-C stops it.")
     finally:

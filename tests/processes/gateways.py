@@ -190,6 +190,11 @@ def _command_line(pid: int) -> str:
         return ""
 
 
+def heed_ctrl_c() -> None:
+    """Let a child stop at SIGINT; a shell lets what it runs in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def process(
     place: Place, environment: Mapping[str, str] | None = None, line: Sequence[str] = (), **options: Any
@@ -204,7 +209,7 @@ def process(
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,
-            **options,
+            **{"preexec_fn": heed_ctrl_c, **options},
         )
         try:
             yield started
