@@ -127,8 +127,9 @@ class Supervisor:
                         self._recycle()
                 elif info.si_signo == signal.SIGHUP:
                     self._recycle()
-                else:
+                elif info.si_signo in (signal.SIGTERM, signal.SIGINT):
                     return 0
+                # else none came: a process that was stopped for longer than the wait is told of signal 0
         finally:
             notify("STOPPING=1")
             self._stop_all()

@@ -179,6 +179,7 @@ def is_alive(pid: int) -> bool:
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
     """Send a signal to a process, which may be gone."""
+    assert pid > 0, "there is no such process; 0 would be the tests themselves"
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
