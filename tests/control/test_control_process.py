@@ -16,7 +16,17 @@ import pytest
 
 from gpuproxy import config
 from gpuproxy.codec.key import digest_of
-from gpuproxy.link.messages import Authorize, Authorized, FrameReader, Hello, Prices, Revoke, decode_from_control, frame
+from gpuproxy.link.messages import (
+    Authorize,
+    Authorized,
+    FrameReader,
+    Hello,
+    Prices,
+    Revoke,
+    Routing,
+    decode_from_control,
+    frame,
+)
 from gpuproxy.process import Boot
 from gpuproxy.proxy.journal import frame as journal_frame
 from gpuproxy.types import Receipt
@@ -107,12 +117,12 @@ def control(tmp_path: Path) -> Iterator[Control]:
 
 
 def receive(link: socket.socket) -> Any:
-    """Return the next message that tells no prices."""
+    """Return the next message that tells neither prices nor routing."""
     reader = FrameReader()
     while True:
         for body in reader.feed(link.recv(65_536)):
             message = decode_from_control(body)
-            if not isinstance(message, Prices):
+            if not isinstance(message, Prices | Routing):
                 return message
 
 
