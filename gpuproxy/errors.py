@@ -57,7 +57,7 @@ CODES: dict[str, Code] = {
 class GatewayError(Exception):
     """A failure with a code of the table; `message` names the value at fault and the remedy."""
 
-    def __init__(self, code: str, message: str, retry_after_s: int | None = None, param: str | None = None) -> None:
+    def __init__(self, code: str, message: str, retry_after_s: float | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message

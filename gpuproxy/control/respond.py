@@ -3,6 +3,7 @@
 Only workers reach control's socket, so their X-Request-Id is trusted; every error and log line carries it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
@@ -57,7 +58,7 @@ def failure(error: GatewayError, request_id: str, headers: Mapping[str, str] | N
     response = answer(fields, error.status)
     response.headers.update(headers or {})
     if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(error.retry_after_s)
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

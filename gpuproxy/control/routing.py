@@ -19,7 +19,7 @@ from gpuproxy.errors import ConfigError, GatewayError
 from gpuproxy.link.messages import EndpointState, Routing
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.plugin import load_plugins
+from gpuproxy.plugin import load_plugins, routing_faults
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import routing_blocks
 
@@ -45,7 +45,7 @@ class RoutingFeed:
         self._store = store
         self._configured = config
         self._link = link
-        self._protocols = load_plugins(config.plugins.enabled).protocols
+        self._plugins = load_plugins(config.plugins.enabled)
         self._seen: object = None
         self._woken = asyncio.Event()
         self.set_names: set[tuple[str, str]] = set()  # kind and name of the blocks in force that were set while running
@@ -70,11 +70,7 @@ class RoutingFeed:
             kinds[block.kind][block.name] = block.block
         server = {"workers": self._configured.server.workers}
         found = build({"server": server, **{kind: list(blocks.values()) for kind, blocks in kinds.items()}})
-        faults = [
-            f"upstreams[{index}].protocol: no plugin speaks {upstream.protocol!r}; known: {', '.join(self._protocols)}"
-            for index, upstream in enumerate(found.upstreams)
-            if upstream.protocol not in self._protocols
-        ]
+        faults = routing_faults(found, self._plugins)
         if len(msgspec.msgpack.encode(Routing(found.upstreams, found.models))) > PUSHED_BYTES_MAX:
             faults.append(f"upstreams and models are over {PUSHED_BYTES_MAX} bytes in all; take some out")
         if faults:

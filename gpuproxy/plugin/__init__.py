@@ -56,6 +56,7 @@ from gpuproxy.plugin.provider_errors import (
 )
 from gpuproxy.plugin.providers import build_providers, check_plugins
 from gpuproxy.plugin.registry import GROUP, Registry, load_plugins
+from gpuproxy.plugin.routing import routing_faults
 from gpuproxy.types import Usage
 
 __all__ = [
@@ -116,5 +117,6 @@ __all__ = [
     "is_fitting",
     "is_same_model",
     "load_plugins",
+    "routing_faults",
     "short_model",
 ]

@@ -12,10 +12,14 @@ from gpuproxy.plugin.protocol import Call
 
 
 class ModelOffer(Struct):
-    """A model that a caller may use, and its prices in dollars as text, by the names they have in the configuration."""
+    """A model that a caller may use, and its prices in dollars as text, by the names they have in the configuration.
+
+    ``aliases`` are other names that calls may use for it.
+    """
 
     id: str
     prices: Mapping[str, str] = {}
+    aliases: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -31,10 +35,10 @@ class ModelRenamer(Protocol):
 
 @runtime_checkable
 class ModelLister(Protocol):
-    """A handler in whose protocol a caller can ask for the models there are."""
+    """A handler in whose protocol a caller can ask for the models there are, or what one of them is."""
 
     def asks_for_models(self, call: Call) -> bool:
-        """Tell whether this call, which names no model, asks for the list of them."""
+        """Tell whether this call, whose intent has no model, asks for the list of them or to be shown one."""
 
     def list_models(self, call: Call, offers: Sequence[ModelOffer]) -> bytes:
-        """Return the JSON that lists them. Raises GatewayError, METHOD_NOT_ALLOWED for one."""
+        """Return the JSON that lists or shows. Raises GatewayError: METHOD_NOT_ALLOWED, UNKNOWN_MODEL."""

@@ -6,6 +6,7 @@ from gpuproxy.config import Config, Provider
 from gpuproxy.errors import ConfigError, PluginError
 from gpuproxy.plugin.provider import ProviderAdapter, ProviderSettings
 from gpuproxy.plugin.registry import Registry, load_plugins
+from gpuproxy.plugin.routing import routing_faults
 
 
 def build_providers(
@@ -46,9 +47,11 @@ def _settings(block: Provider, environment: Mapping[str, str]) -> ProviderSettin
 
 
 def check_plugins(config: Config, environment: Mapping[str, str]) -> None:
-    """Load the plugins and make the providers, to see whether that can be done. Raises ConfigError."""
+    """See whether plugins can be loaded, can do what models want, and providers be made. Raises ConfigError."""
     try:
         registry = load_plugins(config.plugins.enabled)
     except PluginError as error:
         raise ConfigError([str(error)]) from error
+    if faults := routing_faults(config, registry):
+        raise ConfigError(faults)
     build_providers(config.providers, registry, environment)

@@ -498,7 +498,7 @@ class Answer:
             body = refusal.body_of(error, self.request_id)
         if not self.is_received and self._rest_is_long():
             self.keeps_alive = False
-        self._write_json(error.status, body, refusal.fields_of(error))
+        self._write_json(error.status, body, refusal.fields_of(error, self._attempts))
         self._finish("upstream_failed" if CODES[error.code].source == "upstream" else "refused")
 
     def _rest_is_long(self) -> bool:

@@ -21,6 +21,7 @@ from gpuproxy.types import Grant
 
 NS_PER_S = 1_000_000_000
 UNKNOWN_RESET_S = 60
+WAIT_LEAST_S = 0.1  # to come back sooner is not worth the while
 AHEAD_PER_MINUTE = 600  # a lease is asked for at least a tenth of a second's worth of the limit
 OVERRIDE = b"x-rate-limit-override"
 OVERRIDE_MAX = 1 << 31
@@ -73,12 +74,16 @@ class Purse:
 
     def refusal(self) -> GatewayError:
         """Return the error for a limit that is used up."""
-        wait_s = max(1, self._reset_s()) if self.reset_ns else UNKNOWN_RESET_S
+        wait_s = max(WAIT_LEAST_S, self._until_reset_s()) if self.reset_ns else UNKNOWN_RESET_S
         whose = "with this key" if self._subject[1] else "with this account"
-        return GatewayError("RATE_LIMITED", f"over {self.limit} {self._kind} a minute {whose}; wait {wait_s} s", wait_s)
+        message = f"over {self.limit} {self._kind} a minute {whose}; wait {math.ceil(wait_s)} s"
+        return GatewayError("RATE_LIMITED", message, wait_s)
 
     def _reset_s(self) -> int:
-        return max(0, math.ceil((self.reset_ns - time.monotonic_ns()) / NS_PER_S))
+        return max(0, math.ceil(self._until_reset_s()))
+
+    def _until_reset_s(self) -> float:
+        return (self.reset_ns - time.monotonic_ns()) / NS_PER_S
 
     def _ask(self, least: int, wanted: int) -> None:
         ahead = max(wanted, self.limit // AHEAD_PER_MINUTE)

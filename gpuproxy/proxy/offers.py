@@ -34,13 +34,13 @@ def highest(prices: Sequence[Price | None]) -> Price | None:
     return structs.replace(priced[0], **most)
 
 
-def offer(model: str, upstreams: Iterable[str], find_price: FindPrice) -> ModelOffer:
+def offer(model: str, upstreams: Iterable[str], find_price: FindPrice, aliases: tuple[str, ...] = ()) -> ModelOffer:
     """Return the offer at the dearest of the upstreams' prices: nobody is charged more than was shown."""
     prices = [find_price(model, upstream) for upstream in upstreams]
     price = max(prices, key=typical_cost)
     if price is None:
-        return ModelOffer(model)
-    return ModelOffer(model, {name: _usd(getattr(price, field)) for name, field in _SHOWN.items()})
+        return ModelOffer(model, aliases=aliases)
+    return ModelOffer(model, {name: _usd(getattr(price, field)) for name, field in _SHOWN.items()}, aliases)
 
 
 def _usd(nanousd: int) -> str:

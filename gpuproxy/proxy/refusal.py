@@ -1,5 +1,7 @@
 """How the gateway's own answers look on the wire: errors, and the JSON it writes itself."""
 
+import math
+
 import msgspec
 
 from gpuproxy.errors import CODES, GatewayError
@@ -13,15 +15,24 @@ def body_of(error: GatewayError, request_id: str) -> bytes:
     return _encode({"error": error.message, "code": error.code, "request_id": request_id})
 
 
-def fields_of(error: GatewayError) -> bytes:
-    """Return the header lines an error brings along: when to come back, how to log in, whether to retry at all."""
+def fields_of(error: GatewayError, attempt_count: int = 0) -> bytes:
+    """Return the header lines an error brings along: when to come back, how to log in, whether to retry at all.
+
+    ``retry-after-ms`` and ``x-should-retry`` are obeyed by OpenAI's and Anthropic's SDKs. A call that was sent in vain
+    more than once is not to be multiplied by the client's own tries.
+    """
     lines = b""
-    if error.retry_after_s is not None:
-        lines += b"Retry-After: %d\r\n" % error.retry_after_s
+    wait_s = error.retry_after_s
+    if wait_s is not None:
+        lines += b"Retry-After: %d\r\n" % math.ceil(wait_s)
+        if wait_s % 1:
+            lines += b"retry-after-ms: %d\r\n" % math.ceil(wait_s * 1000)
     if error.code == "UNAUTHORIZED":
         lines += b"WWW-Authenticate: Bearer\r\n"
-    if not CODES[error.code].is_retryable:
-        lines += b"x-should-retry: false\r\n"  # obeyed by OpenAI's and Anthropic's SDKs
+    if not CODES[error.code].is_retryable or attempt_count > 1:
+        lines += b"x-should-retry: false\r\n"
+    elif wait_s is not None:  # nothing was done, and when to come back is known
+        lines += b"x-should-retry: true\r\n"
     return lines
 
 

@@ -154,8 +154,12 @@ class Router:
     def offers(self, handler: ProtocolHandler, models: tuple[str, ...] | None) -> list[ModelOffer]:
         """Return what a caller who may use `models` (None: all) is offered in a protocol, sorted by name."""
         served = [(name, place) for name, place in sorted(self.models.items()) if place.handler is handler]
+        aliases: dict[str, list[str]] = {}
+        for name, place in served:
+            if name != place.model:
+                aliases.setdefault(place.model, []).append(name)
         return [
-            offer(name, {endpoint.upstream for endpoint in place.endpoints}, self.find_price)
+            offer(name, {each.upstream for each in place.endpoints}, self.find_price, tuple(aliases.get(name, ())))
             for name, place in served
             if name == place.model and (models is None or name in models)
         ]

@@ -55,6 +55,8 @@ class OpenInference:
             refuse_dot_segments(path)
         if call.method == b"POST" and path.startswith(b"/v1/"):
             return intent_of_body(call)
+        if path.startswith(b"/v1/models") and asks_for_models(call):
+            return Intent()
         return intent_of_path(path)
 
     def describe(self, call: Call) -> Intent:

@@ -31,10 +31,14 @@ _ANTHROPIC = {
 }
 
 
+class AnthropicError(GatewayError):
+    """An error told in Anthropic's shape whatever the path is: the caller has named itself by a header."""
+
+
 def refusal(path: bytes, error: GatewayError, request_id: str) -> bytes:
     """Return the JSON body that tells about `error` in the dialect of `path`."""
     route = path.partition(b"?")[0] + b"/"
-    if b"/v1/messages/" in route:
+    if b"/v1/messages/" in route or isinstance(error, AnthropicError):
         return anthropic_error(error, request_id)
     if b"/v2/" in route:
         return _encode({"error": error.message, "code": error.code, "request_id": request_id})

@@ -143,8 +143,9 @@ def test_a_form_without_model_is_refused(body: bytes) -> None:
     [
         (b"GET", b"/v1/models", Intent()),
         (b"GET", b"/v1/models?limit=1", Intent()),
-        (b"GET", b"/v1/models/meta%2Fllama", Intent("meta/llama")),
-        (b"GET", b"/v1/models/meta/llama", Intent("meta/llama")),
+        (b"GET", b"/v1/models/meta%2Fllama", Intent()),  # answered by the gateway
+        (b"DELETE", b"/v1/models/meta%2Fllama", Intent("meta/llama")),
+        (b"DELETE", b"/v1/models/meta/llama", Intent("meta/llama")),
         (b"GET", b"/v1/realtime?model=rt-1", Intent("rt-1", is_stream=True)),
         (b"GET", b"/v2", Intent()),
         (b"GET", b"/v2/health/ready", Intent()),

@@ -120,7 +120,7 @@ async def test_a_key_nobody_holds_is_a_503_while_control_is_away(gateway: Gatewa
     gateway.passes(gateway.config.auth.authorize_timeout_s)
     answer = await client.answer()
     assert (answer.status, answer.json()["code"], answer.field(b"retry-after")) == (503, "UNAVAILABLE", b"1")
-    assert answer.field(b"x-should-retry") is None
+    assert answer.field(b"x-should-retry") == b"true"
 
 
 async def test_a_store_that_fails_is_a_503_and_no_401(gateway: Gateway) -> None:

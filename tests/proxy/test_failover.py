@@ -103,6 +103,7 @@ async def test_when_both_are_dead_the_client_is_told_once(serve: Serve, pair: Pa
     client = await ask(gateway)
     answer = await client.answer()
     assert (answer.status, answer.field(b"x-gpuproxy-attempts")) == (502, b"2")
+    assert answer.field(b"x-should-retry") == b"false", "both were asked already"
     assert told(await gateway.receipt()) == ("b", 502, "upstream_failed", "UPSTREAM_UNREACHABLE", 2)
 
 
@@ -218,6 +219,31 @@ async def test_retry_after_is_obeyed_towards_the_one_that_said_it(serve: Serve, 
     gateway.passes(7)
     (replica,) = [each for each in gateway.plane.replicas.all() if each.upstream == "a"]
     assert replica.admits, "after 7 s it may be asked again"
+
+
+@pytest.mark.parametrize(
+    ("told", "open_s"),
+    [
+        (b"Retry-After: 7\r\n", 7),
+        (b"Date: Thu, 01 Jan 1970 00:00:40 GMT\r\nRetry-After: Thu, 01 Jan 1970 00:00:47 GMT\r\n", 7),
+        (b"Retry-After: Thu, 01-Jan-70 00:00:47 GMT\r\nDate: Thu Jan  1 00:00:40 1970\r\n", 7),
+        (b"Retry-After: Fri, 31 Dec 9999 23:59:59 GMT\r\n", 60),
+        (b"Retry-After: Thu, 01 Jan 1970 00:00:47 GMT\r\n", 0),
+        (b"Retry-After: soon\r\n", 0),
+        (b"Retry-After: -7\r\n", 0),
+        (b"Retry-After: \xff\r\n", 0),
+    ],
+    ids=["seconds", "date", "older forms of dates", "far away", "past", "word", "negative", "no text"],
+)
+async def test_a_wait_may_be_told_as_a_date(serve: Serve, pair: Pair, told: bytes, open_s: int) -> None:
+    gateway = await serve(**blocks(pair), routing={"open_max_s": 60.0, "failures_max": 5})
+    client = await ask(gateway)
+    await (await take(pair[0])).send(b"HTTP/1.1 503 Busy\r\n" + told + b"Content-Length: 0\r\n\r\n")
+    await (await take(pair[1])).send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    (replica,) = [each for each in gateway.plane.replicas.all() if each.upstream == "a"]
+    left_s = replica.open_until_s - gateway.plane.replicas.now_s if not replica.admits else 0
+    assert round(left_s) == open_s
 
 
 # -- fallback -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Limits in a worker: shared by the keys of a user, raised by those who may, of tokens as of requests."""
 
 import asyncio
+import time
 from collections import defaultdict
 
 import pytest
@@ -232,3 +233,17 @@ async def test_a_tunnel_has_a_slot_until_it_ends(serve: Serve) -> None:
         assert (await other.answer()).status == 429
         client.close()
         await gateway.receipt(2 * number)
+
+
+async def test_a_limit_says_to_the_millisecond_when_it_is_free_again(serve: Serve) -> None:
+    gateway = await serve()
+    Counter(gateway, requests=1)
+    key = gateway.keys.add(rpm=1)
+    assert await _statuses(gateway, [key]) == [200]
+    purse = next(iter(gateway.plane.limits_by_key._purses.values()))
+    now_ns = time.monotonic_ns()
+    for reset_ns, least_ms, most_ms in ((now_ns + 3_500_000_000, 1_000, 3_500), (now_ns, 100, 100)):
+        purse.reset_ns = reset_ns
+        error = purse.refusal()
+        assert error.retry_after_s is not None
+        assert least_ms <= error.retry_after_s * 1000 <= most_ms

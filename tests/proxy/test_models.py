@@ -121,7 +121,6 @@ async def test_a_form_names_the_model_otherwise_too(serve: Serve, pair: Pair) ->
         (b"/v2/models/m1/versions/2/ready", b"/v2/models/a%2Fb/versions/2/ready"),
         (b"/v2/repository/models/m1/load", b"/v2/repository/models/a%2Fb/load"),
         (b"/v1/realtime?model=m1&x=1", b"/v1/realtime?model=a%2Fb&x=1"),
-        (b"/v1/models/m1", b"/v1/models/a%2Fb"),
     ],
 )
 async def test_a_path_names_the_model_otherwise_too(serve: Serve, pair: Pair, path: bytes, got: bytes) -> None:
@@ -202,6 +201,39 @@ async def test_anthropics_clients_get_the_list_in_their_shape(serve: Serve, pair
         "display_name": "m1",
         "created_at": "1970-01-01T00:00:00Z",
     }
+
+
+@pytest.mark.parametrize("name", [b"org%2Fbig", b"org/big", b"short?x=1", b"org%2fbig/"])
+async def test_one_model_is_shown_by_name_or_alias(serve: Serve, pair: Pair, name: bytes) -> None:
+    tree = one(pair, name="org/big", aliases=["short"])
+    gateway = await serve(**tree, prices=[{"model": "org/big", "output_usd_per_million": "0.6"}])
+    gateway.plane.take_prices(list(map(from_config, gateway.config.prices)))
+    client = await gateway.ask(request(b"GET /v1/models/" + name, id=b"t1"))
+    shown = (await client.answer()).json()
+    assert (shown["id"], shown["object"], shown["prices"]["output_usd_per_million"]) == ("org/big", "model", "0.6")
+    await client.send(request(b"GET /v1/models/" + name, b"anthropic-version: 2023-06-01", id=b"t2"))
+    shown = (await client.answer()).json()
+    assert (shown["id"], shown["type"], shown["display_name"]) == ("org/big", "model", "org/big")
+    await client.send(request(b"HEAD /v1/models/" + name, id=b"t3"))
+    assert (await client.answer(b"HEAD")).status == 200
+    assert pair[0].is_untouched()
+    assert {(receipt.model, receipt.outcome, receipt.attempts) for receipt in gateway.receipts()} == {("", "ok", 0)}
+
+
+@pytest.mark.parametrize("models", [None, ("m",)], ids=["unknown", "not allowed"])
+async def test_a_model_that_is_not_listed_is_not_shown_either(serve: Serve, pair: Pair, models: Any) -> None:
+    gateway = await serve(**one(pair))
+    key, path = gateway.keys.add(models=models), b"/v1/models/nope" if models is None else b"/v1/models/m1"
+    client = await gateway.ask(request(b"GET " + path, key=key, id=b"t1"))
+    answer = await client.answer()
+    error = answer.json()["error"]
+    assert (answer.status, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert ("m1" in error["message"].partition("known")[2]) is (models is None), "only what may be used is named"
+    await client.send(request(b"GET " + path, b"anthropic-version: 2023-06-01", key=key, id=b"t2"))
+    answer = await client.answer()
+    told = answer.json()
+    assert (answer.status, told["type"], told["error"]["type"]) == (404, "error", "not_found_error")
+    assert {(receipt.outcome, receipt.error) for receipt in gateway.receipts()} == {("refused", "UNKNOWN_MODEL")}
 
 
 async def test_the_list_is_only_read(serve: Serve, pair: Pair) -> None:
