@@ -6,7 +6,21 @@ import logging
 import pytest
 from observe.test_traffic import CALL, like
 
-from gpuproxy.observe.access_log import access_log
+from gpuproxy.observe.access_log import REMEMBERED_MAX, TEXT, Lines, access_log
+
+TEXT_LINE = (
+    b"2001-09-09T01:46:42.000Z [info     ] call                           request_id=q1 user_id=u1 key_id=k1 "
+    b"protocol=openinference upstream=llm model=m method=POST path=/v1/chat/completions status=200 outcome=ok "
+    b"duration_ms=2000.0 request_bytes=100 response_bytes=900 attempts=1 first_byte_ms=500.0 input_tokens=7 "
+    b"cached_tokens=3 output_tokens=4 usage_source=provider"
+)
+JSON_LINE = (
+    b'{"level":"info","timestamp":"2001-09-09T01:46:42.000Z","message":"call","request_id":"q1","user_id":"u1",'
+    b'"key_id":"k1","protocol":"openinference","upstream":"llm","model":"m","method":"POST",'
+    b'"path":"/v1/chat/completions","status":200,"outcome":"ok","duration_ms":2000.0,"request_bytes":100,'
+    b'"response_bytes":900,"attempts":1,"first_byte_ms":500.0,"input_tokens":7,"cached_tokens":3,"output_tokens":4,'
+    b'"usage_source":"provider"}'
+)
 
 
 def lines(capfdbinary: pytest.CaptureFixture[bytes]) -> list[bytes]:
@@ -45,3 +59,27 @@ def test_nothing_is_written_above_level_info(
     caplog.set_level(logging.WARNING)
     access_log(is_json=True)([CALL])
     assert lines(capfdbinary) == []
+
+
+@pytest.mark.parametrize(("is_json", "wanted"), [(False, TEXT_LINE), (True, JSON_LINE)], ids=["text", "json"])
+def test_a_line_is_this_to_the_byte_however_often_it_comes(
+    capfdbinary: pytest.CaptureFixture[bytes], is_json: bool, wanted: bytes
+) -> None:
+    write = access_log(is_json)
+    write([CALL, CALL])
+    write([CALL])
+    assert lines(capfdbinary) == [wanted] * 3
+
+
+def test_lines_are_dated_by_the_end_of_their_call(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    access_log(is_json=True)([like(duration_us=us) for us in (0, 999, 1_000, 999_999, 1_000_001)])
+    told = [json.loads(line) for line in lines(capfdbinary)]
+    assert [each["timestamp"][18:] for each in told] == ["0.000Z", "0.000Z", "0.001Z", "0.999Z", "1.000Z"]
+    assert [each["duration_ms"] for each in told] == [0.0, 0.999, 1.0, 999.999, 1000.001]
+
+
+def test_callers_without_end_fill_no_memory(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    line = Lines(TEXT)
+    told = [line.of(like(path=f"/{number}")) for number in range(REMEMBERED_MAX + 9)]
+    assert [f"path=/{number} " in each for number, each in enumerate(told)] == [True] * len(told)
+    assert len(line._labels) <= REMEMBERED_MAX
