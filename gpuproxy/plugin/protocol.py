@@ -56,7 +56,11 @@ class Intent(Struct, gc=False):
 
 
 class AnswerEditor(Protocol):
-    """Changes a streamed answer on its way to the client. Made for one call."""
+    """Changes a streamed answer on its way to the client. Made for one call.
+
+    That of a request with `asks_usage` may have a method ``was_refused(body) -> bool`` that tells of the body of an
+    answer 400 or 422 whether it was the question that the upstream refused. The call is then sent once more without.
+    """
 
     def edit(self, data: bytes, is_last: bool) -> bytes:
         """Return what of the body so far may be sent now; all that is left when `is_last`."""
@@ -67,7 +71,8 @@ class UpstreamRequest(Struct, gc=False):
 
     ``path`` replaces the target (origin form, below no base path), ``body`` the body. ``headers`` replace the
     client's fields of the same name. ``identity`` asks the upstream for an uncompressed answer so that usage
-    can be read. ``editor`` is shown a streamed answer of status 200 before the client is.
+    can be read. ``editor`` is shown a streamed answer of status 200 before the client is. ``asks_usage`` tells that
+    ``body`` and ``editor`` are there for usage alone: upstreams not to be asked get what the client sent.
     """
 
     path: bytes | None = None
@@ -75,6 +80,7 @@ class UpstreamRequest(Struct, gc=False):
     headers: HeaderList = []
     identity: bool = False
     editor: AnswerEditor | None = None
+    asks_usage: bool = False
 
 
 class UsageReader(Protocol):

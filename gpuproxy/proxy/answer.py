@@ -16,7 +16,7 @@ from gpuproxy.proxy.credit import Bill, price_for, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
 from gpuproxy.proxy.limits import Purse, Slots
-from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
+from gpuproxy.proxy.retry import wait_told
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, Route
 from gpuproxy.types import Grant, Outcome, Receipt, Usage
 
@@ -169,6 +169,9 @@ class Answer:
     ) -> bool:
         raise NotImplementedError
 
+    def _is_kept_back(self, connection: "UpstreamConnection", body: bytes) -> bool:
+        raise NotImplementedError
+
     # -- relay ------------------------------------------------------------------------------------------
 
     def relay(self, connection: "UpstreamConnection") -> None:
@@ -193,7 +196,7 @@ class Answer:
             out = b""
         else:
             status = connection.head.status
-            if status >= 429 and status in STATUS_REASONS and self._goes_elsewhere(STATUS_REASONS[status], connection):
+            if status >= 400 and self._is_kept_back(connection, body):
                 return
             out = self._answer_head(connection)
         outbox = self.plane.outbox
@@ -299,6 +302,8 @@ class Answer:
             framing += b"Connection: keep-alive\r\n"
         if self._attempts > 1:
             framing += ATTEMPTS % self._attempts
+            if status < 400:
+                self.plane.usage_refusals.learn(self._sending[4])
         if self._purse is not None:
             framing += self._purse.fields()
         return b"%bX-Request-Id: %b\r\n%b\r\n" % (head.start, self.request_id.encode(), framing)

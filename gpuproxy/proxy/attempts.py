@@ -7,11 +7,12 @@ out at its endpoint's breaker, which learns from it; the call itself has one rec
 from typing import TYPE_CHECKING
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.plugin import Call, Intent, ModelLister, ModelRenamer, ProtocolHandler
+from gpuproxy.plugin import Call, Intent, ModelLister, ModelRenamer, ProtocolHandler, UpstreamRequest
 from gpuproxy.proxy.affinity import key_of
 from gpuproxy.proxy.answer import WAITING, Answer
 from gpuproxy.proxy.endpoint import Endpoint
-from gpuproxy.proxy.retry import wait_told
+from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
+from gpuproxy.proxy.unasked import is_refusal, without_question
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.destination import Destination
@@ -113,6 +114,41 @@ class Attempts(Answer):
         except GatewayError as error:
             self.refuse(error)
         return True
+
+    def _is_kept_back(self, connection: "UpstreamConnection", body: bytes) -> bool:
+        """Tell whether an answer 4xx or 5xx is not for the client: it is tried again, or more of it must come first."""
+        status = connection.head.status
+        if status >= 429:
+            return status in STATUS_REASONS and self._goes_elsewhere(STATUS_REASONS[status], connection)
+        if self._editor is None or not self._can_replay():
+            return False
+        is_refused = is_refusal(self._editor, connection, body)
+        if is_refused is None and body:
+            connection.parts.append(body)  # to be looked at as a whole
+        elif is_refused:
+            self._goes_unasked(connection)
+        return is_refused is not False
+
+    def _goes_unasked(self, connection: "UpstreamConnection") -> None:
+        """Send the call once more, to the same endpoint, as the client wrote it."""
+        endpoint, generation, status = self._endpoint, self._generation, connection.head.status
+        assert endpoint is not None
+        method, path, fields, body, request = self._sending
+        self._sending = method, path, fields, body, without_question(request, endpoint.upstream)
+        self._editor = None
+        self.upstream = None
+        connection.release(self.plane.now_s)
+        replica = endpoint.replica
+        if replica is not None:
+            replica.answered(status, 0.0, generation)
+        self._forward(endpoint)
+        if replica is not None:
+            replica.end(generation)  # after the new one began: the call keeps its place
+
+    def _question(self, endpoint: Endpoint, body: bytes | None, request: UpstreamRequest) -> bytes | None:
+        """Return the body that asks for usage, or the client's own for an endpoint that is not to be asked."""
+        self._editor = request.editor if endpoint.may_ask_usage else None
+        return request.body if endpoint.may_ask_usage else body
 
     def _discard(self, connection: "UpstreamConnection") -> None:
         """Drop an answer whose head has come, and learn what it means for its endpoint."""

@@ -103,7 +103,7 @@ class Destination:
         """Find out what holds for all there is to choose from; to be called when `fallbacks` are known."""
         served = [(place.model, endpoint) for place in (self, *self.fallbacks) for endpoint in place.endpoints]
         self.places = {(model, endpoint.upstream) for model, endpoint in served}
-        self.may_ask_usage = all(endpoint.may_ask_usage for _, endpoint in served)
+        self.may_ask_usage = any(endpoint.may_ask_usage for _, endpoint in served)
         self.has_choice = len(self.endpoints) > 1 or bool(self.fallbacks)
         self.only = None if self.has_choice or self.endpoints[0].limit else self.endpoints[0]
 

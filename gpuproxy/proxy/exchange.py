@@ -526,7 +526,7 @@ class Exchange(Attempts):
     def _forward(self, endpoint: Endpoint) -> None:
         method, path, fields, body, request = self._sending
         if request.body is not None:
-            body = request.body
+            body = self._question(endpoint, body, request) if request.asks_usage else request.body
         self._endpoint = endpoint
         self._patience_s = endpoint.first_byte_s
         replica = endpoint.replica

@@ -47,6 +47,7 @@ from gpuproxy.proxy.probe import Probes
 from gpuproxy.proxy.report import Reporter
 from gpuproxy.proxy.route import Router
 from gpuproxy.proxy.tunnel import TunnelEnd
+from gpuproxy.proxy.unasked import UsageRefusals
 from gpuproxy.proxy.upstream import UpstreamConnection
 
 _log = get_logger("gpuproxy.worker")
@@ -96,6 +97,7 @@ class Plane:
         self.prices = Prices()
         self.prices.replace(map(from_config, config.prices))  # until control tells those in force
         self.router = self.build_router(config)
+        self.usage_refusals = UsageRefusals(self)
         self.probes = Probes(self)
         self.routed = asyncio.Event()  # control has told which upstreams and models there are
         link.on_routing = self.take_routing
@@ -143,6 +145,7 @@ class Plane:
     def take_router(self, router: Router) -> None:
         """Route by it from now on. Calls under way go on; those that wait for an endpoint wait for its new ones."""
         before, self.router = self.router, router
+        self.usage_refusals.apply()
         for destination in set(before.models.values()):
             waiting, destination.waiting = destination.waiting, OrderedDict()
             for exchange in waiting:
@@ -201,6 +204,7 @@ class Plane:
         self.now_s = now_s + SWEEP_S
         self.replicas.sweep(now_s)
         self.probes.sweep(now_s)
+        self.usage_refusals.sweep(now_s)
         for downstream in [d for d in self.downstreams if d.deadline_s <= now_s]:
             downstream.expire()
         for exchange in list(self.timed):

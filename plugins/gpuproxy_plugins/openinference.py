@@ -110,8 +110,9 @@ def _ask_usage(request: UpstreamRequest, path: bytes, body: bytes, options: byte
     if body[0] not in _JSON_STARTS or not path.partition(b"?")[0].endswith(b"/completions"):
         return
     if options is None or not asks_usage(options):
-        request.body = asking(body, options is not None)
+        request.body = asking(body, options)
         request.editor = UsageStripper()
+        request.asks_usage = True
 
 
 def _stream_reader(call: Call) -> UsageReader:

@@ -17,6 +17,13 @@ _encode = msgspec.json.Encoder().encode
 
 # What shows that the added event may be near: nothing is held back before. The quote tells a reason from null.
 _NEAR = re.compile(rb'"finish_reason": ?"|"usage": ?\{')
+# How servers refuse a field: by its name, or by saying that there is one too many.
+_REFUSED = re.compile(
+    rb"stream_?options|include_?usage|extra[ _](?:forbidden|inputs?|fields?|properties)|additional ?propert"
+    rb"|(?:unknown|unrecognized|unexpected|unsupported) (?:request )?"
+    rb"(?:argument|field|key|keyword|name|param|property)",
+    re.IGNORECASE,
+)
 _NEAR_BYTES = 17  # a piece may end in all but the last of the longest of these
 _USAGE = b'"usage"'
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
@@ -39,11 +46,13 @@ def asks_usage(options: bytes) -> bool:
         return options != b"null"
 
 
-def asking(body: bytes, has_options: bool) -> bytes:
+def asking(body: bytes, options: bytes | None) -> bytes:
     """Return the JSON object `body` with the question for usage in it; all other values stay as they are."""
-    if has_options:
+    if options is not None:
         fields = _decode_fields(body)
-        fields["stream_options"] = Raw(b'{"include_usage":true}')
+        asked = {} if options == b"null" else _decode_fields(options)
+        asked["include_usage"] = Raw(b"true")
+        fields["stream_options"] = Raw(_encode(asked))
         return _encode(fields)
     start = body.index(b"{") + 1
     return b"%b%b,%b" % (body[:start], _OPTIONS, body[start:])
@@ -61,6 +70,10 @@ class UsageStripper:
     def __init__(self) -> None:
         self._held: bytes | None = None  # None: the added event is not near yet
         self._seam = b""
+
+    def was_refused(self, body: bytes) -> bool:
+        """Tell whether an answer 400 or 422 refuses the question for usage."""
+        return _REFUSED.search(body) is not None
 
     def edit(self, data: bytes, is_last: bool) -> bytes:
         """Return what of the stream so far may be sent now."""

@@ -40,6 +40,12 @@ def test_a_client_that_does_not_want_usage_is_asked_for_and_spared(options: Any)
     }  # fmt: skip
 
 
+def test_what_else_a_client_says_in_its_options_stays() -> None:
+    body = asked(stream_options={"include_obfuscation": False, "include_usage": False})
+    assert body is not None
+    assert json.loads(body)["stream_options"] == {"include_obfuscation": False, "include_usage": True}
+
+
 @pytest.mark.parametrize("options", [{"include_usage": True}, {}, {"include_usage": True, "x": 1}, "junk", [1]])
 def test_a_client_that_asks_itself_is_left_alone(options: Any) -> None:
     assert asked(stream_options=options) is None
