@@ -15,7 +15,7 @@ from gpuproxy.fleet.moves import begin_destroy, end, move
 from gpuproxy.fleet.parts import Fleet, failure_of, shown_id
 from gpuproxy.fleet.rentals import Rental, find, locked, of_group
 from gpuproxy.fleet.sight import ASKED, miss, see, take
-from gpuproxy.fleet.states import ENDED, State
+from gpuproxy.fleet.states import ENDED, UNDER_WAY, State
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import (
     CapacityGone,
@@ -72,25 +72,30 @@ async def resolve(fleet: Fleet, adapter: ProviderAdapter, rental: Rental) -> Ren
     found = await adapter.find(rental.id)
     living = [instance for instance in found if instance.state != "gone"]
     if living:
-        rental = await adopt_instance(fleet, adapter, rental, living[0])
-        return await advance(fleet, rental) if rental.state == "destroying" and rental.native_id else rental
+        rental = await note_made(fleet, adapter, rental, living[0])
+        return await advance(fleet, rental) if rental.state in UNDER_WAY and rental.native_id else rental
     if at - rental.created_at < timedelta(seconds=fleet.settings.pending_s):
         return rental
     return await fleet.write(give_up, rental.id, fleet.now(), "the provider never made it")
 
 
 async def adopt_instance(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, instance: ProviderInstance) -> Rental:
-    """Note the machine a create has made, at what it costs."""
+    """Note the machine that a create has answered with."""
+    at = fleet.now()
+    rental = await note_made(fleet, adapter, rental, instance)
+    if rental.native_id == instance.id and rental.state == "provisioning":
+        rental = await fleet.write(see, rental.id, instance, at, fleet.settings.provision_s)
+    return rental
+
+
+async def note_made(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, instance: ProviderInstance) -> Rental:
+    """Note which machine a create has made, at what it costs."""
     prices = {}
     if instance.price_nanousd_per_hour:
         prices["cost_nanousd_per_hour"] = instance.price_nanousd_per_hour
         prices["price_nanousd_per_hour"] = with_markup(instance.price_nanousd_per_hour, fleet.markup(rental.provider))
     shown = shown_id(adapter, instance.id)
-    at = fleet.now()
-    rental = await fleet.write(take, rental.id, instance, shown, at, **prices)
-    if rental.native_id == instance.id and rental.state == "provisioning":
-        rental = await fleet.write(see, rental.id, instance, at, fleet.settings.provision_s)
-    return rental
+    return await fleet.write(take, rental.id, instance, shown, fleet.now(), **prices)
 
 
 def give_up(connection: Connection, rental_id: str, at: datetime, reason: str) -> Rental:
@@ -147,9 +152,9 @@ async def start(fleet: Fleet, rental: Rental) -> Rental:
 
 
 async def _last_look(fleet: Fleet, rental: Rental) -> None:
-    """See a running machine once more, so that it is charged up to this moment and not to the last cycle."""
+    """See a machine that costs once more, so that it is charged up to this moment and not to the last cycle."""
     adapter = fleet.providers.get(rental.provider)
-    if adapter is None or rental.state != "running":
+    if adapter is None or not rental.native_id or not rental.rate_nanousd_per_hour:
         return
     try:
         await look(fleet, adapter, rental)

@@ -1,9 +1,10 @@
 """What a rental costs: the customer's price and the provider's cost, counted apart, exact to the nanodollar.
 
 Both grow with time at the rates in force since ``metered_at``; a move to another state meters first and then sets the
-rates of the new one. A running machine is metered up to when the provider last said that it runs, so nobody pays
-for one that is lost. The customer's meter stops with their wish to stop, the provider's when the machine is
-proven to be gone. What the customer owes comes out of the rental's hold, which runs ahead of it.
+rates of the new one. Only what the provider proves is metered: the time between two moments at which it said, asked
+for this machine alone, that it runs. So nobody pays for one that is lost, nor on the word of a list that is out of
+date. The customer's meter stops with their wish to stop, the provider's when the machine is proven to be gone. What
+the customer owes comes out of the rental's hold, which runs ahead of it.
 """
 
 from datetime import datetime
@@ -60,6 +61,27 @@ def meter(connection: Connection, rental: Rental, until: datetime) -> Rental:
     elif rental.running_at is not None and rental.state in ("stopping", "stopped", "provisioning"):
         spent["stopped_us"] = rental.stopped_us + elapsed_us
     return settle(connection, rental, price, cost, metered_at=until, **spent)
+
+
+def prove(connection: Connection, rental: Rental, at: datetime, since: datetime | None) -> Rental:
+    """Charge a running machine that is proven to run at a time; `since` is when it was seen before.
+
+    If it was not proven to run then, nobody knows how long it has run again: that time is passed over.
+    """
+    if since is not None and since > rental.metered_at:
+        return change(connection, rental, metered_at=max(at, rental.metered_at))
+    return meter(connection, rental, at)
+
+
+def proven_until(rental: Rental, at: datetime) -> datetime:
+    """Return up to when a rental may be metered if it leaves its state at a time: what costs must have been seen.
+
+    One that runs is metered at every proof, so there is nothing after `metered_at`.
+    """
+    if rental.state == "running":
+        return rental.metered_at
+    is_costly = rental.state in ("provisioning", "stopping", "stopped")
+    return min(at, rental.seen_at or at) if is_costly else at
 
 
 def lock_books(connection: Connection, rental: Rental) -> None:
@@ -119,7 +141,8 @@ def top_up(connection: Connection, rental: Rental, now: datetime) -> int:
     rate = rental.rate_nanousd_per_hour
     if not rate:
         return seconds_paid(0, 0)
-    unposted = Accrued().after(rate, microseconds(rental.metered_at, now)).due_nanousd
+    since = max(rental.metered_at, rental.seen_at or rental.metered_at)
+    unposted = Accrued().after(rate, microseconds(since, now)).due_nanousd
     wanted = unposted + Accrued().after(rate, AHEAD_S * 1_000_000).due_nanousd
     remaining = _filled(connection, rental, wanted)
     free = lock(connection, [credit_account(rental.user_id)])[credit_account(rental.user_id)].free_nanousd

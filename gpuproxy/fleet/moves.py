@@ -7,7 +7,7 @@ from sqlalchemy import Connection, insert
 
 from gpuproxy.access.accounts import INSTANCES_CHANGED
 from gpuproxy.events.outbox import record
-from gpuproxy.fleet.meter import PREPAID, charge_commitment, commit_cost, meter, rates_in, release
+from gpuproxy.fleet.meter import PREPAID, charge_commitment, commit_cost, meter, proven_until, rates_in, release
 from gpuproxy.fleet.rentals import Rental, change
 from gpuproxy.fleet.states import ENDED, State, check_move
 from gpuproxy.ledger.book import format_usd
@@ -26,12 +26,12 @@ REASON_CHARACTERS_MAX = 500
 def move(connection: Connection, rental: Rental, to: State, at: datetime, **values: Any) -> Rental:
     """Move a rental, whose row is locked, to another state; `values` are columns that change with it.
 
-    It is metered up to `at` with the rates of the state it leaves, one that runs only to when it was last seen: nobody
-    knows what has become of it since. Raises IllegalMoveError.
+    It is metered up to `at` with the rates of the state it leaves, as far as it was seen: nobody knows what has become
+    of it since. Raises IllegalMoveError.
     """
     check_move(rental.state, to)
     before = rental.state
-    rental = meter(connection, rental, at if before != "running" else min(at, rental.seen_at or at))
+    rental = meter(connection, rental, proven_until(rental, at))
     moved_at = max(at, rental.metered_at)
     values = {"state": to, "moved_at": moved_at, "missing_count": 0, **values}
     if "reason" in values:

@@ -1,26 +1,30 @@
 """Our rows against the provider's list, every minute: nothing is rented that nobody knows, nor billed when it is gone.
 
-A list that fails or looks odd changes nothing: whatever it does not show is asked for alone first, and only the
-provider's own word that it does not exist counts. What carries our installation's tag and belongs to no living rental
-is destroyed: a create that was doubled or came up late. What carries another tag or none is somebody else's, and is
-never touched.
+A list changes nothing by itself: it may fail, lie or be out of date. It tells whom to ask for: what it does not show
+as we know it is asked for alone, and only the provider's word about that one counts. The others are asked for in turn,
+so that all that runs is proven to, and charged, every minute, or every quarter of an hour where it is much.
+
+What carries our installation's tag and belongs to no living rental is destroyed: a create that was doubled or came up
+late. What carries another tag or none is somebody else's, and is never touched.
 """
 
 import asyncio
+import math
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from gpuproxy.fleet import money
 from gpuproxy.fleet.care import advance, look
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import IN_FLIGHT_S
 from gpuproxy.fleet.rentals import Rental, find, in_states
-from gpuproxy.fleet.sight import is_as_expected, see
+from gpuproxy.fleet.sight import is_as_expected
 from gpuproxy.fleet.states import ENDED, LIVING, UNDER_WAY
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderAdapter, ProviderError, ProviderInstance
 
-SUSPECTS_MAX = 10_000
+PROOF_S = 900.0  # the longest between two proofs that a machine runs
+PROOFS_MIN = 10  # machines of a provider asked for in a cycle even if fewer would do
 
 logger = get_logger(__name__)
 
@@ -70,29 +74,22 @@ class Reconciler:
             logger.warning("rental waits for its provider", contract_id=rental.id, error=str(error))
 
     async def _reconcile(self, name: str, rows: Sequence[Rental]) -> None:
-        adapter, at = self._fleet.providers[name], self._fleet.now()
+        adapter = self._fleet.providers[name]
         try:
             listed = [instance for instance in await adapter.list() if instance.state != "gone"]
         except ProviderError as error:
             logger.warning("provider cannot be listed, nothing is changed", provider=name, error=str(error))
             return
-        seen = {instance.id: instance for instance in listed}
-        for rental in rows:
-            if rental.native_id:
-                await self._compare(adapter, rental, seen.get(rental.native_id), at)
+        for rental in _to_ask(rows, listed, self._fleet.settings.reconcile_s):
+            await self._ask(adapter, rental)
         await self._look_at_strays(adapter, listed)
 
-    async def _compare(
-        self, adapter: ProviderAdapter, rental: Rental, instance: ProviderInstance | None, at: datetime
-    ) -> None:
-        """Believe the list where it says what we expect; ask again for this one where it does not."""
+    async def _ask(self, adapter: ProviderAdapter, rental: Rental) -> None:
+        """See one machine for itself."""
         try:
-            if instance is not None and is_as_expected(rental, instance):
-                await self._fleet.write(see, rental.id, instance, at, self._fleet.settings.provision_s)
-            else:
-                rental = await look(self._fleet, adapter, rental)
-                if rental.state == "destroying":
-                    await advance(self._fleet, rental)
+            rental = await look(self._fleet, adapter, rental)
+            if rental.state == "destroying":
+                await advance(self._fleet, rental)
         except ProviderError as error:
             logger.warning("instance cannot be looked at", contract_id=rental.id, error=str(error))
 
@@ -124,6 +121,16 @@ class Reconciler:
         if self._foreign.get(name, 0) != count:
             logger.info("instances that are not ours", provider=name, instance_count=count)
         self._foreign[name] = count
+
+
+def _to_ask(rows: Sequence[Rental], listed: Sequence[ProviderInstance], cycle_s: float) -> list[Rental]:
+    """Return the machines to ask for: those the list shows otherwise than we know them, and the longest unseen."""
+    seen = {instance.id: instance for instance in listed}
+    made = [rental for rental in rows if rental.native_id]
+    is_news = {each.id: not (shown := seen.get(each.native_id)) or not is_as_expected(each, shown) for each in made}
+    count = max(PROOFS_MIN, math.ceil(len(made) * cycle_s / PROOF_S))
+    rest = sorted((each for each in made if not is_news[each.id]), key=lambda each: each.seen_at or each.moved_at)
+    return [each for each in made if is_news[each.id]] + rest[:count]
 
 
 def _is_stray(rental: Rental | None, instance: ProviderInstance) -> bool:

@@ -1,7 +1,8 @@
 """What a provider says of a machine, laid beside what we know of it: the moves that follow.
 
-Only the database is touched here. A sighting is as old as the question that brought it; one that is older than the
-rental's last move says nothing about the state after it and is passed over.
+Only the database is touched here. A sighting is the answer to a question for this machine alone: lists may be out of
+date, so they only tell whom to ask for (`is_as_expected`). It is as old as the question that brought it; one that is
+older than the rental's last move says nothing about the state after it and is passed over.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -9,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from gpuproxy.fleet.meter import PREPAID, meter, rates_in
+from gpuproxy.fleet.meter import PREPAID, meter, prove, proven_until, rates_in
 from gpuproxy.fleet.moves import adopt, announce, begin_destroy, end, lose, move
 from gpuproxy.fleet.rentals import Rental, change, locked
 from gpuproxy.fleet.states import ENDED
@@ -25,11 +26,11 @@ logger = get_logger(__name__)
 
 
 def is_as_expected(rental: Rental, instance: ProviderInstance) -> bool:
-    """Tell whether a sighting in a list can be believed at once: it changes nothing, or what we wait for."""
+    """Tell whether what a list says of a machine is no news."""
     expected = {
-        "provisioning": ("pending", "running"),
-        "running": ("running", "pending"),
-        "stopping": ("stopped", "running"),
+        "provisioning": ("pending",),
+        "running": ("running",),
+        "stopping": ("running",),
         "stopped": ("stopped",),
         "destroying": ("pending", "running", "stopped", "failed"),
     }
@@ -52,7 +53,7 @@ def take(
 
 
 def see(connection: Connection, rental_id: str, instance: ProviderInstance, at: datetime, provision_s: float) -> Rental:
-    """Take note of a machine as it was seen at a time."""
+    """Take note of a machine as its provider, asked for it alone, has shown it at a time."""
     rental = locked(connection, rental_id)
     if rental.state in ENDED or rental.native_id != instance.id or at < rental.moved_at:
         return rental
@@ -67,7 +68,7 @@ def see(connection: Connection, rental_id: str, instance: ProviderInstance, at: 
             reason = f"failed: {instance.message}" if instance.message else "failed at the provider"
             return begin_destroy(connection, rental, max(last_seen, rental.moved_at), reason, has_failed=True)
         case "provisioning", "running":
-            return move(connection, rental, "running", _began(rental, instance, at))
+            return meter(connection, move(connection, rental, "running", _began(rental, instance, at)), at)
         case "running", "stopped":
             return move(connection, rental, "stopped", max(last_seen, rental.moved_at), reason=INTERRUPTED)
         case "stopping", "stopped":
@@ -75,6 +76,10 @@ def see(connection: Connection, rental_id: str, instance: ProviderInstance, at: 
         case "stopped", "running" if rental.reason == INTERRUPTED:
             rental = move(connection, rental, "provisioning", at, reason="")
             return move(connection, rental, "running", at)
+        case "running", "running" if instance.is_reachable:
+            return prove(connection, rental, at, last_seen)
+        case "running", _:  # it boots again, or its provider has lost sight of it: no proof that it runs
+            return rental
         case "provisioning", _ if at - rental.moved_at > timedelta(seconds=provision_s):
             reason = f"did not run within {provision_s:g} s"
             return begin_destroy(connection, rental, at, reason, has_failed=True)
@@ -103,7 +108,8 @@ def _began(rental: Rental, instance: ProviderInstance, at: datetime) -> datetime
 
 def _refreshed(connection: Connection, rental: Rental, instance: ProviderInstance, at: datetime) -> Rental:
     """Write what may change in a machine's life: where it is reached, what it costs us."""
-    values: dict[str, Any] = {"seen_at": at, "missing_count": 0}
+    last_seen = rental.seen_at or rental.moved_at
+    values: dict[str, Any] = {"seen_at": max(at, last_seen), "missing_count": 0}
     if instance.ip:
         values["ip"] = instance.ip
         values["ports"] = {str(inside): outside for inside, outside in sorted(instance.ports.items())}
@@ -112,7 +118,7 @@ def _refreshed(connection: Connection, rental: Rental, instance: ProviderInstanc
     costs = _costs(rental, instance)
     if costs:
         logger.warning("a provider's price has changed", contract_id=rental.id, **costs)
-        rental = change(connection, meter(connection, rental, at), **costs)
+        rental = change(connection, meter(connection, rental, proven_until(rental, last_seen)), **costs)
         if rental.state in ("provisioning", "running", "stopping", "stopped"):
             values["cost_rate_nanousd_per_hour"] = rates_in(rental, rental.state)["cost_rate_nanousd_per_hour"]
     return change(connection, rental, **values)

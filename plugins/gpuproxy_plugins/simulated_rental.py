@@ -42,8 +42,8 @@ class Rental(Struct):
         return self.steps[-1].state
 
     def started_ns(self) -> int:
-        """Return when it first ran, 0 if it never did."""
-        return next((step.since_ns for step in self.steps if step.state == "running"), 0)
+        """Return when it last began to run, 0 if it never did."""
+        return next((step.since_ns for step in reversed(self.steps) if step.state == "running"), 0)
 
     def move(self, now_ns: int, state: State) -> None:
         """Be in another state from now on."""

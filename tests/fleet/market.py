@@ -34,8 +34,9 @@ class Market(Simulated):
 
     ``lost_answer``: the work is done, the answer does not come. ``down``: nothing is done. ``doubled``: done twice.
     ``empty``, ``partial``, ``stale``, ``lying``: the list has nothing in it, one half, is that of before, tells wrong
-    states. ``taken``: the offer is gone. ``forgotten``: an order is taken and not done. ``never``, ``late``: no answer,
-    and nothing is done, or a quarter of an hour later.
+    states; ``frozen``: it stays that of before. ``taken``: the offer is gone. ``forgotten``: an order is taken and not
+    done. ``never``, ``late``: no answer, and nothing is done, or a quarter of an hour later. `shown` has the states in
+    which machines are shown when they are asked for.
     """
 
     def __init__(self, now: Callable[[], datetime], **options: str) -> None:
@@ -48,7 +49,7 @@ class Market(Simulated):
         self.asked: list[str] = []
         self._now = now
         self._late: list[tuple[datetime, str, InstanceSpec, str]] = []
-        self.lied_about: set[str] = set()  # machines that were said to run and did not
+        self.shown: dict[str, str] = {}
         self._before: Sequence[ProviderInstance] = []
 
     def fault(self, phase: str, *known: str) -> str:
@@ -85,7 +86,11 @@ class Market(Simulated):
     async def get(self, id: str) -> ProviderInstance | None:
         if self.fault("get", "down"):
             raise unavailable("read", False)
-        return await super().get(id)
+        found = await super().get(id)
+        if found is None or id not in self.shown:
+            return found
+        state = self.shown[id]
+        return structs.replace(found, state="running" if state == "lost" else state, is_reachable=state != "lost")
 
     async def list(self) -> Sequence[ProviderInstance]:
         fault = self.fault("list", "down", "empty", "partial", "stale", "lying")
@@ -95,10 +100,10 @@ class Market(Simulated):
         listed = await super().list()
         lying = [structs.replace(each, state=self.random.choice(("running", "stopped", "failed"))) for each in listed]
         stale, self._before = self._before, listed
-        told = {"empty": [], "partial": listed[::2], "stale": stale, "lying": lying}.get(fault, listed)
-        really = {each.id for each in listed if each.state == "running"}
-        self.lied_about |= {each.id for each in told if each.state == "running" and each.id not in really}
-        return told
+        if fault == "frozen":
+            self._before = stale
+        told = {"empty": [], "partial": listed[::2], "stale": stale, "frozen": stale, "lying": lying}
+        return told.get(fault, listed)
 
     async def find(self, tag: str) -> Sequence[ProviderInstance]:
         fault = self.fault("find", "down", "empty")

@@ -5,7 +5,7 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -36,6 +36,7 @@ T = TypeVar("T")
 STEPS = int(os.environ.get("GPUPROXY_FAULT_STEPS", "150"))
 SEED = int(os.environ.get("GPUPROXY_FAULT_SEED", "1"))
 RENTALS_AT_ONCE = 8
+THERE = ("pending", "running", "stopped", "failed")
 
 
 @pytest.fixture
@@ -83,6 +84,7 @@ class World:
         self.vanished: set[str] = set()
         self.deaths = 0
         self.chance = 0.0
+        self.spot = 0.2  # the share of those that others may bid away
         self.fleet: MortalFleet
         self.reconciler: Reconciler
 
@@ -106,7 +108,7 @@ class World:
         return await self.fleet.read(in_states, states or (*LIVING, *ENDED))
 
     async def wish(self, **more: Any) -> Wish | None:
-        offers = await Market.__mro__[1].offers(self.market, OfferQuery(is_spot=self.random.random() < 0.2))
+        offers = await Market.__mro__[1].offers(self.market, OfferQuery(is_spot=self.random.random() < self.spot))
         if not offers:
             return None
         offer = self.random.choice(offers)
@@ -165,12 +167,13 @@ class World:
         found = await self.rentals(*states)
         return self.random.choice(found) if found else None
 
-    async def step(self) -> None:
+    async def step(self, without: Sequence[Any] = ()) -> None:
         """Let something happen; if the gateway dies of it, start it again."""
-        does = self.random.choice(
+        known = (
             [self.rent] * 4 + [self.reserve, self.destroy, self.stop, self.begin, self.vanish, self.stranger]
             + [self.restart, self.wait] + [self.tend, self.cycle] * 4
         )  # fmt: skip
+        does = self.random.choice([each for each in known if each not in without])
         try:
             await does()
         except (GatewayError, ProviderError):
@@ -210,10 +213,15 @@ class World:
         exact += rental.storage_price_nanousd_per_hour * rental.stopped_us
         assert rental.charged_nanousd + rental.written_off_nanousd == -(-exact // 3_600_000_000)
         assert rental.written_off_nanousd == 0
+        assert rental.running_us <= self.lived_us(rental), "charged for longer than it ran"
+        assert rental.running_us + rental.stopped_us <= self.lived_us(rental, *THERE), "charged for longer than it was"
+
+    def lived_us(self, rental: Rental, *states: Any) -> int:
+        """Return how long a machine really was in these states: running if none is named."""
         machine = self.market._all().get(rental.native_id)
-        if machine is not None and machine.id not in self.market.lied_about:
-            lived_ns = machine._lasted_ns(("running",), 0, self.market._now_ns())
-            assert rental.running_us <= lived_ns // 1_000, "charged for longer than it ran"
+        if machine is None:
+            return 0
+        return machine._lasted_ns(states or ("running",), 0, self.market._now_ns()) // 1_000
 
     async def _check_sums(self) -> None:
         everything = await self.rentals()
@@ -244,7 +252,22 @@ async def test_a_seeded_run_of_faults_loses_nothing(world: World) -> None:
     await world.calm()
     await world.check()
     rentals = await world.rentals()
-    print(f"{STEPS} steps, {len(rentals)} rentals, {world.deaths} deaths, {len(world.vanished)} machines lost")
+    lived_s = sum(world.lived_us(rental) for rental in rentals) / 1e6
+    charged_s = sum(rental.running_us for rental in rentals) / 1e6
+    print(f"{STEPS} steps, {len(rentals)} rentals, {world.deaths} deaths, {len(world.vanished)} machines lost,"
+          f" {charged_s:.1f} s charged of {lived_s:.1f} s run")  # fmt: skip
+
+
+async def test_without_faults_every_second_lived_is_charged_and_no_other(world: World) -> None:
+    world.spot = 0.0  # nobody tells when exactly one was bid away
+    for _ in range(60):
+        await world.step(without=(world.vanish, world.wait, world.restart))
+    for rental in await world.rentals():
+        await care.destroy(world.fleet, rental)
+    ended = await world.rentals()
+    assert sum(rental.running_us for rental in ended) > 10**9
+    assert [rental.running_us for rental in ended] == [world.lived_us(rental) for rental in ended]
+    await world.check()
 
 
 async def life(world: World) -> None:

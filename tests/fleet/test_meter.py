@@ -4,9 +4,9 @@ import random
 
 from sqlalchemy import select
 
-from gpuproxy.fleet.meter import AHEAD_S, meter, payable, top_up
+from gpuproxy.fleet.meter import AHEAD_S, meter, payable, prove, top_up
 from gpuproxy.fleet.moves import adopt, begin_destroy, end, lose, move
-from gpuproxy.fleet.rentals import Rental, change, locked
+from gpuproxy.fleet.rentals import Rental, locked
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.transfers import PROVIDER_COST, REVENUE, WRITE_OFF, credit_account, lock
@@ -35,7 +35,7 @@ async def running(books: Books, **values: object) -> Rental:
 
 async def seen(books: Books, rental: Rental) -> Rental:
     """Let the provider say that it runs."""
-    return await books.do(change, rental, seen_at=books.clock())
+    return await books.do(prove, rental, books.clock(), rental.metered_at)
 
 
 async def test_a_life_costs_its_seconds_times_the_price_however_often_it_was_metered(

@@ -9,7 +9,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
 from gpuproxy.fleet.charges import compare
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.reconcile import Reconciler
+from gpuproxy.fleet.reconcile import PROOFS_MIN, Reconciler
 from gpuproxy.fleet.rent import rent, wait_until_running
 from gpuproxy.fleet.rentals import Rental, find
 from gpuproxy.fleet.states import ENDED
@@ -75,6 +75,52 @@ async def test_a_list_that_shows_nothing_ends_nothing(
         market.faults["list"] = fault
         await reconciler.cycle()
     assert (await now(fleet, running)).state == "running"
+
+
+async def test_nobody_pays_on_the_word_of_a_list(
+    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock, market: Market
+) -> None:
+    clock.advance(60)
+    await reconciler.cycle()
+    await market.vanish(running.native_id)
+    for _ in range(3):
+        clock.advance(60)
+        market.faults["list"] = "frozen"
+        await reconciler.cycle()
+    assert (await now(fleet, running)).charged_nanousd == price_of(running, 60)
+
+
+async def test_time_between_two_proofs_is_charged_only_if_it_ran_at_both(
+    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock, market: Market
+) -> None:
+    for states in (("running", "pending", "running"), ("running", "lost", "running")):
+        before = (await now(fleet, running)).running_us
+        for state in states:
+            clock.advance(60)
+            market.shown[running.native_id] = state
+            await reconciler.cycle()
+        assert (await now(fleet, running)).running_us - before == 60_000_000
+    clock.advance(60)
+    await reconciler.cycle()
+    assert (await now(fleet, running)).running_us == 180_000_000
+
+
+async def test_of_many_machines_each_is_proven_in_turn(
+    fleet: Fleet, books: Books, reconciler: Reconciler, clock: Clock, market: Market
+) -> None:
+    await books.give(1_000)
+    rented = []
+    for offer in (await market.offers(OfferQuery()))[: PROOFS_MIN + 5]:
+        rental, _ = await rent(fleet, await wish_for(fleet, books.user_id, offer=offer))
+        rented.append(rental)
+    clock.advance(10)
+    await reconciler.tend()
+    for _ in range(2):
+        market.asked.clear()
+        clock.advance(60)
+        await reconciler.cycle()
+        assert market.asked.count("get") == PROOFS_MIN
+    assert {(await now(fleet, each)).running_us for each in rented} == {60_000_000, 120_000_000}
 
 
 async def test_a_lost_machine_is_closed_and_billed_to_when_it_was_seen(

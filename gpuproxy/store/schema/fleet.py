@@ -57,7 +57,7 @@ rentals = Table(
     Column("request_key", Text, unique=True),  # of the Idempotency-Key that asked for it
     Column("request_hash", Text, nullable=False),
     Column("group_id", Text, nullable=False),  # of a reservation: all of them or none
-    Column("seen_at", UtcTime),  # when the provider last said it is there
+    Column("seen_at", UtcTime),  # when the provider, asked for it alone, last said that it is there
     Column("missing_count", Integer, nullable=False),  # complete lists without it, one after another
     Column("created_at", UtcTime, nullable=False),
     Column("running_at", UtcTime),
