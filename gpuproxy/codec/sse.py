@@ -60,13 +60,13 @@ class EventFilter:
     def feed(self, data: bytes) -> None:
         """Look at the next bytes. Whole events without the word, the common case, cost two searches."""
         self._last = data
-        if (
-            self._held is None
-            and data.endswith(_EVENT_ENDS)
-            and (self.word not in data or data.count(self.word) == data.count(self.dull))
-        ):
+        if self._held is None and data.endswith(_EVENT_ENDS) and self.is_dull(data):
             return
         self._cut(data)
+
+    def is_dull(self, data: bytes) -> bool:
+        """Tell whether the word is nowhere in it but in its dull form. `find`, since `in` takes twice the time."""
+        return data.find(self.word) < 0 or data.count(self.word) == data.count(self.dull)
 
     def flush(self) -> None:
         """Treat what is held as the last event: its empty line may be missing."""

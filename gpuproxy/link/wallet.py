@@ -41,6 +41,7 @@ class Wallet:
 
     def __init__(self, ask: Ask, give: Give) -> None:
         self.reserved = 0
+        self.rest = 0  # what can be taken at once, expired slips included until they are met
         self._ask = ask
         self._give = give
         self._slips: deque[Slip] = deque()  # oldest first
@@ -49,11 +50,6 @@ class Wallet:
         self._renew_below = 0
         self._gone = 0  # since the last answer
         self._was_used = False
-
-    @property
-    def rest(self) -> int:
-        """Return what can be taken at once, expired slips included until they are met."""
-        return sum(slip.rest for slip in self._slips)
 
     @property
     def is_empty(self) -> bool:
@@ -65,15 +61,22 @@ class Wallet:
 
         In the common case this costs one comparison of the oldest slip.
         """
-        self._was_used = True
-        if not self._line and self._spend(amount, now_ns):
-            if self._asked_least < 0 and self.rest < self._renew_below:
-                self._question(0)
+        if self.spend(amount, now_ns):
+            self.reserved += amount
             return True
         self._line.append((amount, waiter))
         if self._asked_least < 0:
             self._question_for_head(now_ns)
         return False
+
+    def spend(self, amount: int, now_ns: int) -> bool:
+        """Use an amount up, if it is here and nobody waits for it; `take` is the way to wait."""
+        self._was_used = True
+        if self._line or not self._spend(amount, now_ns):
+            return False
+        if self.rest < self._renew_below and self._asked_least < 0:
+            self._question(0)
+        return True
 
     def settle(self, reserved: int, used: int, now_ns: int) -> None:
         """End a reservation: what was not used can be taken again. More than was reserved comes out of the rest, as
@@ -84,9 +87,7 @@ class Wallet:
             self._put(0, reserved - used, FOREVER_NS)
             self._serve(now_ns)
         elif used > reserved:
-            over = min(used - reserved, self.rest)
-            self._spend(over, now_ns)
-            self.reserved -= over
+            self._spend(min(used - reserved, self.rest), now_ns)
 
     def refill(self, lease_id: int, amount: int, until_ns: int, now_ns: int) -> None:
         """Take control's answer to the open question; 0 is a refusal. `until_ns` 0: for ever."""
@@ -110,7 +111,7 @@ class Wallet:
             slip = self._slips.popleft()
             total += slip.rest if slip.until_ns > now_ns else 0
             self._give(slip.lease_id, slip.rest)
-        self._renew_below = 0
+        self.rest = self._renew_below = 0
         return total
 
     def sweep(self, now_ns: int) -> None:
@@ -128,13 +129,13 @@ class Wallet:
         self.recall(now_ns)
 
     def _spend(self, amount: int, now_ns: int) -> bool:
-        """Move an amount from slips to reserved, all of it or nothing."""
+        """Take an amount off the slips, all of it or nothing."""
         slips = self._slips
-        if slips and slips[0].rest > amount and slips[0].until_ns > now_ns:
-            slips[0].rest -= amount
+        if slips and (slip := slips[0]).rest > amount and slip.until_ns > now_ns:
+            slip.rest -= amount
         elif not self._spend_slowly(amount, now_ns):
             return False
-        self.reserved += amount
+        self.rest -= amount
         self._gone += amount
         return True
 
@@ -154,10 +155,12 @@ class Wallet:
     def _drop_expired(self, now_ns: int) -> None:
         for slip in [slip for slip in self._slips if slip.until_ns <= now_ns]:
             self._slips.remove(slip)
+            self.rest -= slip.rest
             self._give(slip.lease_id, slip.rest)
 
     def _put(self, lease_id: int, amount: int, until_ns: int) -> None:
         """Add a slip; those that never expire are one, behind the others."""
+        self.rest += amount
         last = self._slips[-1] if self._slips else None
         if last is not None and last.until_ns == until_ns == FOREVER_NS:
             last.rest += amount
@@ -172,7 +175,9 @@ class Wallet:
         while self._line:
             amount, waiter = self._line[0]
             is_taken = self._spend(amount, now_ns)
-            if not is_taken and amount - self.rest < refused_from:
+            if is_taken:
+                self.reserved += amount
+            elif amount - self.rest < refused_from:
                 break
             self._line.popleft()
             waiter("taken" if is_taken else "refused")

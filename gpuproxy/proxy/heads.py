@@ -135,19 +135,21 @@ class AnswerHead:
 class Memory:
     """The last head of a connection. `length` is valid after `recall` found something."""
 
-    __slots__ = ("_chances", "_prefix", "_prefix_size", "_suffix", "_suffix_size", "head", "length")
+    __slots__ = ("_chances", "_digits", "_digits_value", "_prefix", "_prefix_size", "_suffix", "_suffix_size", "head", "length")
 
     def __init__(self) -> None:
         self.head: RequestHead | AnswerHead | None = None
         self.length = -1  # of the body; -1 when the head has no Content-Length
         self._prefix = self._suffix = b""
         self._prefix_size = self._suffix_size = 0
+        self._digits = b""  # seen last, and their value
+        self._digits_value = 0
         self._chances = _CHANCES
 
     def recall(self, data: bytes) -> bytes | None:
         """Return the body if `data` is exactly one message with the head remembered, else None."""
         at = self._prefix_size
-        if not at or data[:at] != self._prefix:
+        if not at or not data.startswith(self._prefix):
             return None
         suffix_size = self._suffix_size
         if not suffix_size:
@@ -156,9 +158,14 @@ class Memory:
         end = data.find(b"\r", at)
         digits = data[at:end]
         start = end + suffix_size
-        if data[end:start] != self._suffix or not digits.isdigit() or len(digits) > _DIGITS_MAX:
+        if digits != self._digits:
+            if not digits.isdigit() or len(digits) > _DIGITS_MAX:
+                return None
+            self._digits = digits
+            self._digits_value = int(digits)
+        if not data.startswith(self._suffix, end):
             return None
-        self.length = length = int(digits)
+        self.length = length = self._digits_value
         if len(data) != start + length:
             return None
         self._chances = _CHANCES

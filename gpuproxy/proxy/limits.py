@@ -8,7 +8,6 @@ Keys without limits of their own share those of their user. Tokens are counted w
 may use, and corrected when it ends. A stream takes a slot, and gives it back when it ends.
 """
 
-import math
 import time
 from collections.abc import Callable
 
@@ -47,10 +46,11 @@ class Purse:
 
     def take(self, amount: int, waiter: Callable[[Outcome], None]) -> bool:
         """Count so much of a call. False: `waiter` will be told whether it may pass."""
-        wallet = self.wallet
         now_ns = time.monotonic_ns()
-        if wallet.take(amount, now_ns, waiter):
-            wallet.settle(amount, amount, now_ns)
+        if self.wallet.spend(amount, now_ns):
+            return True
+        if self.wallet.take(amount, now_ns, waiter):
+            self.taken(amount)
             return True
         return False
 
@@ -65,10 +65,11 @@ class Purse:
 
     def fields(self) -> bytes:
         """Return the X-RateLimit lines for an answer; Reset is in seconds from now."""
-        left = min(self.limit, self.remaining + self.wallet.rest)
+        left = self.remaining + self.wallet.rest
+        limit = self.limit
         return b"X-RateLimit-Limit: %d\r\nX-RateLimit-Remaining: %d\r\nX-RateLimit-Reset: %d\r\n" % (
-            self.limit,
-            left,
+            limit,
+            left if left < limit else limit,
             self._reset_s(),
         )
 
@@ -80,7 +81,8 @@ class Purse:
         return GatewayError("RATE_LIMITED", message, wait_s)
 
     def _reset_s(self) -> int:
-        return max(0, math.ceil(self._until_reset_s()))
+        wait_ns = self.reset_ns - time.monotonic_ns()
+        return -(-wait_ns // NS_PER_S) if wait_ns > 0 else 0  # rounded up
 
     def _until_reset_s(self) -> float:
         return (self.reset_ns - time.monotonic_ns()) / NS_PER_S

@@ -34,6 +34,9 @@ class _Added(Struct, gc=False):
     usage: Raw = Raw()
 
 
+_piece = b""  # what `is_event_amid` was asked about last, and what it said
+_is_amid = False
+
 _decode_added = msgspec.json.Decoder(_Added).decode
 
 
@@ -100,14 +103,19 @@ class UsageStripper:
 
 
 def is_event_amid(data: bytes) -> bool:
-    """Tell whether a piece is one whole event from the middle of a chat, as nearly all are: no end is in it.
+    """Tell whether a piece is one whole event of one line from the middle of a chat, as nearly all are: no end is in it.
 
-    On every piece of every stream: searches that end early, no pattern.
+    On every piece of every stream: searches that end early, no pattern. Stripper and reader ask about the same piece
+    one after the other, so the last answer is kept.
     """
-    if not data.startswith(b"data:") or data.find(b"\n\n") != len(data) - 2:
-        return False
-    at = data.rfind(b'"finish_reason":')
-    return at > 0 and data.startswith((b"null", b" null"), at + 16)
+    global _piece, _is_amid
+    if data is not _piece:
+        _piece = data
+        _is_amid = False
+        if data[:5] == b"data:" and data.find(b"\n") == len(data) - 2 and data[-1:] == b"\n" and data.find(b"\r") < 0:
+            at = data.rfind(b'"finish_reason":') + 16
+            _is_amid = at > 16 and (data[at : at + 4] == b"null" or data[at : at + 5] == b" null")
+    return _is_amid
 
 
 def _without_added(event: bytes) -> bytes:

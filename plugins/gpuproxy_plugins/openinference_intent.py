@@ -53,21 +53,21 @@ def intent_of_body(call: Call) -> Intent:
 
 
 def _intent(model: str, body: _Body) -> Intent:
+    # flat and by position: this is paid per call
     stream = body.stream
     most = 0
-    for each in (body.max_tokens, body.max_completion_tokens, body.max_output_tokens):
-        if type(each) is int and each > most:
-            most = each
+    if type(each := body.max_tokens) is int and each > most:
+        most = each
+    if type(each := body.max_completion_tokens) is int and each > most:
+        most = each
+    if type(each := body.max_output_tokens) is int and each > most:
+        most = each
     count = body.n if type(body.n) is int and body.n > 1 else 1
     if body.prompt:
         count *= _prompt_count(bytes(body.prompt))
-    return Intent(
-        model,
-        is_stream=stream is True or stream == 1,
-        max_output_tokens=most,
-        choice_count=count,
-        note=bytes(body.stream_options) or None,
-    )
+    options = body.stream_options
+    note = bytes(options) if options else None
+    return Intent(model, "", None, stream is True or stream == 1, note, most, count)
 
 
 def _prompt_count(prompt: bytes) -> int:

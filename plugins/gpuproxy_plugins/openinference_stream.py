@@ -72,10 +72,12 @@ class Marker(Struct, frozen=True, gc=False):
     has_end: bool = False
 
 
-CHAT = Marker(b"\ndata:", 1, True)
+_DATA = b"\ndata:"
+
+CHAT = Marker(_DATA, 1, True)
 ANTHROPIC = Marker(b"\nevent: content_block_delta")
 RESPONSES = Marker(b".delta\n")
-GENERATE = Marker(b"\ndata:")  # Open Inference and TGI: each is a token, and nothing marks the end
+GENERATE = Marker(_DATA)  # Open Inference and TGI: each is a token, and nothing marks the end
 
 _decode_event = msgspec.json.Decoder(Event).decode
 _decode_tgi_event = msgspec.json.Decoder(TgiEvent).decode
@@ -94,7 +96,7 @@ def marker_of(path: bytes) -> Marker:
 class StreamUsageReader(EventFilter):
     """Usage of an event stream; `request_bytes` is the size of the request's body."""
 
-    __slots__ = ("_count", "_counts", "_is_over", "_marker", "_request_bytes", "_seam", "_text")
+    __slots__ = ("_count", "_counts", "_is_between", "_is_over", "_marker", "_request_bytes", "_seam", "_text")
 
     word = WORD
     dull = b'"usage":null'  # on every event of a stream whose usage comes at the end
@@ -108,6 +110,7 @@ class StreamUsageReader(EventFilter):
         self._count = 0
         self._is_over = False  # what comes now carries no tokens
         self._seam = b"\n"  # the end of what was fed
+        self._is_between = self._text == _DATA  # events, so that a whole one counts as one
 
     @property
     def is_terminal(self) -> bool:
@@ -115,18 +118,24 @@ class StreamUsageReader(EventFilter):
         return any(marker in self._last[-_MARKER_BYTES_MAX:] for marker in _END_MARKERS)
 
     def feed(self, data: bytes) -> None:
-        """Look at the next bytes."""
+        """Look at the next bytes. Whole events from the middle of a chat, nearly all, cost a search."""
+        if self._is_between and is_event_amid(data) and self.is_dull(data):
+            self._last = self._seam = data
+            if not self._is_over:
+                self._count += 1
+            return
         lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
-        seam = self._seam
+        seam = self._seam[-_SEAM_BYTES:]
         joined = seam + lines
         self._seam = joined[-_SEAM_BYTES:]
         if not self._is_over:
             text = self._text
             start = len(seam) - len(text) + 1
             self._count += joined.count(text, start if start > 0 else 0)
-            if self._marker.has_end and not is_event_amid(data):
+            if self._marker.has_end:
                 self._look_for_end(joined)
         super().feed(data)
+        self._is_between = self._held is None and self._seam[-2:] == b"\n\n" and self._text == _DATA
 
     def _look_for_end(self, joined: bytes) -> None:
         found = _END.search(joined)
@@ -175,7 +184,7 @@ class StreamUsageReader(EventFilter):
 
     def _is_open(self) -> bool:
         """Tell whether the counts are those of a beginning: Anthropic tells the input first, the output last."""
-        return self._marker is ANTHROPIC and b'"message_stop"' not in self._seam
+        return self._marker is ANTHROPIC and b'"message_stop"' not in self._seam[-_SEAM_BYTES:]
 
     def _merge(self, counts: Counts | None) -> None:
         if self._counts is None or counts is None:
