@@ -83,11 +83,20 @@ def wait_until_quiet(contender: Contender) -> None:
 
 
 def check_answers(contenders: list[Contender], load: Load, upstream_port: int) -> None:
-    """Make one call through each contender. Raises BenchmarkError unless the answer is unchanged."""
+    """Make one call through each contender. Raises BenchmarkError unless the answer is unchanged.
+
+    The load does not ask for a stream's usage, which a metering gateway therefore takes out again.
+    """
     expected = call_once(load, upstream_port, "")
+    allowed = (expected, without_usage(expected))
     for contender in contenders:
-        if call_once(load, contender.port(load), contender.key) != expected:
+        if call_once(load, contender.port(load), contender.key) not in allowed:
             raise BenchmarkError(f"{contender.name} changed the answer to the {load.title}")
+
+
+def without_usage(answer: bytes) -> bytes:
+    """Return the answer without the event that only tells usage."""
+    return b"".join(event + b"\n\n" for event in answer.split(b"\n\n")[:-1] if b'"choices":[],' not in event)
 
 
 class Run:
