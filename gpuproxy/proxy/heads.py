@@ -135,7 +135,17 @@ class AnswerHead:
 class Memory:
     """The last head of a connection. `length` is valid after `recall` found something."""
 
-    __slots__ = ("_chances", "_digits", "_digits_value", "_prefix", "_prefix_size", "_suffix", "_suffix_size", "head", "length")
+    __slots__ = (
+        "_chances",
+        "_digits",
+        "_digits_value",
+        "_prefix",
+        "_prefix_size",
+        "_suffix",
+        "_suffix_size",
+        "head",
+        "length",
+    )
 
     def __init__(self) -> None:
         self.head: RequestHead | AnswerHead | None = None

@@ -25,7 +25,8 @@ _REFUSED = re.compile(
     re.IGNORECASE,
 )
 _NEAR_BYTES = 17  # a piece may end in all but the last of the longest of these
-_USAGE = b'"usage"'
+_USAGE, _NO_USAGE = b'"usage"', b'"usage":null'
+_REASON = b'"finish_reason":'
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
@@ -34,7 +35,7 @@ class _Added(Struct, gc=False):
     usage: Raw = Raw()
 
 
-_piece = b""  # what `is_event_amid` was asked about last, and what it said
+_piece = b""  # what `are_events_amid` was asked about last, and what it said
 _is_amid = False
 
 _decode_added = msgspec.json.Decoder(_Added).decode
@@ -81,7 +82,7 @@ class UsageStripper:
     def edit(self, data: bytes, is_last: bool) -> bytes:
         """Return what of the stream so far may be sent now."""
         if self._held is None:
-            if is_event_amid(data):
+            if are_events_amid(data):
                 self._seam = data[-_NEAR_BYTES:]
                 return data
             joined = self._seam + data
@@ -102,20 +103,26 @@ class UsageStripper:
         return b"".join(kept)
 
 
-def is_event_amid(data: bytes) -> bool:
-    """Tell whether a piece is one whole event of one line from the middle of a chat, as nearly all are: no end is in it.
+def are_events_amid(data: bytes) -> bool:
+    """Tell whether a piece is whole events from the middle of a chat, as nearly all are: no end is in it.
 
-    On every piece of every stream: searches that end early, no pattern. Stripper and reader ask about the same piece
-    one after the other, so the last answer is kept.
+    On every piece of every stream: plain searches, no pattern. Stripper and reader ask about the same piece one after
+    the other, so the last answer is kept.
     """
     global _piece, _is_amid
     if data is not _piece:
         _piece = data
-        _is_amid = False
-        if data[:5] == b"data:" and data.find(b"\n") == len(data) - 2 and data[-1:] == b"\n" and data.find(b"\r") < 0:
-            at = data.rfind(b'"finish_reason":') + 16
-            _is_amid = at > 16 and (data[at : at + 4] == b"null" or data[at : at + 5] == b" null")
+        _is_amid = data[:5] == b"data:" and data[-2:] == b"\n\n" and data.find(b"\r") < 0 and _has_no_end(data)
     return _is_amid
+
+
+def _has_no_end(events: bytes) -> bool:
+    if events.find(b"\n") == len(events) - 2:  # one event, of one line
+        at = events.rfind(_REASON) + len(_REASON)
+        return at > len(_REASON) and (events[at : at + 4] == b"null" or events[at : at + 5] == b" null")
+    reasons = events.count(_REASON)
+    is_open = not reasons or reasons in (events.count(_REASON + b"null"), events.count(_REASON + b" null"))
+    return is_open and events.find(b"[DONE]") < 0 and events.count(_USAGE) == events.count(_NO_USAGE)
 
 
 def _without_added(event: bytes) -> bytes:

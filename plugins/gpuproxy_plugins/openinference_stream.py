@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from gpuproxy.plugin import EventFilter, Usage, UsageReader
-from gpuproxy_plugins.openinference_ask import is_event_amid
+from gpuproxy_plugins.openinference_ask import are_events_amid
 from gpuproxy_plugins.openinference_usage import UNREADABLE, WORD, Counts, last_counts, tokens, usage_of
 
 # Four bytes of English make a token as a rule, and about a third of a chat's body is JSON.
@@ -118,11 +118,11 @@ class StreamUsageReader(EventFilter):
         return any(marker in self._last[-_MARKER_BYTES_MAX:] for marker in _END_MARKERS)
 
     def feed(self, data: bytes) -> None:
-        """Look at the next bytes. Whole events from the middle of a chat, nearly all, cost a search."""
-        if self._is_between and is_event_amid(data) and self.is_dull(data):
+        """Look at the next bytes. Whole events from the middle of a chat, as nearly all are, are just counted."""
+        if self._is_between and are_events_amid(data) and self.is_dull(data):
             self._last = self._seam = data
             if not self._is_over:
-                self._count += 1
+                self._count += 1 + data.count(_DATA)
             return
         lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
         seam = self._seam[-_SEAM_BYTES:]
