@@ -8,6 +8,7 @@ Keys without limits of their own share those of their user. Tokens are counted w
 may use, and corrected when it ends. A stream takes a slot, and gives it back when it ends.
 """
 
+import math
 import time
 from collections.abc import Callable
 
