@@ -30,6 +30,7 @@ CODES: dict[str, Code] = {
     "NOT_FOUND": Code(404, "client", False, "no such path or thing"),
     "UNKNOWN_MODEL": Code(404, "client", False, "no upstream serves this model; the known ones are named"),
     "UNKNOWN_UPSTREAM": Code(404, "client", False, "no upstream has this name; the known ones are named"),
+    "SESSION_GONE": Code(404, "client", False, "the session is unknown or its server is gone; begin a new one"),
     "METHOD_NOT_ALLOWED": Code(405, "client", False, "the path exists but not for this method"),
     "REQUEST_TIMEOUT": Code(408, "client", True, "the request did not arrive within the time limit"),
     "CONFLICT": Code(409, "client", False, "the thing exists already or is in another state"),

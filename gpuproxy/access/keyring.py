@@ -46,6 +46,10 @@ class Keyring:
                 return AESGCM(_sealing_key(secret)).decrypt(nonce, hidden, context)
         return None
 
+    def session_keys(self) -> tuple[bytes, ...]:
+        """Return keys made from the secrets, in their order, for what workers seal: they need not know the secrets."""
+        return tuple(hmac.digest(secret, b"gpuproxy sealed sessions", sha256) for secret in self.secrets.values())
+
 
 def fresh_keyring() -> Keyring:
     """Return a keyring of one new secret, for who keeps nothing over a restart."""

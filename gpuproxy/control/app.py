@@ -139,6 +139,7 @@ async def _serve(
     ingest = Ingest(store, journal_directory(boot.config), node=node)
     link = link_server(store, boot.config)
     nodes = Nodes(store, boot.config.redis.url, node)
+    link.seal_keys = keyring.session_keys()
     link.lessor = leases = Leases(
         store, node, limits(store, boot.config.rates), link.push, lambda: ingest.pass_count, nodes.windows, nodes.peers
     )

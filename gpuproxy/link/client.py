@@ -23,6 +23,7 @@ from gpuproxy.link.messages import (
     Return,
     Revoke,
     Routing,
+    SealKeys,
     States,
     Unavailable,
     decode_from_control,
@@ -54,6 +55,7 @@ class LinkClient(asyncio.Protocol):
         self.on_prices: Callable[[list[Price]], None] = lambda prices: None
         self.on_forget_machines: Callable[[tuple[str, ...]], None] = lambda user_ids: None
         self.on_routing: Callable[[Routing], None] = lambda routing: None
+        self.on_seal_keys: Callable[[tuple[bytes, ...]], None] = lambda keys: None
         self.connected = asyncio.Event()
         self._path = path
         self._hello = hello
@@ -153,6 +155,8 @@ class LinkClient(asyncio.Protocol):
                     self.on_renew(message.key_ids)
                 case Routing():
                     self.on_routing(message)
+                case SealKeys():
+                    self.on_seal_keys(message.keys)
                 case Prices():
                     self._take_prices(message)
 

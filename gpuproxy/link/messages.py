@@ -81,6 +81,12 @@ class Routing(Struct, tag="routing", frozen=True):
     models: tuple[Model, ...]
 
 
+class SealKeys(Struct, tag="seal_keys", frozen=True):
+    """Pushed at connect, before any other message: the keys that seal what clients keep for us, newest first."""
+
+    keys: tuple[bytes, ...]
+
+
 class EndpointState(Struct, array_like=True, frozen=True):
     """How one endpoint has done in one worker since that started; counts are of calls.
 
@@ -199,7 +205,19 @@ class ForgetMachines(Struct, tag="forget_machines", frozen=True):
 
 
 FromWorker = Hello | Authorize | Lease | Return | HeldStreams | AskMachines | States
-FromControl = Authorized | Unavailable | Revoke | Renew | Prices | Leased | Recall | Machines | ForgetMachines | Routing
+FromControl = (
+    Authorized
+    | Unavailable
+    | Revoke
+    | Renew
+    | Prices
+    | Leased
+    | Recall
+    | Machines
+    | ForgetMachines
+    | Routing
+    | SealKeys
+)
 
 _encoder = msgspec.msgpack.Encoder()
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

@@ -34,6 +34,7 @@ from gpuproxy.link.messages import (
     Return,
     Revoke,
     Routing,
+    SealKeys,
     States,
     Unavailable,
     decode_from_worker,
@@ -80,6 +81,7 @@ class LinkServer:
         self.lessor: Lessor | None = None
         self.machines_of: MachinesOf | None = None
         self.refresh: Callable[[], Awaitable[object]] | None = None
+        self.seal_keys: tuple[bytes, ...] = ()
         self._authorize = authorize
         self._timeout_s = timeout_s
         self._remember_s = remember_s
@@ -299,6 +301,8 @@ class WorkerLink(asyncio.Protocol):
                 self.epoch = message.epoch
                 self._slot = message.slot
                 logger.debug("worker linked", slot=message.slot, worker_pid=message.pid)
+                if self._server.seal_keys:
+                    self.send(SealKeys(self._server.seal_keys))
                 if self._server.routing is not None:
                     self.send(self._server.routing)
                 self.send_prices(self._server.prices)  # before any grant: no call may pass unpriced

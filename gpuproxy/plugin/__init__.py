@@ -5,6 +5,7 @@ A plugin is a module with ``def register(registry: Registry) -> None``, named by
 and nothing else of gpuproxy. A wrong one stops the start with its name and the remedy.
 """
 
+from gpuproxy.codec.seal import Seal
 from gpuproxy.codec.sse import EVENT_BYTES_MAX, TAIL_BYTES, EventFilter, event_payloads
 from gpuproxy.errors import CODES, Code, GatewayError, PluginError
 from gpuproxy.plugin.models import ModelLister, ModelOffer, ModelRenamer
@@ -57,14 +58,17 @@ from gpuproxy.plugin.provider_errors import (
 from gpuproxy.plugin.providers import build_providers, check_plugins
 from gpuproxy.plugin.registry import GROUP, Registry, load_plugins
 from gpuproxy.plugin.routing import routing_faults
+from gpuproxy.plugin.sessions import PROXY_PREFIX, Attached, HeadEditor, Pin, Station
 from gpuproxy.types import Usage
 
 __all__ = [
     "CODES",
     "EVENT_BYTES_MAX",
     "GROUP",
+    "PROXY_PREFIX",
     "TAIL_BYTES",
     "AnswerEditor",
+    "Attached",
     "Basis",
     "Call",
     "CapacityGone",
@@ -74,6 +78,7 @@ __all__ = [
     "EventFilter",
     "EventKind",
     "GatewayError",
+    "HeadEditor",
     "HeaderList",
     "InstanceGone",
     "InstanceSpec",
@@ -93,6 +98,7 @@ __all__ = [
     "PaymentProvider",
     "PaymentSettings",
     "Phase",
+    "Pin",
     "PluginError",
     "ProtocolHandler",
     "ProviderAdapter",
@@ -104,7 +110,9 @@ __all__ = [
     "RateLimited",
     "RefundOrder",
     "Registry",
+    "Seal",
     "SpecRefused",
+    "Station",
     "Unauthorized",
     "UpstreamRequest",
     "Usage",

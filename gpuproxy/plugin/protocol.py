@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 from msgspec import Struct
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.plugin.sessions import HeadEditor, Pin
 from gpuproxy.types import Usage
 
 HeaderList = list[tuple[bytes, bytes]]
@@ -43,7 +44,7 @@ class Intent(Struct, gc=False):
     ``path`` replaces the call's path and query below the upstream's base URL; None keeps them, and one that is
     empty or begins with ``?`` means the base URL's own path. ``max_output_tokens`` is what the caller bounds each
     answer to, 0 if nothing does; ``choice_count`` how many answers they ask for. Both bound what the call may cost.
-    ``note`` is the handler's own, for `prepare`.
+    ``note`` is the handler's own, for `prepare`. ``pin`` is the one server the call may go to; see `sessions`.
     """
 
     model: str = ""
@@ -53,6 +54,7 @@ class Intent(Struct, gc=False):
     note: Any = None
     max_output_tokens: int = 0
     choice_count: int = 1
+    pin: Pin | None = None
 
 
 class AnswerEditor(Protocol):
@@ -70,16 +72,17 @@ class UpstreamRequest(Struct, gc=False):
     """What to send upstream instead of what the client sent; the defaults change nothing.
 
     ``path`` replaces the target (origin form, below no base path), ``body`` the body. ``headers`` replace the
-    client's fields of the same name. ``identity`` asks the upstream for an uncompressed answer so that usage
-    can be read. ``editor`` is shown a streamed answer of status 200 before the client is. ``asks_usage`` tells that
-    ``body`` and ``editor`` are there for usage alone: upstreams not to be asked get what the client sent.
+    client's fields of the same name; an empty value takes them out. ``identity`` asks the upstream for an uncompressed
+    answer so that usage can be read. ``editor`` is shown a streamed answer of status 200 before the client is; one that
+    is a `HeadEditor` is shown the head of any answer instead. ``asks_usage`` tells that ``body`` and ``editor`` are
+    there for usage alone: upstreams not to be asked get what the client sent.
     """
 
     path: bytes | None = None
     body: bytes | None = None
     headers: HeaderList = []
     identity: bool = False
-    editor: AnswerEditor | None = None
+    editor: AnswerEditor | HeadEditor | None = None
     asks_usage: bool = False
 
 

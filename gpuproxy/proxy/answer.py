@@ -16,6 +16,7 @@ from gpuproxy.proxy.credit import Bill, price_for, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
 from gpuproxy.proxy.limits import Purse, Slots
+from gpuproxy.proxy.pins import edited
 from gpuproxy.proxy.retry import wait_told
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, Route
 from gpuproxy.types import Grant, Outcome, Receipt, Usage
@@ -148,7 +149,7 @@ class Answer:
         # the answer
         self.has_sent_head = self._is_answer_chunked = self._is_answer_until_close = self._is_paused = False
         self._reader: UsageReader | None = None
-        self._editor: AnswerEditor | None = None
+        self._editor: AnswerEditor | None = None  # until the head has come it may be a HeadEditor
         self._collected: envelopes.Collected | None = None
         self._status = self._response_bytes = self._first_byte_ns = 0
         self._idle_s = 0.0
@@ -275,8 +276,9 @@ class Answer:
             self._report(head, now_ns)
         self._head = b""
         self.held_body = []
-        if self._editor is not None and (status != 200 or head.kind[:17] != b"text/event-stream" or head.is_encoded):
-            self._editor = None
+        start = head.start
+        if self._editor is not None:
+            start, self._editor = edited(self._editor, head, self._grant, self._endpoint)
         if connection.content_length >= 0 and status != 204 and self._editor is None:
             framing = b"Content-Length: %d\r\n" % connection.content_length
         elif status == 204 or status == 304 or self.method == b"HEAD":
@@ -306,7 +308,7 @@ class Answer:
                 self.plane.usage_refusals.learn(self._sending[4])
         if self._purse is not None:
             framing += self._purse.fields()
-        return b"%bX-Request-Id: %b\r\n%b\r\n" % (head.start, self.request_id.encode(), framing)
+        return b"%bX-Request-Id: %b\r\n%b\r\n" % (start, self.request_id.encode(), framing)
 
     def _report(self, head: AnswerHead, now_ns: int) -> None:
         replica = self._endpoint.replica  # type: ignore[union-attr]  # an attempt is under way there

@@ -147,7 +147,7 @@ class Attempts(Answer):
 
     def _question(self, endpoint: Endpoint, body: bytes | None, request: UpstreamRequest) -> bytes | None:
         """Return the body that asks for usage, or the client's own for an endpoint that is not to be asked."""
-        self._editor = request.editor if endpoint.may_ask_usage else None
+        self._editor = request.editor if endpoint.may_ask_usage else None  # type: ignore[assignment]  # see `edited`
         return request.body if endpoint.may_ask_usage else body
 
     def _discard(self, connection: "UpstreamConnection") -> None:

@@ -5,6 +5,7 @@ listed, the fallback models are tried. When these cannot serve either, an endpoi
 all the same, for the last one is never given up. Only when all are at their limit does the call wait.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -145,6 +146,22 @@ class Destination:
             if endpoint.has_room and endpoint.replica not in tried:
                 return endpoint
         return None
+
+    def endpoint_of(self, upstream: str, url: str) -> Endpoint | None:
+        """Return the endpoint at this base URL of an upstream. Looks through all: for what is remembered."""
+        for endpoint in self.endpoints:
+            replica = endpoint.replica
+            if replica is not None and (replica.upstream, replica.url) == (upstream, url):
+                return endpoint
+        return None
+
+    def narrowed(self, endpoint: Endpoint) -> "Destination":
+        """Return the same with this endpoint only: there is nothing to choose, wait for or try again elsewhere."""
+        narrow = copy.copy(self)
+        narrow.endpoints = (endpoint,)
+        narrow.only = endpoint
+        narrow.has_choice = False
+        return narrow
 
     # -- waiting ----------------------------------------------------------------------------------------------
 

@@ -99,3 +99,9 @@ class Endpoint:
         copy.fixed_fields, copy.fixed_names = self.fixed_fields, self.fixed_names
         copy.preserves_host, copy.connect_s = self.preserves_host, self.connect_s
         return copy
+
+    def whole(self) -> "Endpoint":
+        """Return the same endpoint for paths that are not below its base path."""
+        copy = self.at_root(None)
+        copy.upstream, copy.destination = self.upstream, self.destination
+        return copy

@@ -47,6 +47,7 @@ from gpuproxy.proxy.headers import (
 from gpuproxy.proxy.instances import Rented
 from gpuproxy.proxy.limits import Slots
 from gpuproxy.proxy.offers import highest
+from gpuproxy.proxy.pins import pinned
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, INSTANCE, MOUNT, UNKNOWN, joined_path
 from gpuproxy.types import ALL_SCOPES, Grant
 
@@ -277,6 +278,8 @@ class Exchange(Attempts):
                 assert route.upstream is not None
                 destination = self._destination = route.upstream
             grant = self._grant
+            if intent.pin is not None:
+                destination = self._destination = pinned(plane.router, destination, intent.pin, grant)
             if grant.models is not None:  # type: ignore[union-attr]  # admitted
                 self._check_model(intent.model, destination.model)
             if not intent.model and route.kind == MOUNT and self._lists_models(call, handler, intent):
@@ -286,7 +289,7 @@ class Exchange(Attempts):
                 intent.model = destination.model  # the caller may have used another name of it
             call.may_ask_usage = destination.may_ask_usage
             request = handler.prepare(call, intent)
-            self._editor = request.editor
+            self._editor = request.editor  # type: ignore[assignment]  # see `edited`
             call.body = None
             call.body_bytes = self.request_bytes
             path = request.path
@@ -488,7 +491,7 @@ class Exchange(Attempts):
         intent = self._intent = handler.describe(call)
         self._check_model(intent.model)
         request = handler.prepare(call, intent)
-        self._editor = request.editor
+        self._editor = request.editor  # type: ignore[assignment]  # see `edited`
         body, call.body = call.body, None
         call.body_bytes = self.request_bytes
         endpoint = self._user_given(target)

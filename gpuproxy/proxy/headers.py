@@ -139,9 +139,9 @@ def join_fields(fields: list[Field]) -> bytes:
 
 
 def replace_fields(fields: list[Field], replacing: Iterable[Field]) -> list[Field]:
-    """Return `fields` with those of the same names taken out and `replacing` put at the end."""
+    """Return `fields` with those of the same names taken out and `replacing` put at the end, but for empty ones."""
     names = {name.lower() for name, _ in replacing}
-    return [field for field in fields if field[0].lower() not in names] + list(replacing)
+    return [field for field in fields if field[0].lower() not in names] + [field for field in replacing if field[1]]
 
 
 _HOST = re.compile(rb"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?\Z")

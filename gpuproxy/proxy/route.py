@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from gpuproxy.config import Config
 from gpuproxy.errors import GatewayError
-from gpuproxy.plugin import Intent, ModelOffer, ProtocolHandler, Registry
+from gpuproxy.plugin import PROXY_PREFIX, Intent, ModelOffer, Pin, ProtocolHandler, Registry
 from gpuproxy.proxy import instances
 from gpuproxy.proxy.breaker import Replicas
 from gpuproxy.proxy.destination import Destination
@@ -19,7 +19,7 @@ from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.offers import FindPrice, offer
 from gpuproxy.proxy.pool import Origin, Pools
 
-PREFIX = b"/api/v1/gpu/proxy"
+PREFIX = PROXY_PREFIX
 ALIAS = b"/v1/"  # /v1/... is short for PREFIX/v1/...
 ROUTES_MAX = 4096  # targets remembered
 
@@ -67,6 +67,7 @@ class Router:
             if upstream.probe_path
             for endpoint in self.upstreams[upstream.name].endpoints
         ]
+        self._pinned: dict[tuple[str, str, bool], Destination] = {}
         self._by_address: dict[tuple[str, str, int], Endpoint] = {}
         for destination in self.upstreams.values():
             for endpoint in destination.endpoints:
@@ -150,6 +151,17 @@ class Router:
                 param="upstream",
             )
         return destination
+
+    def pinned(self, destination: Destination, pin: Pin) -> Destination | None:
+        """Return `destination` with the pin's server only, None if it has that no more."""
+        key = pin.upstream, pin.url, pin.is_whole_path
+        found = self._pinned.get(key)
+        if found is None:
+            endpoint = destination.endpoint_of(pin.upstream, pin.url)
+            if endpoint is None:
+                return None
+            found = self._pinned[key] = destination.narrowed(endpoint.whole() if pin.is_whole_path else endpoint)
+        return found
 
     def offers(self, handler: ProtocolHandler, models: tuple[str, ...] | None) -> list[ModelOffer]:
         """Return what a caller who may use `models` (None: all) is offered in a protocol, sorted by name."""

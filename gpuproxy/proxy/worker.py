@@ -41,6 +41,7 @@ from gpuproxy.proxy.instances import Instances
 from gpuproxy.proxy.journal import Journal, segment_name
 from gpuproxy.proxy.limits import Limits
 from gpuproxy.proxy.outbox import Outbox
+from gpuproxy.proxy.pins import attach, warm_up
 from gpuproxy.proxy.pool import ConnectPolicy, OriginKey, Pools
 from gpuproxy.proxy.prices import Prices
 from gpuproxy.proxy.probe import Probes
@@ -101,6 +102,8 @@ class Plane:
         self.probes = Probes(self)
         self.routed = asyncio.Event()  # control has told which upstreams and models there are
         link.on_routing = self.take_routing
+        self.seal = attach(registry)
+        link.on_seal_keys = self.seal.take
         self.bounded: dict[Answer, float] = {}  # calls with a total time, and its end
         self.admission = Admission(config.auth, link, loop.time)
         self.limits_by_key = Limits(link)
@@ -282,6 +285,7 @@ async def serve(boot: Boot) -> None:
         async with asyncio.timeout(LINK_START_S):
             await link.connected.wait()
             await plane.routed.wait()
+    warm_up(plane.seal, plane.router)
     report_ready(boot)
     gc.collect()
     gc.freeze()

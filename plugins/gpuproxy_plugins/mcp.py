@@ -1,8 +1,8 @@
 """Protocol "mcp": Model Context Protocol over Streamable HTTP, all revisions.
 
-``/mcp/{server}`` is the base URL of the upstream of that name, for unmodified SDK clients. Everything streams
-through untouched: sessions, resumption, server requests and cancellation stay between client and server, so
-the gateway never has to know which revision they speak. Only envelope calls are completed and their answers
+``/mcp/{server}`` is the base URL of the upstream of that name, for unmodified SDK clients. Bodies and streams pass
+untouched: resumption, server requests and cancellation stay between client and server. Of a server with several URLs
+each session stays at the one that began it; see `mcp_transit`. Only envelope calls are completed and their answers
 collapsed to the one JSON-RPC response.
 """
 
@@ -17,11 +17,14 @@ from gpuproxy.plugin import (
     Intent,
     ProtocolHandler,
     Registry,
+    Seal,
+    Station,
     UpstreamRequest,
     UsageReader,
     event_payloads,
 )
 from gpuproxy_plugins.mcp_completion import completed
+from gpuproxy_plugins.mcp_transit import ADDRESS, Transits
 
 DEFAULT_PATH = b"/mcp"  # where both official SDKs' servers listen; used when a target URL has no path
 
@@ -60,27 +63,37 @@ class Mcp:
     name: str = "mcp"
     mounts: tuple[str, ...] = ("mcp",)
 
+    def __init__(self) -> None:
+        self._transits = Transits(Station(Seal()))
+
+    def attach(self, station: Station) -> None:
+        """Seal sessions by what all workers have in common."""
+        self._transits = Transits(station)
+
     def needs_body(self, method: bytes, path: bytes) -> bool:
-        """Never: the path names the server."""
-        return False
+        """What is posted is read whole: the message says whether it begins a session."""
+        return method == b"POST"
 
     def inspect(self, call: Call) -> Intent:
         """Return the server's name and the path below its URL. Raises GatewayError NOT_FOUND."""
+        if ADDRESS in call.path:
+            return self._transits.addressed(call)
         route, mark, query = call.path.partition(b"?")
         server, slash, rest = route[5:].partition(b"/")
         if not server:
             raise GatewayError("NOT_FOUND", "the path names no MCP server; write /mcp/{server}")
         path = slash + rest if rest else b""  # a lone slash is ours, and servers would redirect it
-        return Intent(upstream=unquote_to_bytes(server).decode("utf-8", "replace"), path=path + mark + query)
+        name = unquote_to_bytes(server).decode("utf-8", "replace")
+        return self._transits.bound(call, Intent(upstream=name, path=path + mark + query))
 
     def describe(self, call: Call) -> Intent:
-        """Return an empty intent; MCP is metered by bytes and time so far."""
-        return Intent()
+        """Return the session's server, if there is one; MCP is metered by bytes and time so far."""
+        return Intent() if call.is_envelope else self._transits.bound(call, Intent())
 
     def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
-        """Complete an envelope's message, headers and path; leave every other call alone."""
+        """Complete an envelope's message, headers and path; of other calls send the session as its server knows it."""
         if not call.is_envelope:
-            return UpstreamRequest()
+            return intent.note or UpstreamRequest()
         path = DEFAULT_PATH + call.path if call.path[:1] != b"/" else None
         if call.method != b"POST" or not call.body:
             return UpstreamRequest(path=path)

@@ -60,3 +60,11 @@ def test_what_is_sealed_opens_in_its_context_only() -> None:
 def test_what_an_old_secret_sealed_opens_while_it_is_kept() -> None:
     sealed = Keyring((OLD.encode(),)).seal(b"plain", b"")
     assert Keyring((NEW.encode(), OLD.encode())).unseal(sealed, b"") == b"plain"
+
+
+def test_session_keys_are_the_same_wherever_the_secrets_are_and_do_not_give_them_away() -> None:
+    first, second = Keyring((NEW.encode(), OLD.encode())), Keyring((NEW.encode(), OLD.encode()))
+    assert first.session_keys() == second.session_keys()
+    assert Keyring((OLD.encode(),)).session_keys() == first.session_keys()[1:]
+    assert {len(key) for key in first.session_keys()} == {32}
+    assert not {NEW.encode(), OLD.encode()} & set(first.session_keys())

@@ -105,7 +105,6 @@ def tool_way(request: pytest.FixtureRequest, tools: Tools) -> ToolWay:
 def sse_way(request: pytest.FixtureRequest, tools: Tools) -> Way:
     if request.param == "direct":
         return Way("direct", f"http://127.0.0.1:{tools.ports['sse']}/sse", "none")
-    request.applymarker(pytest.mark.xfail(reason="not covered: the endpoint the server names is not rewritten"))
     gateway = request.getfixturevalue("gateway")
     return Way("gateway", f"{gateway.url}/api/v1/gpu/proxy/mcp/sse/sse", gateway.key)
 

@@ -62,7 +62,8 @@ class Keys:
         """Make a key known and return it; `says` are fields of its grant."""
         key = key or generate().encode()
         says.setdefault("key_id", f"key{len(self.grants)}")
-        self.grants[hashlib.sha256(key).digest()] = Grant(user_id="user", **says)
+        says.setdefault("user_id", "user")
+        self.grants[hashlib.sha256(key).digest()] = Grant(**says)
         return key
 
     async def authorize(self, digest: bytes) -> Grant | None:
@@ -96,6 +97,7 @@ class Gateway:
         self.keys = Keys()
         self.keys.add(KEY)
         self.link_server = LinkServer(self.keys.authorize, timeout_s=WAIT_S, remember_s=60)
+        self.link_server.seal_keys = (b"one key of 32 bytes for sessions",)
         self.clients: list[Wire] = []
         self.failures: list[dict[str, Any]] = []
         self.port = 0

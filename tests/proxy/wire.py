@@ -203,10 +203,11 @@ class Wire:
 class Listener:
     """A scripted server: the test accepts each connection and plays its part."""
 
-    def __init__(self, path: str = "") -> None:
+    def __init__(self, path: str = "", port: int = 0) -> None:
         self.sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
         self.sock.setblocking(False)
-        self.sock.bind(path or ("127.0.0.1", 0))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.sock.bind(path or ("127.0.0.1", port))
         self.sock.listen(128)
         self.port: int = 0 if path else self.sock.getsockname()[1]
         self.wires: list[Wire] = []
