@@ -25,6 +25,7 @@ METER_MAX = 10**12  # tokens or microseconds of one call; an upstream may claim 
 MARKUP_BPS_MIN = -10_000  # everything for nothing
 MARKUP_BPS_MAX = 1_000_000  # a hundred times as much again
 NEVER_NS = 1 << 63  # after every time the store can hold
+FOUND_MAX = 4_096  # models and upstreams whose prices a catalogue remembers
 CHARGE_NANOUSD_MAX = 10**13  # ten thousand dollars; more for one call is a mistake, and sums must fit 64 bits
 
 
@@ -85,31 +86,41 @@ def charge(usage: Usage, price: Price, duration_us: int = 0, is_served: bool = T
 
     A call that was not served (`is_served` False: the upstream failed) pays for the tokens it got, nothing else.
     """
-    whole, cached = _bounded(usage.input_tokens), _bounded(usage.cached_tokens)
-    cached = min(cached, whole)
+    return _charge(usage.input_tokens, usage.cached_tokens, usage.output_tokens, price, duration_us, is_served)
+
+
+def _charge(
+    input_tokens: int, cached_tokens: int, output_tokens: int, price: Price, duration_us: int, is_served: bool
+) -> int:
+    """Do what `charge` does; every stored receipt comes through here, so what is in range is not bounded by a call."""
+    whole = input_tokens if 0 <= input_tokens <= METER_MAX else _bounded(input_tokens)
+    cached = cached_tokens if 0 <= cached_tokens <= whole else min(_bounded(cached_tokens), whole)
+    output = output_tokens if 0 <= output_tokens <= METER_MAX else _bounded(output_tokens)
     cost = (
-        _part(whole - cached, price.input_nanousd_per_million)
-        + _part(cached, price.cached_input_nanousd_per_million)
-        + _part(_bounded(usage.output_tokens), price.output_nanousd_per_million)
+        -(-(whole - cached) * price.input_nanousd_per_million // MILLION)
+        - (-cached * price.cached_input_nanousd_per_million // MILLION)
+        - (-output * price.output_nanousd_per_million // MILLION)
     )
     if is_served:
-        cost += price.request_nanousd + _part(_bounded(duration_us), price.second_nanousd)
-    return min(cost, CHARGE_NANOUSD_MAX)
+        cost += price.request_nanousd
+        if price.second_nanousd:
+            cost += _part(_bounded(duration_us), price.second_nanousd)
+    return cost if cost <= CHARGE_NANOUSD_MAX else CHARGE_NANOUSD_MAX
 
 
 def cost_of(receipt: Receipt, price: Price) -> int:
     """Return what a call costs in nanodollars: refused ones nothing, failed ones only the tokens they delivered."""
     if receipt.outcome == "refused" or not receipt.user_id:
         return 0
-    usage = Usage(receipt.input_tokens, receipt.cached_tokens, receipt.output_tokens)
-    return charge(usage, price, receipt.duration_us, _is_served(receipt))
+    tokens = receipt.input_tokens, receipt.cached_tokens, receipt.output_tokens
+    return _charge(*tokens, price, receipt.duration_us, _is_served(receipt))
 
 
 def _is_served(receipt: Receipt) -> bool:
     """Tell whether the upstream did what was asked, or did it until the client left or the gateway broke it off."""
-    if receipt.outcome in ("client_gone", "cut"):
-        return receipt.first_byte_us >= 0
-    return receipt.outcome == "ok" and receipt.status < 400
+    if receipt.outcome == "ok":
+        return receipt.status < 400
+    return receipt.outcome in ("client_gone", "cut") and receipt.first_byte_us >= 0
 
 
 def upper_bound(price: Price, input_tokens: int, output_tokens_max: int, duration_us_max: int = 0) -> int:
@@ -201,6 +212,7 @@ class Catalogue:
             self._prices.setdefault((price.model, price.upstream), []).append(price)
         for versions in self._prices.values():
             versions.sort(key=lambda price: price.valid_from_ns, reverse=True)  # stable: the first given wins
+        self._found: dict[tuple[str, str], list[Price]] = {}
 
     def __bool__(self) -> bool:
         """Tell whether anything costs anything."""
@@ -208,11 +220,21 @@ class Catalogue:
 
     def find(self, model: str, upstream: str, at_ns: int) -> Price:
         """Return the price in force at a time, FREE if there is none."""
-        for key in ((model, upstream), (model, ""), (ANY, upstream), (ANY, "")):
-            for price in self._prices.get(key, ()):
-                if price.valid_from_ns <= at_ns:
-                    return price
+        candidates = self._found.get((model, upstream))
+        if candidates is None:
+            candidates = self._candidates(model, upstream)
+        for price in candidates:
+            if price.valid_from_ns <= at_ns:
+                return price
         return FREE
+
+    def _candidates(self, model: str, upstream: str) -> list[Price]:
+        """Return what may hold, in the order in which it is asked; remembered, since few are asked for often."""
+        if len(self._found) >= FOUND_MAX:
+            self._found.clear()  # names may be any
+        keys = ((model, upstream), (model, ""), (ANY, upstream), (ANY, ""))
+        found = self._found[model, upstream] = [price for key in keys for price in self._prices.get(key, ())]
+        return found
 
     def holds(self, price: Price, at_ns: int) -> bool:
         """Tell whether a price is the version in force, at a time, of its model and upstream."""

@@ -9,7 +9,7 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy import config
 from gpuproxy.ledger import open_calls
+from gpuproxy.ledger.batch import Batch, priced
 from gpuproxy.ledger.segment import Row, Segment, epoch_of
-from gpuproxy.ledger.settle import Call, lease_owner, priced
+from gpuproxy.ledger.settle import lease_owner
 from gpuproxy.ledger.syncer import Syncer
 from gpuproxy.ledger.writer import open_writer, write_storable
 from gpuproxy.observe.logs import get_logger
@@ -179,18 +180,19 @@ class Ingest:
     async def _commit(self, taken: list["Taken"]) -> int:
         """Store receipts and offsets in one transaction, then believe it. Return how many receipts."""
         parts = [(lease_owner(self._node, epoch_of(part.segment.name)), part.rows) for part in taken]
-        rows, notes = open_calls.sort_out(parts, self._open)
-        calls = await asyncio.to_thread(self._price, parts)
-        await write_storable(self._writer, rows, {part.segment.name: part.end for part in taken}, calls, notes)
+        offsets = {part.segment.name: part.end for part in taken}
+        batch = await asyncio.to_thread(self._batch, parts, offsets)
+        await write_storable(self._writer, batch)
         for part in taken:
             part.segment.offset = part.end
-        self._note_open(notes)
-        self.ingested_count += len(rows)
-        await asyncio.to_thread(self._show, rows)
-        return len(rows)
+        self._note_open(batch.notes)
+        self.ingested_count += len(batch.rows)
+        await asyncio.to_thread(self._show, batch.rows)
+        return len(batch.rows)
 
-    def _price(self, parts: Sequence[tuple[str, Sequence[Row]]]) -> list[Call]:
-        return [call for owner, rows in parts for call in priced(self.catalogue, owner, rows)]
+    def _batch(self, parts: Sequence[tuple[str, Sequence[Row]]], offsets: Mapping[str, int]) -> Batch:
+        receipts, notes = open_calls.sort_out(parts, self._open)
+        return priced(self.catalogue, receipts, offsets, notes)
 
     def _note_open(self, notes: open_calls.Notes) -> None:
         for call_id in notes.ended:
@@ -204,7 +206,7 @@ class Ingest:
             async with self._store.reading() as connection:
                 rows = await connection.run_sync(open_calls.lost, owner, BATCH_RECEIPTS)
             notes = open_calls.Notes(ended=[row[0] for row in rows])
-            await write_storable(self._writer, rows, {}, self._price([(owner, rows)]), notes)
+            await write_storable(self._writer, priced(self.catalogue, [(owner, rows)], {}, notes))
             self._note_open(notes)
             await asyncio.to_thread(self._show, rows)
             total += len(rows)

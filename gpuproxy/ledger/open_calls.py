@@ -24,26 +24,29 @@ _decode = msgspec.msgpack.Decoder(Receipt).decode
 _ID, _OUTCOME = (Receipt.__struct_fields__.index(name) for name in ("id", "outcome"))
 
 
-class Notes(Struct):
+class Notes(Struct, frozen=True):
     """What a batch says of open calls: new checkpoints, encoded, by id and owner, and those that are over."""
 
     opened: dict[str, tuple[str, bytes]] = {}
     ended: Sequence[str] = ()
 
 
-def sort_out(parts: Iterable[tuple[str, Sequence[Row]]], known: Iterable[str]) -> tuple[list[Row], Notes]:
+def sort_out(
+    parts: Iterable[tuple[str, Sequence[Row]]], known: Iterable[str]
+) -> tuple[list[tuple[str, Sequence[Row]]], Notes]:
     """Part the receipts of owners from the checkpoints among them; `known` are the ids of calls that are open."""
-    receipts: list[Row] = []
+    receipts: list[tuple[str, Sequence[Row]]] = []
     opened: dict[str, tuple[str, bytes]] = {}
     for owner, rows in parts:
-        for row in rows:
-            if row[_OUTCOME] == OPEN:
-                opened[row[_ID]] = owner, msgspec.msgpack.encode(Receipt(*row))
-            else:
-                receipts.append(row)
+        if any(row[_OUTCOME] == OPEN for row in rows):
+            noted = [row for row in rows if row[_OUTCOME] == OPEN]
+            opened.update((row[_ID], (owner, msgspec.msgpack.encode(Receipt(*row)))) for row in noted)
+            receipts.append((owner, [row for row in rows if row[_OUTCOME] != OPEN]))
+        else:
+            receipts.append((owner, rows))
     if not opened and not known:
         return receipts, Notes()
-    over = {row[_ID] for row in receipts}
+    over = {row[_ID] for _, rows in receipts for row in rows}
     return receipts, Notes(
         {call_id: note for call_id, note in opened.items() if call_id not in over},
         sorted(over.intersection(known)),

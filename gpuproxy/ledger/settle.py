@@ -1,34 +1,33 @@
-"""Settles calls: what each receipt costs, and one transfer for each customer and batch.
+"""Settles calls: one transfer for each customer, batch and day of calls.
 
 A worker spends from its lease, which the ledger holds; so a charge comes out of the lease of the worker that wrote
 the receipt, then out of free credit. What is covered by neither (a worker that died with its books open, a lease
 that expired) is written off: a customer never pays more than they have, and revenue still equals the receipts.
+
+No charge is for calls of two days (UTC): receipts go by the day when they are old, and so none is torn.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 from sqlalchemy import Connection, bindparam, or_, select, update
 
 from gpuproxy.ledger.budgets import KEY_MARK, roots_of, spend
-from gpuproxy.ledger.transfers import REVENUE, WRITE_OFF, Account, Transfer, credit_account, lock, post
-from gpuproxy.pricing import Catalogue, cost_of, marked_up
-from gpuproxy.store.schema import accounts, holds, receipts
-from gpuproxy.types import Receipt
+from gpuproxy.ledger.transfers import REVENUE, WRITE_OFF, Account, Transfer, credit_account, lock, post_new
+from gpuproxy.store.schema import accounts, holds
 
-IDS_AT_ONCE = 1_000  # parameters of one query
+DAY_NS = 86_400 * 10**9
 Row = tuple[Any, ...]
 
 
-class Call(NamedTuple):
-    """A receipt that costs something; `owner` is who may charge the lease, see `leases`."""
+class Payer(NamedTuple):
+    """Who pays for a call: `owner` may charge the lease, see `leases`; `day` is that of the call, from 1970."""
 
-    id: str
     owner: str
     user_id: str
-    cost_nanousd: int
     key_id: str = ""
+    day: int = 0
 
 
 class Lease(NamedTuple):
@@ -44,57 +43,42 @@ def lease_owner(node: str, epoch: str, budget_key: str = "") -> str:
     return f"lease:{node}/{epoch}" + (f"{KEY_MARK}{budget_key}" if budget_key else "")
 
 
-def priced(catalogue: Catalogue, owner: str, rows: Iterable[Row]) -> list[Call]:
-    """Return the calls that cost something. About 2 µs for each row, nothing if there is no price."""
-    if not catalogue:
-        return []
-    costs = ((row, _cost(Receipt(*row), catalogue)) for row in rows if row[_OUTCOME] != "open")
-    return [Call(row[_ID], owner, row[_USER], cost, row[_KEY]) for row, cost in costs if cost]
-
-
-def _cost(receipt: Receipt, catalogue: Catalogue) -> int:
-    price = catalogue.find(receipt.model, receipt.upstream, receipt.started_ns)
-    return cost_of(receipt, marked_up(price, receipt.markup_bps) if receipt.markup_bps else price)
-
-
-def settle(connection: Connection, calls: Sequence[Call]) -> dict[str, str]:
-    """Charge calls whose receipts are not stored yet; return the charge id of each, by receipt id.
+def settle(connection: Connection, owed: Mapping[Payer, int]) -> dict[tuple[str, int], str]:
+    """Charge what is owed for calls that were not stored before; return the charge ids, by customer and day.
 
     The receipts must be stored in the same transaction.
     """
-    new = _unknown(connection, calls)
-    if not new:
+    if not owed:
         return {}
-    by_user: dict[str, list[Call]] = {}
-    for call in new.values():
-        by_user.setdefault(call.user_id, []).append(call)
+    by_user: dict[str, dict[Payer, int]] = {}
+    for payer, cost in owed.items():
+        by_user.setdefault(payer.user_id, {})[payer] = cost
     found = lock(connection, [*map(credit_account, by_user), REVENUE, WRITE_OFF])
-    leases = _leases(connection, {call.owner for call in new.values()}, found)
-    owners = _owners(connection, new.values(), leases)
+    leases = _leases(connection, {payer.owner for payer in owed}, found)
+    owners = _owners(connection, owed, leases)
     transfers: list[Transfer] = []
     drawn: dict[tuple[str, str], int] = {}
-    charge_ids: dict[str, str] = {}
+    charge_ids: dict[tuple[str, int], str] = {}
     for user_id, own in by_user.items():
-        charge_id = str(uuid4())
-        charge_ids.update((call.id, charge_id) for call in own)
         account = found.get(credit_account(user_id), Account(""))
         from_leases = _draw(own, owners, account.id, leases)
         drawn.update(from_leases)
-        transfers += _transfers(account, sum(call.cost_nanousd for call in own), sum(from_leases.values()), charge_id)
+        covered = sum(from_leases.values()) + account.free_nanousd
+        for day, cost in _by_day(own):
+            charge_id = charge_ids[user_id, day] = str(uuid4())
+            transfers += _transfers(account, cost, min(cost, covered), charge_id)
+            covered -= min(cost, covered)
     _take_from_leases(connection, drawn, leases)
-    post(connection, transfers)
-    _spend(connection, new.values())
+    post_new(connection, transfers)
+    _spend(connection, owed)
     return charge_ids
 
 
-def _unknown(connection: Connection, calls: Sequence[Call]) -> dict[str, Call]:
-    """Return the calls whose receipts are not stored, by id: a receipt met again is not charged again."""
-    new = {call.id: call for call in calls}
-    for start in range(0, len(calls), IDS_AT_ONCE):
-        ids = [call.id for call in calls[start : start + IDS_AT_ONCE]]
-        for receipt_id in connection.scalars(select(receipts.c.id).where(receipts.c.id.in_(ids))):
-            new.pop(receipt_id, None)
-    return new
+def _by_day(owed: Mapping[Payer, int]) -> list[tuple[int, int]]:
+    days: dict[int, int] = {}
+    for payer, cost in owed.items():
+        days[payer.day] = days.get(payer.day, 0) + cost
+    return sorted(days.items())
 
 
 def _leases(connection: Connection, owners: Iterable[str], found: Iterable[str]) -> dict[tuple[str, str], Lease]:
@@ -108,41 +92,42 @@ def _leases(connection: Connection, owners: Iterable[str], found: Iterable[str])
 
 
 def _owners(
-    connection: Connection, calls: Iterable[Call], leases: Iterable[tuple[str, str]]
+    connection: Connection, payers: Iterable[Payer], leases: Iterable[tuple[str, str]]
 ) -> dict[tuple[str, str], str]:
-    """Return who owns the lease of a call, by its worker and key, where that is not the worker's for all keys."""
+    """Return who owns the lease that pays, by the worker and key, where that is not the worker's for all keys."""
     marked = {owner for owner, _ in leases if KEY_MARK in owner}
     if not marked:
         return {}
-    pairs = {(call.owner, call.key_id) for call in calls}
+    pairs = {(payer.owner, payer.key_id) for payer in payers}
     roots = roots_of(connection, {key_id for _, key_id in pairs})
     owners = {pair: f"{pair[0]}{KEY_MARK}{roots.get(pair[1], pair[1])}" for pair in pairs}
     return {pair: owner for pair, owner in owners.items() if owner in marked}
 
 
 def _draw(
-    calls: Iterable[Call], owners: dict[tuple[str, str], str], account_id: str, leases: dict[tuple[str, str], Lease]
+    owed: Mapping[Payer, int],
+    owners: Mapping[tuple[str, str], str],
+    account_id: str,
+    leases: Mapping[tuple[str, str], Lease],
 ) -> dict[tuple[str, str], int]:
-    """Return how much of what one customer's calls cost comes out of which lease."""
+    """Return how much of what one customer owes comes out of which lease."""
     drawn: dict[tuple[str, str], int] = {}
-    for call in calls:
-        key = (owners.get((call.owner, call.key_id), call.owner), account_id)
+    for payer, cost in owed.items():
+        key = (owners.get((payer.owner, payer.key_id), payer.owner), account_id)
         if key in leases:
-            wanted = drawn.get(key, 0) + call.cost_nanousd
-            drawn[key] = min(wanted, leases[key].remaining_nanousd)
+            drawn[key] = min(drawn.get(key, 0) + cost, leases[key].remaining_nanousd)
     return drawn
 
 
-def _spend(connection: Connection, calls: Iterable[Call]) -> None:
+def _spend(connection: Connection, owed: Mapping[Payer, int]) -> None:
     charged: dict[tuple[str, str], int] = {}
-    for call in calls:
-        subject = (call.user_id, call.key_id)
-        charged[subject] = charged.get(subject, 0) + call.cost_nanousd
+    for payer, cost in owed.items():
+        subject = (payer.user_id, payer.key_id)
+        charged[subject] = charged.get(subject, 0) + cost
     spend(connection, charged)
 
 
-def _transfers(account: Account, cost_nanousd: int, drawn_nanousd: int, charge_id: str) -> list[Transfer]:
-    charged = min(cost_nanousd, drawn_nanousd + account.free_nanousd)
+def _transfers(account: Account, cost_nanousd: int, charged: int, charge_id: str) -> list[Transfer]:
     parts = [
         Transfer(account.id, REVENUE, charged, "usage", f"usage:{charge_id}", charge_id),
         Transfer(WRITE_OFF, REVENUE, cost_nanousd - charged, "write_off", f"write_off:{charge_id}", charge_id),
@@ -174,6 +159,3 @@ def _take_from_leases(
         account.values(held_nanousd=accounts.c.held_nanousd - bindparam("amount")),
         [{"changed": account_id, "amount": amount} for _, account_id, amount in taken],
     )
-
-
-_ID, _USER, _KEY, _OUTCOME = (Receipt.__struct_fields__.index(name) for name in ("id", "user_id", "key_id", "outcome"))

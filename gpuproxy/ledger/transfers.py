@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from uuid import uuid4
 
 from msgspec import Struct, field
-from sqlalchemy import Connection, Table, bindparam, select, update
+from sqlalchemy import Connection, Table, bindparam, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from gpuproxy.errors import GatewayError
@@ -85,14 +85,37 @@ def post(connection: Connection, wanted: Sequence[Transfer]) -> list[Transfer]:
     Raises GatewayError UNPROCESSABLE for an amount out of range, CONFLICT for a key used for something else,
     INSUFFICIENT_CREDITS when a customer would end under their overdraft; the transaction must end then.
     """
+    found = _touched(connection, wanted)
+    new = [each for each in wanted if _insert(connection, each)]
+    _move(connection, found, new)
+    return new
+
+
+def post_new(connection: Connection, wanted: Sequence[Transfer]) -> None:
+    """Post transfers whose keys nobody can have used, all in one statement. Raises as `post`, but never CONFLICT."""
+    if not wanted:
+        return
+    found = _touched(connection, wanted)
+    for each in wanted:
+        _check_amount(each)
+    connection.execute(insert(transfers), [_row(each) for each in wanted])
+    _move(connection, found, wanted)
+
+
+def _touched(connection: Connection, wanted: Iterable[Transfer]) -> dict[str, Account]:
+    """Return the accounts of transfers, locked, made if they were not there."""
     touched = {account_id for each in wanted for account_id in (each.debit, each.credit)}
     found = lock(connection, touched)
     if len(found) < len(touched):
         open_accounts(connection, touched - found.keys())
         found = lock(connection, touched)
-    changes = dict.fromkeys(touched, 0)
-    new = [each for each in wanted if _insert(connection, each)]
-    for each in new:
+    return found
+
+
+def _move(connection: Connection, found: Mapping[str, Account], posted: Iterable[Transfer]) -> None:
+    """Change the balances."""
+    changes = dict.fromkeys(found, 0)
+    for each in posted:
         changes[each.debit] -= each.amount_nanousd
         changes[each.credit] += each.amount_nanousd
     for account_id, change in changes.items():
@@ -100,7 +123,6 @@ def post(connection: Connection, wanted: Sequence[Transfer]) -> list[Transfer]:
         if change < 0 and is_customers(account_id) and -change > account.free_nanousd:
             raise GatewayError("INSUFFICIENT_CREDITS", "the account has not enough credit left")
     _apply(connection, changes)
-    return new
 
 
 def is_customers(account_id: str) -> bool:
@@ -117,9 +139,20 @@ def _apply(connection: Connection, changes: dict[str, int]) -> None:
 
 def _insert(connection: Connection, wanted: Transfer) -> bool:
     """Add the row; False if its key was used for the same transfer before."""
+    _check_amount(wanted)
+    if insert_new(connection, transfers, _row(wanted)):
+        return True
+    _check_same(connection, wanted)
+    return False
+
+
+def _check_amount(wanted: Transfer) -> None:
     if not 0 < wanted.amount_nanousd <= AMOUNT_NANOUSD_MAX:
         raise GatewayError("UNPROCESSABLE", f"{wanted.amount_nanousd} nanodollars is out of range", param="amount")
-    row = {
+
+
+def _row(wanted: Transfer) -> dict[str, object]:
+    return {
         "id": wanted.id,
         "debit_account_id": wanted.debit,
         "credit_account_id": wanted.credit,
@@ -129,10 +162,6 @@ def _insert(connection: Connection, wanted: Transfer) -> bool:
         "created_at": datetime.now(UTC),
         "charge_id": wanted.charge_id,
     }
-    if insert_new(connection, transfers, row):
-        return True
-    _check_same(connection, wanted)
-    return False
 
 
 def _check_same(connection: Connection, wanted: Transfer) -> None:

@@ -1,32 +1,33 @@
 """Writes receipts and journal offsets into the store and charges the calls, all in one transaction.
 
-SQLite takes receipts past SQLAlchemy, over a connection of its own: a row costs a third of what it costs there, a
-transaction 0.4 ms instead of 1.5.
+Receipts go past SQLAlchemy: over a connection of its own on SQLite, by COPY on PostgreSQL. A row costs a third of what
+it costs there. They are taken for new, as they are but when a journal is read anew; only if the store knows one
+already is the batch written again, without those it knows.
 """
 
 import asyncio
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, cast
 
-from sqlalchemy import Connection, Insert, create_engine, event
+from sqlalchemy import Connection, create_engine, event, select
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import StaticPool
 
-from gpuproxy.ledger.open_calls import Notes, keep
+from gpuproxy.ledger.batch import Batch
+from gpuproxy.ledger.open_calls import keep
 from gpuproxy.ledger.segment import Row
-from gpuproxy.ledger.settle import Call, settle
+from gpuproxy.ledger.settle import settle
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store, connect_plain, fault_of
 from gpuproxy.store.schema import journal_segments, receipts
 
-INT64_MAX = 2**63 - 1
 NAMES = receipts.c.keys()  # a receipt's fields, what it cost, its charge id
-
-NOTHING = Notes()
+IDS_AT_ONCE = 1_000  # parameters of one query
 
 logger = get_logger(__name__)
 
@@ -34,12 +35,8 @@ logger = get_logger(__name__)
 class Writer(Protocol):
     """Stores receipts, passing over those that are there already, and moves the offsets; both or neither."""
 
-    async def write(
-        self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = (), notes: Notes = NOTHING
-    ) -> None:
-        """Commit; `calls` are those of the rows that cost something. Raises what the database raises; nothing is
-        stored then.
-        """
+    async def write(self, batch: Batch) -> None:
+        """Commit. Raises what the database raises; nothing is stored then."""
 
     def close(self) -> None:
         """Give up what is held. Not while a write runs."""
@@ -47,107 +44,115 @@ class Writer(Protocol):
 
 def open_writer(store: Store) -> Writer:
     """Return the fastest writer for this kind of store; it connects on first use."""
-    return SqliteWriter(store) if store.is_sqlite else SqlWriter(store)
+    return SqliteWriter(store) if store.is_sqlite else PostgresqlWriter(store)
 
 
-async def write_storable(
-    writer: Writer,
-    rows: Sequence[Row],
-    offsets: Mapping[str, int],
-    calls: Sequence[Call] = (),
-    notes: Notes = NOTHING,
-) -> None:
+async def write_storable(writer: Writer, batch: Batch) -> None:
     """Write; values no database takes are made fit. An upstream may claim any number, a client any text: one
     such receipt must not stop all others.
     """
     try:
-        await writer.write(rows, offsets, calls, notes)
+        await writer.write(batch)
     except (OverflowError, DBAPIError, sqlite3.Error) as error:
-        clipped = [storable(row) for row in rows]
-        if clipped == list(rows):
+        clipped = batch.storable()
+        if clipped.rows == batch.rows:
             raise
         logger.error("receipts hold values no database takes, clipped", error=fault_of(error))
-        await writer.write(clipped, offsets, calls, notes)
+        await writer.write(clipped)
 
 
-def storable(row: Row) -> Row:
-    """Return the receipt with what no database column takes made fit."""
-    return tuple(_storable(value) for value in row)
+def _known(connection: Connection, rows: Sequence[Row]) -> set[str]:
+    """Return the ids of those of the receipts that are stored."""
+    ids = [row[0] for row in rows]
+    starts = range(0, len(ids), IDS_AT_ONCE)
+    queries = (select(receipts.c.id).where(receipts.c.id.in_(ids[at : at + IDS_AT_ONCE])) for at in starts)
+    return {receipt_id for query in queries for receipt_id in connection.scalars(query)}
 
 
-def _storable(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("\x00", "\ufffd")  # PostgreSQL takes no NUL in text
-    return max(-INT64_MAX, min(value, INT64_MAX)) if type(value) is int else value
-
-
-def _upsert(insert: Any) -> Any:
-    return insert.on_conflict_do_update(index_elements=["name"], set_={"offset": insert.excluded.offset})
-
-
-def _compiled(insert: Insert, columns: list[str]) -> str:
-    return str(insert.compile(dialect=sqlite_dialect.dialect(), column_keys=columns))
-
-
-def _complete(connection: Connection, rows: Sequence[Row], calls: Sequence[Call]) -> Sequence[Row]:
-    """Charge the calls; return the rows with what each cost and its charge id behind."""
-    if not calls:
-        return [(*row, 0, "") for row in rows]
-    charge_ids = settle(connection, calls)
-    costs = {call.id: (call.cost_nanousd, charge_ids[call.id]) for call in calls if call.id in charge_ids}
-    return [(*row, *costs.get(row[0], (0, ""))) for row in rows]
+def _charged(connection: Connection, batch: Batch, is_new: bool) -> list[Row]:
+    """Do all that is to be done beside the receipts and offsets; return the receipts as they are to be stored."""
+    if not is_new:
+        batch = batch.without(partial(_known, connection))
+    charge_ids = settle(connection, batch.owed())
+    keep(connection, batch.notes)
+    return batch.completed(charge_ids)
 
 
 class SqliteWriter:
     """Writes over one connection, in a thread."""
 
-    _INSERT = _compiled(sqlite_dialect.insert(receipts).on_conflict_do_nothing(), NAMES)
-    _MOVE = _compiled(_upsert(sqlite_dialect.insert(journal_segments)), journal_segments.c.keys())
+    _INSERT = f"INSERT INTO receipts ({', '.join(NAMES)}) VALUES ({', '.join('?' * len(NAMES))})"  # noqa: S608
+    _MOVE = 'INSERT INTO journal_segments VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET "offset" = excluded."offset"'
 
     def __init__(self, store: Store) -> None:
         self._engine = create_engine("sqlite://", creator=partial(connect_plain, store), poolclass=StaticPool)
         event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
-    async def write(
-        self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = (), notes: Notes = NOTHING
-    ) -> None:
+    async def write(self, batch: Batch) -> None:
         """Commit. Raises what sqlite3 or SQLAlchemy raise, OverflowError for a number over 64 bits."""
-        await asyncio.to_thread(self._write, rows, offsets, calls, notes)
+        await asyncio.to_thread(self._write, batch)
 
     def close(self) -> None:
         """Close the connection."""
         self._engine.dispose()
 
-    def _write(self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call], notes: Notes) -> None:
+    def _write(self, batch: Batch) -> None:
+        try:
+            self._commit(batch, is_new=True)
+        except sqlite3.IntegrityError:
+            self._commit(batch, is_new=False)
+
+    def _commit(self, batch: Batch, is_new: bool) -> None:
         with self._engine.begin() as connection:
-            whole = _complete(connection, rows, calls)
-            keep(connection, notes)
+            whole = _charged(connection, batch, is_new)
             driver = cast(sqlite3.Connection, connection.connection.driver_connection)
             driver.executemany(self._INSERT, whole)
-            driver.executemany(self._MOVE, offsets.items())
+            driver.executemany(self._MOVE, batch.offsets.items())
 
 
-class SqlWriter:
-    """Writes with SQLAlchemy's pool, for every other database."""
+class PostgresqlWriter:
+    """Writes over a connection of SQLAlchemy's pool."""
 
     def __init__(self, store: Store) -> None:
+        insert = postgresql.insert(journal_segments)
         self._store = store
-        self._insert = store.insert_new(receipts)
-        self._move = _upsert(postgresql.insert(journal_segments))
+        self._move = insert.on_conflict_do_update(index_elements=["name"], set_={"offset": insert.excluded.offset})
 
-    async def write(
-        self, rows: Sequence[Row], offsets: Mapping[str, int], calls: Sequence[Call] = (), notes: Notes = NOTHING
-    ) -> None:
+    async def write(self, batch: Batch) -> None:
         """Commit. Raises what SQLAlchemy raises."""
-        moved = [{"name": name, "offset": offset} for name, offset in offsets.items()]
-        async with self._store.writing() as connection:
-            whole = await connection.run_sync(_complete, rows, calls)
-            if whole:
-                named = [dict(zip(NAMES, row, strict=True)) for row in whole]
-                await connection.execute(self._insert, named)
-            await connection.run_sync(keep, notes)
-            if moved:
-                await connection.execute(self._move, moved)
+        from asyncpg import UniqueViolationError  # type: ignore[import-untyped]  # 50 ms that SQLite does not need
+
+        with _as_sqlalchemy():
+            try:
+                await self._commit(batch, is_new=True)
+            except UniqueViolationError:
+                await self._commit(batch, is_new=False)
 
     def close(self) -> None:
         """Do nothing: the pool is the store's."""
+
+    async def _commit(self, batch: Batch, is_new: bool) -> None:
+        moved = [{"name": name, "offset": offset} for name, offset in batch.offsets.items()]
+        async with self._store.writing() as connection:
+            if moved:
+                await connection.execute(self._move, moved)
+            whole = await connection.run_sync(_charged, batch, is_new)
+            if whole:
+                await _copy(connection, whole)
+
+
+async def _copy(connection: AsyncConnection, whole: list[Row]) -> None:
+    await connection.exec_driver_sql("SELECT 1")  # SQLAlchemy begins a transaction with its first statement
+    driver: Any = (await connection.get_raw_connection()).driver_connection
+    await driver.copy_records_to_table("receipts", records=whole, columns=NAMES)
+
+
+@contextmanager
+def _as_sqlalchemy() -> Iterator[None]:
+    """Raise what the driver raises as the rest of the program knows it."""
+    from asyncpg import InterfaceError, PostgresError
+
+    try:
+        yield
+    except (PostgresError, InterfaceError) as error:
+        raise DBAPIError("COPY receipts", None, error) from error

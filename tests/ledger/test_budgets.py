@@ -12,7 +12,7 @@ from gpuproxy.ledger import budgets
 from gpuproxy.ledger.book import credit
 from gpuproxy.ledger.budgets import BUDGETS_MAX, budgets_of, remove_budget, room, set_budget, spend
 from gpuproxy.ledger.leases import Leases
-from gpuproxy.ledger.settle import Call, lease_owner, settle
+from gpuproxy.ledger.settle import Payer, lease_owner, settle
 from gpuproxy.ledger.verify import verify
 from gpuproxy.link.messages import Lease, Leased, Return
 from gpuproxy.store.engine import Store
@@ -30,7 +30,6 @@ class Ann:
         self.id = user_id
         self.one, self.two = key_ids
         self.leases = Leases(store, NODE, self._no_limit, lambda epoch, recall: False)
-        self._calls = 0
 
     async def run(self, work: Any, *arguments: Any) -> Any:
         async with self.store.writing() as connection:
@@ -43,8 +42,7 @@ class Ann:
         return await self.leases.grant(epoch, Lease(1, self.id, key_id, "nanousd", least, wanted))
 
     async def charge(self, cost: int, key_id: str, epoch: str = "w1") -> None:
-        self._calls += 1
-        await self.run(settle, [Call(f"r{self._calls}", lease_owner(NODE, epoch), self.id, cost, key_id)])
+        await self.run(settle, {Payer(lease_owner(NODE, epoch), self.id, key_id): cost})
 
     async def give_back(self, amount: int, key_id: str = "", epoch: str = "w1") -> None:
         self.leases.take_back(epoch, Return(self.id, key_id, "nanousd", amount))

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from journals import frame, receipt
+from journals import DAY_NS, START_NS, frame, receipt
 from sqlalchemy import select
 
 from gpuproxy.access.accounts import create_user
@@ -66,6 +66,28 @@ async def test_a_batch_is_one_transfer_that_its_receipts_name(store: Store, inge
         rows = (await connection.execute(select(receipts).order_by(receipts.c.id))).all()
     assert (posted.amount_nanousd, posted.credit_account_id) == (30, "revenue")
     assert [(row.cost_nanousd, row.charge_id) for row in rows] == [(10, posted.charge_id)] * 3 + [(0, "")]
+    assert await verify(store) == []
+
+
+async def test_no_charge_is_for_calls_of_two_days(store: Store, ingest: Take, user_id: str) -> None:
+    await lease(store, user_id, 25)
+    started = [START_NS, START_NS + DAY_NS - 1, START_NS + DAY_NS]
+    await ingest(*(receipt(number, user_id=user_id, started_ns=at) for number, at in enumerate(started)))
+    async with store.reading() as connection:
+        rows = (await connection.execute(select(receipts).order_by(receipts.c.id))).all()
+        posted = (await connection.execute(select(transfers).where(transfers.c.kind == "usage"))).all()
+    assert rows[0].charge_id == rows[1].charge_id != rows[2].charge_id
+    amounts = {row.charge_id: row.amount_nanousd for row in posted}
+    assert amounts == {rows[0].charge_id: 20, rows[2].charge_id: 10}
+    assert await account(store, f"credit:{user_id}") == (70, 0)
+    assert await verify(store) == []
+
+
+async def test_what_is_not_covered_is_written_off_on_the_day_it_lacks(store: Store, ingest: Take, user_id: str) -> None:
+    calls = [receipt(number, user_id=user_id, started_ns=START_NS + number % 2 * DAY_NS) for number in range(12)]
+    await ingest(*calls)
+    assert await balance(store, user_id) == 0
+    assert (await account(store, "write_off"), await account(store, "revenue")) == ((-20, 0), (120, 0))
     assert await verify(store) == []
 
 
