@@ -20,6 +20,7 @@ ALGORITHM = "HS256"
 ISSUER = "gpuproxy"
 AUDIENCE = "gpuproxy-management"
 KIND = "access"
+COOKIE = "cookie"  # of a browser's session: as good, but never taken where a header carries it
 LEEWAY_S = 30  # two machines' clocks may differ by this
 TOKEN_CHARACTERS_MAX = 2_048  # ours have 450
 
@@ -38,10 +39,10 @@ class Claims(Struct, frozen=True):
     typ: str
 
 
-def claims_for(user_id: str, session_id: str, lifetime_s: float) -> Claims:
+def claims_for(user_id: str, session_id: str, lifetime_s: float, kind: str = KIND) -> Claims:
     """Return the claims of a new token that is good from now on."""
     now_s = int(time.time())
-    return Claims(user_id, session_id, str(uuid4()), now_s, now_s, now_s + int(lifetime_s), ISSUER, AUDIENCE, KIND)
+    return Claims(user_id, session_id, str(uuid4()), now_s, now_s, now_s + int(lifetime_s), ISSUER, AUDIENCE, kind)
 
 
 def sign(keyring: Keyring, claims: Claims) -> str:
@@ -57,8 +58,11 @@ def looks_like_token(credential: str) -> bool:
     return credential.count(".") == 2
 
 
-def read(keyring: Keyring, token: str) -> Claims:
-    """Return the claims of a token we made and whose time has not passed. Raises GatewayError UNAUTHORIZED."""
+def read(keyring: Keyring, token: str, kind: str = KIND) -> Claims:
+    """Return the claims of a token of this kind that we made and whose time has not passed.
+
+    Raises GatewayError UNAUTHORIZED.
+    """
     if len(token) > TOKEN_CHARACTERS_MAX:
         raise _unauthorized()
     try:
@@ -66,7 +70,7 @@ def read(keyring: Keyring, token: str) -> Claims:
     except (ValueError, RecursionError):  # msgspec's errors and json's are ValueErrors
         raise _unauthorized() from None
     now_s = time.time()
-    is_ours = (claims.iss, claims.aud, claims.typ) == (ISSUER, AUDIENCE, KIND)
+    is_ours = (claims.iss, claims.aud, claims.typ) == (ISSUER, AUDIENCE, kind)
     if not is_ours or claims.nbf > now_s + LEEWAY_S or claims.exp <= now_s - LEEWAY_S:
         raise _unauthorized()
     return claims

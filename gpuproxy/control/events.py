@@ -51,6 +51,8 @@ async def events(request: web.Request) -> web.StreamResponse:
     listener = Listener(app, socket)
     if "X-API-Key" in request.headers or "Authorization" in request.headers:
         await listener.identify_request(request)
+    else:
+        await listener.identify_cookie(request)
     await socket.prepare(request)
     app[SOCKETS].add(socket)
     app[LISTENERS].add(listener)

@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 
 from gpuproxy.access.callers import Caller, invalid_credentials
 from gpuproxy.access.tickets import PREFIX, Holder, redeem_ticket
+from gpuproxy.control.cookie import caller_by_cookie, is_same_origin
 from gpuproxy.control.identify import caller_of, identify
 from gpuproxy.control.parts import CONFIG, HUB, STORE, STREAM
 from gpuproxy.errors import GatewayError
@@ -63,6 +64,11 @@ class Listener:
     async def identify_request(self, request: web.Request) -> None:
         """Take the credential of the request's header. Raises GatewayError, which refuses the connection."""
         self._accept(await identify(request))
+
+    async def identify_cookie(self, request: web.Request) -> None:
+        """Take the session cookie of a page of ours, if there is one that is good."""
+        if is_same_origin(request) and (caller := await caller_by_cookie(request)) is not None:
+            self._accept(caller)
 
     async def show_credential(self, token: str) -> None:
         """Take a key, an access token or a ticket, and say how that went."""

@@ -1,0 +1,71 @@
+"""The session cookie: a browser signs in once for the pages and for ``/ws``.
+
+It carries a token of its own kind, as good as its session: logging out, a new password or a blocked user ends it. No
+script can read it, and the API does not take it, so that another site can make a browser do nothing there. What takes
+it and does something asks `is_same_origin` first, for SameSite=Lax knows sites and not origins (RFC 6265bis §5.6.7).
+"""
+
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from gpuproxy.access import tokens
+from gpuproxy.access.callers import Caller, caller_by_token
+from gpuproxy.control.parts import CONFIG, KEYRING, STORE
+from gpuproxy.errors import GatewayError
+
+NAME = "gpuproxy"
+SECURE_NAME = "__Host-gpuproxy"  # browsers take it over TLS only and from no neighbour in the domain
+
+
+async def caller_by_cookie(request: web.Request) -> Caller | None:
+    """Return who is signed in; None for no cookie, or one that is good no more."""
+    cookie = request.cookies.get(_name(request))
+    if not cookie:
+        return None
+    try:
+        claims = tokens.read(request.app[KEYRING], cookie, tokens.COOKIE)
+    except GatewayError:
+        return None
+    return await caller_by_token(request.app[STORE], claims)
+
+
+def set_cookie(request: web.Request, response: web.StreamResponse, user_id: str, session_id: str) -> None:
+    """Let the browser carry the session on, for as long as it lasts unused."""
+    lifetime_s = request.app[CONFIG].auth.refresh_token_s
+    claims = tokens.claims_for(user_id, session_id, lifetime_s, tokens.COOKIE)
+    response.set_cookie(
+        _name(request),
+        tokens.sign(request.app[KEYRING], claims),
+        max_age=int(lifetime_s),
+        path="/",
+        secure=is_https(request),
+        httponly=True,
+        samesite="Lax",
+    )
+
+
+def forget_cookie(request: web.Request, response: web.StreamResponse) -> None:
+    """Take the cookie from the browser."""
+    response.del_cookie(_name(request), path="/", secure=is_https(request), httponly=True, samesite="Lax")
+
+
+def is_https(request: web.Request) -> bool:
+    """Tell whether the browser came by TLS. Workers keep what a proxy says of that from a trusted one only."""
+    return request.headers.get("X-Forwarded-Proto", "").lower() == "https"
+
+
+def is_same_origin(request: web.Request) -> bool:
+    """Tell whether a page of ours sent this; browsers say so, and what says nothing is none of ours.
+
+    Sec-Fetch-Site is sent over TLS and to the own machine; Origin with every POST and every WebSocket.
+    """
+    site = request.headers.get("Sec-Fetch-Site")
+    if site is not None:
+        return site == "same-origin"
+    host = request.headers.get("X-Forwarded-Host") or request.host
+    return urlsplit(request.headers.get("Origin", "")).netloc.lower() == host.lower()
+
+
+def _name(request: web.Request) -> str:
+    return SECURE_NAME if is_https(request) else NAME
