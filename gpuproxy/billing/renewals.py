@@ -13,6 +13,7 @@ from sqlalchemy import BigInteger, Connection, and_, exists, func, or_, select, 
 from sqlalchemy import cast as sql_cast
 
 from gpuproxy.billing.payments import Payment, add, lock_customer, new_payment
+from gpuproxy.events.outbox import record
 from gpuproxy.ledger.transfers import CREDIT, insert_new
 from gpuproxy.store.schema import accounts, auto_renewals, payment_methods, payments, users
 
@@ -93,7 +94,7 @@ def intend(connection: Connection, user_id: str, now: datetime) -> Payment | Non
     if account.posted_nanousd - account.held_nanousd >= wished.threshold_nanousd:
         return None
     if not saved_method(connection, user_id, wished.provider):
-        _note(connection, user_id, is_enabled=False, reason="no way of paying is saved; pay once with save_method")
+        switch_off(connection, user_id, "no way of paying is saved; pay once with save_method")
         return None
     month = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     if _charged_since(connection, user_id, month) + wished.amount_nanousd > wished.monthly_cap_nanousd:
@@ -122,14 +123,19 @@ def note_failure(connection: Connection, payment: Payment) -> None:
     failures = get(connection, payment.user_id).failures + 1
     pause = min(BACKOFF * 2 ** min(failures - 1, 10), BACKOFF_MAX)
     values: dict[str, Any] = {"failures": failures, "next_attempt_at": datetime.now(UTC) + pause}
-    if failures >= FAILURES_MAX:
-        values["is_enabled"] = False
     _note(connection, payment.user_id, reason=payment.reason, **values)
+    if failures >= FAILURES_MAX:
+        switch_off(connection, payment.user_id, payment.reason)
 
 
 def switch_off(connection: Connection, user_id: str, reason: str) -> None:
-    """Charge this customer no more until they agree anew."""
-    _note(connection, user_id, is_enabled=False, reason=reason)
+    """Charge this customer no more until they agree anew, and tell them, unless it was off; "": they wanted it."""
+    is_on = and_(_column.user_id == user_id, _column.is_enabled)
+    values = {"is_enabled": False, "reason": reason}
+    provider = connection.scalar(update(auto_renewals).where(is_on).values(**values).returning(_column.provider))
+    if provider is not None:
+        told = {"provider": provider, "reason": reason or "you switched it off"}
+        record(connection, "subscription.cancelled", user_id, told)
 
 
 def _note(connection: Connection, user_id: str, **values: Any) -> None:

@@ -107,10 +107,11 @@ class Rates(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Credit(Struct, forbid_unknown_fields=True, frozen=True):
-    """What calls of models with a price reserve where the caller bounds nothing."""
+    """What calls of models with a price reserve where the caller bounds nothing, and below what customers are told."""
 
     output_tokens_default: Positive = 4_096
     reserved_s: PositiveSeconds = 60.0
+    low_usd: Usd = "1.00"
 
 
 class Journal(Struct, forbid_unknown_fields=True, frozen=True):
@@ -132,6 +133,7 @@ class Events(Struct, forbid_unknown_fields=True, frozen=True):
     kept_s: Annotated[float, Meta(ge=432_000, le=315_360_000)] = 2_592_000.0
     gpu_updates_public: bool = True
     sockets_max: Positive = 16_384
+    usage_s: Annotated[float, Meta(ge=0.1, le=86_400)] = 10.0
 
 
 class Webhooks(Struct, forbid_unknown_fields=True, frozen=True):

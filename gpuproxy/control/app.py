@@ -53,6 +53,7 @@ from gpuproxy.control.parts import (
     STOPPING,
     STORE,
     STREAM,
+    USAGE_WANTED,
 )
 from gpuproxy.control.paying import add_payments, look_after_payments, payment_providers
 from gpuproxy.control.rates import RATES, ApiRates, tell_count
@@ -60,6 +61,8 @@ from gpuproxy.control.respond import errors_in_one_shape, name_server
 from gpuproxy.control.route import add_routes
 from gpuproxy.control.routing import TOPIC, RoutingFeed
 from gpuproxy.control.table import TABLE
+from gpuproxy.control.telling import Teller
+from gpuproxy.control.wanting import UsageWanted
 from gpuproxy.errors import ConfigError, GatewayError, PluginError
 from gpuproxy.events.hub import Hub
 from gpuproxy.events.post import Bounds, Poster
@@ -175,6 +178,7 @@ async def _serve(
         app[STREAM].run(stopping),
         events.watch(app, stopping),
         webhook_sender(store, boot.config, keyring).run(stopping),
+        Teller(store, boot.config, nodes.leader.confirm).run(stopping),
         FleetKeeper(fleet, app[OFFERS], nodes.leader.confirm).run(stopping),
     )
     tasks = [asyncio.create_task(work) for work in works]
@@ -296,6 +300,7 @@ def application(
     add_payments(app, store, providers or {})
     app[LISTENERS] = set()
     app[HUB] = Hub()
+    app[USAGE_WANTED] = UsageWanted(store)
     app[STREAM] = Stream(store, app[HUB].publish, app[CONFIG].events)
     add_metrics(app)
     add_routes(app, TABLE)

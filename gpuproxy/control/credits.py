@@ -5,7 +5,7 @@ from typing import Annotated
 from uuid import uuid4
 
 from aiohttp import web
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.accounts import user_by_id
@@ -13,21 +13,24 @@ from gpuproxy.access.audit import note
 from gpuproxy.billing import renewals
 from gpuproxy.control.money import GivenUsd, Usd, nanousd_given, usd
 from gpuproxy.control.once import HEADER, once
-from gpuproxy.control.parts import CALLER, STORE
+from gpuproxy.control.parts import CALLER, CONFIG, STORE
 from gpuproxy.control.query import page_asked
 from gpuproxy.control.respond import page_of, success
 from gpuproxy.errors import GatewayError
-from gpuproxy.events.outbox import record
-from gpuproxy.ledger.book import format_usd
+from gpuproxy.ledger import low_credit
+from gpuproxy.ledger.book import format_usd, parse_usd
 from gpuproxy.ledger.statement import Transaction, credits_within, transactions_of
 from gpuproxy.ledger.transfers import ADJUSTMENTS, Transfer, credit_account, post
-from gpuproxy.store.engine import Store
 
 UserId = Annotated[str, Meta(max_length=64, examples=["3f0c8d1e-6c1b-4f5a-9f57-0e6f1c2f8a11"])]
+ThresholdUsd = Annotated[Raw, Meta(extra_json_schema={"type": ["number", "string", "null"]}, examples=[5.0])]
 
 
 class CreditsInfo(Struct):
-    """An account: `held` is set aside for running calls; `overage` is how far it is below 0, `cap` how far it may."""
+    """An account: `held` is set aside for running calls; `overage` is how far it is below 0, `cap` how far it may.
+
+    Below `low_threshold` its owner is told, once until credit is added.
+    """
 
     credits_remaining: Usd
     credits_total: Usd
@@ -40,6 +43,13 @@ class CreditsInfo(Struct):
     overage_nanousd: int
     cap_nanousd: int
     auto_renew: bool
+    low_threshold: Usd
+
+
+class LowThreshold(Struct, forbid_unknown_fields=True):
+    """Below how much the caller wants to be told by ``credits.low``: 0 for never, null for what holds for everybody."""
+
+    threshold: ThresholdUsd
 
 
 class TransactionInfo(Struct):
@@ -73,7 +83,16 @@ class CreditGiven(Struct):
 
 async def show(request: web.Request) -> web.Response:
     """Show what the caller's account has."""
-    return success(await credits_shown(request.app[STORE], request[CALLER].user_id))
+    return success(await credits_shown(request.app, request[CALLER].user_id))
+
+
+async def set_low_threshold(request: web.Request, body: LowThreshold) -> web.Response:
+    """Say below how much credit the caller wants to be told."""
+    threshold = None if bytes(body.threshold) == b"null" else nanousd_given(body.threshold, "threshold", 0)
+    user_id = request[CALLER].user_id
+    async with request.app[STORE].writing() as connection:
+        await connection.run_sync(low_credit.set_threshold, user_id, threshold)
+    return success(await credits_shown(request.app, user_id))
 
 
 async def transactions(request: web.Request) -> web.Response:
@@ -97,23 +116,23 @@ async def add_credits(request: web.Request, body: CreditGift) -> web.Response:
             raise GatewayError("CONFLICT", f"{HEADER} {key!r} has added this amount before, over a day ago")
         detail = {"amount_usd": format_usd(amount_nanousd), "transaction_id": given.id}
         await note(connection, caller, "credits.add", user_id, detail)
-        told = {"amount": float(format_usd(amount_nanousd)), "amount_nanousd": amount_nanousd}
-        await connection.run_sync(record, "credits.added", user_id, {**told, "transaction_id": given.id})
         left = (await credits_within(connection, user_id)).remaining_nanousd
         return CreditGiven(user_id, given.id, usd(amount_nanousd), amount_nanousd, usd(left), left)
 
     return await once(request, body, 200, work)
 
 
-async def credits_shown(store: Store, user_id: str) -> CreditsInfo:
+async def credits_shown(app: web.Application, user_id: str) -> CreditsInfo:
     """Return a customer's account as the API shows it."""
-    async with store.reading() as connection:
+    async with app[STORE].reading() as connection:
         found = await credits_within(connection, user_id)
         renewal = await connection.run_sync(renewals.get, user_id)
+        low = await connection.run_sync(low_credit.threshold_of, user_id)
+    low = parse_usd(app[CONFIG].credit.low_usd or "0", 0) if low is None else low
     remaining, total, held = found.remaining_nanousd, found.total_nanousd, found.held_nanousd
     overage, cap = max(0, -remaining), found.overdraft_nanousd
     shown = usd(remaining), usd(total), usd(held), usd(overage), usd(cap)
-    return CreditsInfo(*shown, remaining, total, held, overage, cap, renewal.is_enabled)
+    return CreditsInfo(*shown, remaining, total, held, overage, cap, renewal.is_enabled, usd(low))
 
 
 def transaction_info(found: Transaction) -> TransactionInfo:

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gpuproxy.access.callers import invalid_credentials
 from gpuproxy.access.tickets import issue_ticket
 from gpuproxy.control.listener import Listener
-from gpuproxy.control.parts import CALLER, CONFIG, LISTENERS, SOCKETS, STORE
+from gpuproxy.control.parts import CALLER, CONFIG, LISTENERS, SOCKETS, STORE, USAGE_WANTED
 from gpuproxy.control.respond import success
 from gpuproxy.errors import GatewayError
 from gpuproxy.observe.logs import get_logger
@@ -88,7 +88,8 @@ async def watch(app: web.Application, stopping: asyncio.Event) -> None:
 
 
 async def watch_once(app: web.Application) -> None:
-    """Look once whether all credentials are still good."""
+    """Look once whether all credentials are still good, and whose use of models is to be told."""
+    await app[USAGE_WANTED].note(user_id for listener in app[LISTENERS] for user_id in listener.wants_usage_of)
     holders = [(listener, listener.holder) for listener in app[LISTENERS] if listener.holder is not None]
     if not holders:
         return

@@ -76,7 +76,7 @@ async def own(request: web.Request) -> web.StreamResponse:
         fields: list[tuple[str, Any]] = [
             ("exported_at", datetime.now(UTC)),
             ("profile", profile),
-            ("credits", await credits_shown(store, caller.user_id)),
+            ("credits", await credits_shown(request.app, caller.user_id)),
             ("api_keys", _own_keys(store, caller, budgets)),
             ("quotas", {"keys_max": KEYS_MAX, "budgets": [budget_info(each) for each in budgets]}),
             ("gpu_usage", _uses(store, caller.user_id)),

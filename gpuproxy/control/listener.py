@@ -18,7 +18,8 @@ from gpuproxy.access.callers import Caller, invalid_credentials
 from gpuproxy.access.tickets import PREFIX, Holder, redeem_ticket
 from gpuproxy.control.cookie import caller_by_cookie, is_same_origin
 from gpuproxy.control.identify import caller_of, identify
-from gpuproxy.control.parts import CONFIG, HUB, STORE, STREAM
+from gpuproxy.control.parts import CONFIG, HUB, STORE, STREAM, USAGE_WANTED
+from gpuproxy.control.wanting import USAGE_CHANNEL
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.catalogue import CHANNELS, EVENTS, PUBLIC_CHANNEL
 from gpuproxy.events.hub import Consumer, text_of
@@ -156,12 +157,19 @@ class Listener:
         for channel in accepted:
             self._app[HUB].subscribe(self._consumer, channel)
         try:
+            if USAGE_CHANNEL in accepted:
+                await self._app[USAGE_WANTED].note(self.wants_usage_of)
             await self._say("subscribed", {"channels": accepted})
             if message.last_event_id:
                 await self._replay(message.last_event_id, accepted)
         finally:
             self._is_held = False
             self._ready()
+
+    @property
+    def wants_usage_of(self) -> list[str]:
+        """Return whose use of models this client wants to hear of: one account, or none."""
+        return [self.holder.user_id] if self.holder and USAGE_CHANNEL in self._consumer.channels else []
 
     def _may_hear(self, channel: str) -> bool:
         is_public = channel == PUBLIC_CHANNEL and self._app[CONFIG].events.gpu_updates_public

@@ -13,6 +13,7 @@ from gpuproxy.access.passwords import Hasher
 from gpuproxy.config import Config
 from gpuproxy.control.nodes import Nodes
 from gpuproxy.control.routing import RoutingFeed
+from gpuproxy.control.wanting import UsageWanted
 from gpuproxy.events.hub import Hub
 from gpuproxy.events.stream import Stream
 from gpuproxy.fleet.offers import Offers
@@ -41,6 +42,7 @@ LEASES = web.AppKey("leases", Leases)
 EXPORTING: web.AppKey[set[str]] = web.AppKey("exporting")  # the users whose exports run
 HUB = web.AppKey("hub", Hub)
 STREAM = web.AppKey("stream", Stream)
+USAGE_WANTED = web.AppKey("usage_wanted", UsageWanted)
 LISTENERS: "web.AppKey[set[Listener]]" = web.AppKey("listeners")
 SOCKETS: web.AppKey[WeakSet[web.WebSocketResponse]] = web.AppKey("sockets")
 

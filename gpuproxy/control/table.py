@@ -64,6 +64,14 @@ TABLE: tuple[Route, ...] = (
     ),
     Route("GET", "/api/v1/user/credits", credits.show, "key", gives=credits.CreditsInfo),
     Route(
+        "PUT",
+        "/api/v1/user/credits/low",
+        credits.set_low_threshold,
+        "account",
+        credits.LowThreshold,
+        credits.CreditsInfo,
+    ),
+    Route(
         "GET",
         "/api/v1/user/transactions",
         credits.transactions,

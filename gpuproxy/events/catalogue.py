@@ -25,8 +25,8 @@ BILLING_CHANNEL = "billing_events"
 
 EVENTS: dict[str, Kind] = {
     "gpu.available": Kind("gpu_updates", "a provider offers a GPU that was not offered before"),
-    "gpu.unavailable": Kind("gpu_updates", "an offer is gone"),
-    "gpu.price_changed": Kind("gpu_updates", "an offer has another price"),
+    "gpu.unavailable": Kind("gpu_updates", "of a GPU nothing is offered any more"),
+    "gpu.price_changed": Kind("gpu_updates", "the lowest price of a GPU has changed"),
     "instance.created": Kind("instance_events", "an instance is rented and will be started"),
     "instance.running": Kind("instance_events", "it is up"),
     "instance.stopped": Kind("instance_events", "it is stopped; its disk is kept and costs"),
@@ -37,11 +37,13 @@ EVENTS: dict[str, Kind] = {
     "payment.failed": Kind("billing_events", "a payment was refused"),
     "payment.refunded": Kind("billing_events", "a payment was given back"),
     "subscription.renewed": Kind("billing_events", "a subscription goes on for another period"),
-    "subscription.cancelled": Kind("billing_events", "a subscription ends"),
-    "credits.added": Kind("billing_events", "credit was added by an operator"),
+    "subscription.cancelled": Kind(
+        "billing_events", "a subscription ends: renewal was switched off, or failed too often"
+    ),
+    "credits.added": Kind("billing_events", "credit came in: a payment, a gift of the operator, a refund undone"),
     "budget.warning": Kind("billing_events", "80 % of a budget are spent"),
     "budget.exceeded": Kind("billing_events", "a budget is spent, or a call was refused because it would be"),
-    "credits.low": Kind("billing_events", "little credit is left"),
+    "credits.low": Kind("billing_events", "little credit is left; once, until credit is added"),
     "usage.recorded": Kind("usage_events", "calls of yours were charged: a sum over a moment"),
     "webhook.test": Kind("account_events", "a test delivery you asked for; goes to that webhook only"),
     "webhook.disabled": Kind("account_events", "a webhook gets nothing any more, with the reason"),

@@ -12,6 +12,7 @@ from sqlalchemy import Row, and_, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.events import usage
 from gpuproxy.events.catalogue import EVERYTHING, canonical, subscribable
 from gpuproxy.events.deliveries import STATES, after, cancel_open
 from gpuproxy.events.outbox import store_event
@@ -90,7 +91,9 @@ async def add_webhook(connection: AsyncConnection, user_id: str, draft: Draft, c
     }  # fmt: skip
     await connection.execute(insert(webhooks).values(row))
     await _subscribe(connection, draft.id, draft.events)
-    return await own_webhook(connection, user_id, draft.id)
+    made = await own_webhook(connection, user_id, draft.id)
+    await _want_usage(connection, user_id, made)
+    return made
 
 
 async def own_webhook(connection: AsyncConnection, user_id: str, webhook_id: str) -> Webhook:
@@ -130,7 +133,9 @@ async def change_webhook(
         await _subscribe(connection, webhook_id, names)
     if is_enabled is False:
         await cancel_open(connection, deliveries.c.webhook_id == webhook_id)
-    return await own_webhook(connection, user_id, webhook_id)
+    changed = await own_webhook(connection, user_id, webhook_id)
+    await _want_usage(connection, user_id, changed)
+    return changed
 
 
 async def remove_webhook(connection: AsyncConnection, user_id: str, webhook_id: str) -> Webhook:
@@ -210,6 +215,11 @@ async def _subscribe(connection: AsyncConnection, webhook_id: str, names: Sequen
     rows = [{"webhook_id": webhook_id, "name": name} for name in names]
     if rows:
         await connection.execute(insert(webhook_events), rows)
+
+
+async def _want_usage(connection: AsyncConnection, user_id: str, webhook: Webhook) -> None:
+    if webhook.state == "enabled" and usage.wants(webhook.events):
+        await connection.run_sync(usage.want, user_id, datetime.now(UTC))
 
 
 async def _with_events(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[Webhook]:

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.outbox import record
+from gpuproxy.fleet.news import Cheapest, cheapest, news
 from gpuproxy.fleet.parts import DISK_GB, Fleet, native_id, shown_id
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Offer, OfferQuery, ProviderError, best_offers, is_same_model
@@ -21,7 +22,6 @@ from gpuproxy.pricing import with_markup, without_markup
 
 OFFERS_MAX = 2_000  # kept of one provider and kind, the cheapest
 WAIT_S = 8.0  # what a listing waits for at most
-NEWS_MAX = 20  # told of in one refresh
 SORTS = {
     "price": lambda offer: (offer.price_nanousd_per_hour, offer.provider, offer.id),
     "-price": lambda offer: (-offer.price_nanousd_per_hour, offer.provider, offer.id),
@@ -59,7 +59,7 @@ class Offers:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._shelves: dict[tuple[str, bool], Shelf] = {}
-        self._models: dict[str, set[str]] = {}  # of each provider, as last told
+        self._told: dict[str, Cheapest] = {}  # of each provider, as at the last look
 
     async def find(
         self, names: Sequence[str], query: OfferQuery, sort: str
@@ -192,17 +192,22 @@ class Offers:
         return ShelfStatus(status, len(offers), shelf.observed_at, error)
 
     async def _tell_news(self, name: str) -> None:
-        """Record an event for everybody for each model that can be had again; the first look tells nothing."""
+        """Record for everybody what has changed since the last look; the first one tells nothing."""
         shelf = self._shelf(name, False)
         if shelf.error or shelf.observed_at is None:
             return
-        cheapest: dict[str, Offer] = {}
-        for offer in sorted(shelf.offers, key=SORTS["price"]):
-            cheapest.setdefault(offer.gpu_model, offer)
-        before, self._models[name] = self._models.get(name), set(cheapest)
-        news = [offer for model, offer in cheapest.items() if before is not None and model not in before]
-        if news:
-            await self._fleet.write(_record_news, [self.shown(offer) for offer in news[:NEWS_MAX]])
+        now = cheapest(shelf.offers)
+        before, self._told[name] = self._told.get(name), now
+        found = (
+            [] if before is None else [(event, self._facts(event, offer, before)) for event, offer in news(before, now)]
+        )
+        if found:
+            await self._fleet.write(_record_news, found)
+
+    def _facts(self, event: str, offer: Offer, before: Cheapest) -> dict[str, object]:
+        if event != "gpu.price_changed":
+            return self.shown(offer)
+        return {**self.shown(offer), "price_per_hour_before": self.price(before[offer.gpu_model]) / 1e9}
 
     def shown(self, offer: Offer) -> dict[str, object]:
         """Return what an event says of an offer."""
@@ -217,6 +222,6 @@ class Offers:
         }
 
 
-def _record_news(connection: Connection, news: list[dict[str, object]]) -> None:
-    for each in news:
-        record(connection, "gpu.available", None, each)
+def _record_news(connection: Connection, found: list[tuple[str, dict[str, object]]]) -> None:
+    for name, data in found:
+        record(connection, name, None, data)

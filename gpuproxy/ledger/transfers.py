@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Table, bindparam, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.events.outbox import record
 from gpuproxy.store.schema import accounts, transfers
 
 REVENUE = "revenue"  # what calls and rentals were charged
@@ -112,7 +113,7 @@ def _touched(connection: Connection, wanted: Iterable[Transfer]) -> dict[str, Ac
     return found
 
 
-def _move(connection: Connection, found: Mapping[str, Account], posted: Iterable[Transfer]) -> None:
+def _move(connection: Connection, found: Mapping[str, Account], posted: Sequence[Transfer]) -> None:
     """Change the balances."""
     changes = dict.fromkeys(found, 0)
     for each in posted:
@@ -123,6 +124,18 @@ def _move(connection: Connection, found: Mapping[str, Account], posted: Iterable
         if change < 0 and is_customers(account_id) and -change > account.free_nanousd:
             raise GatewayError("INSUFFICIENT_CREDITS", "the account has not enough credit left")
     _apply(connection, changes)
+    for each in posted:
+        if is_customers(each.credit):
+            _tell_added(connection, each)
+
+
+def _tell_added(connection: Connection, given: Transfer) -> None:
+    """Tell a customer of credit that came in, from wherever; that it was low may be told again."""
+    user_id, amount = given.credit.removeprefix(f"{CREDIT}:"), given.amount_nanousd
+    data = {"amount": amount / 1e9, "amount_nanousd": amount, "kind": given.kind, "transaction_id": given.id}
+    record(connection, "credits.added", user_id, data)
+    was_low = (accounts.c.id == given.credit) & accounts.c.is_low_told
+    connection.execute(update(accounts).where(was_low).values(is_low_told=False))
 
 
 def is_customers(account_id: str) -> bool:

@@ -22,6 +22,7 @@ from gpuproxy.ledger.batch import Batch
 from gpuproxy.ledger.open_calls import keep
 from gpuproxy.ledger.segment import Row
 from gpuproxy.ledger.settle import settle
+from gpuproxy.ledger.used import add_used
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store, connect_plain, fault_of
 from gpuproxy.store.schema import journal_segments, receipts
@@ -74,6 +75,7 @@ def _charged(connection: Connection, batch: Batch, is_new: bool) -> list[Row]:
     if not is_new:
         batch = batch.without(partial(_known, connection))
     charge_ids = settle(connection, batch.owed())
+    add_used(connection, batch, charge_ids)
     keep(connection, batch.notes)
     return batch.completed(charge_ids)
 

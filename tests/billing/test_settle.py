@@ -35,7 +35,7 @@ async def test_a_payment_becomes_credit_and_an_event(book: Book) -> None:
     assert await book.usd() == 25
     assert await book.state(payment) == ("completed", 25, 0)
     assert await book.balance("payments") == -25 * USD
-    assert await book.told() == ["payment.completed"]
+    assert await book.told() == ["credits.added", "payment.completed"]
     assert await book.is_sound()
 
 
@@ -49,7 +49,7 @@ async def test_a_replayed_event_posts_once_however_often_and_concurrently_it_com
         await second.close()
     assert sum(done) == 1
     assert await book.postings() == [("payment", 2_500)]
-    assert await book.told() == ["payment.completed"]
+    assert await book.told() == ["credits.added", "payment.completed"]
     assert await book.is_sound()
 
 
@@ -88,7 +88,7 @@ async def test_a_success_after_a_failure_counts(book: Book) -> None:
     assert await book.state(payment) == ("failed", 0, 0)
     await book.tell(paid(payment))
     assert await book.usd() == 25
-    assert await book.told() == ["payment.failed", "payment.completed"]
+    assert await book.told() == ["payment.failed", "credits.added", "payment.completed"]
 
 
 async def test_a_failure_after_the_success_changes_nothing(book: Book) -> None:
@@ -107,7 +107,7 @@ async def test_partial_refunds_add_up_and_never_exceed_the_payment(book: Book) -
     await book.tell(back("evt_4", 9_900, "re_2"))
     assert await book.state(payment) == ("refunded", 25, 25)
     assert await book.usd() == 0
-    assert await book.told() == ["payment.completed", "payment.refunded", "payment.refunded"]
+    assert await book.told() == ["credits.added", "payment.completed", "payment.refunded", "payment.refunded"]
     assert await book.is_sound()
 
 

@@ -58,7 +58,7 @@ async def test_a_customer_pays_on_stripes_page_and_has_credit(api: Api, stripe: 
     book = Book(api.store, ann.id)
     assert await book.usd() == 25
     assert await book.postings() == [("payment", 2_500)]
-    assert await book.told() == ["payment.completed"]
+    assert await book.told() == ["credits.added", "payment.completed"]
     payment = await payment_of(api, ann)
     assert (payment["state"], payment["paid_usd"]) == ("completed", 25.0)
     assert await book.is_sound()
@@ -260,7 +260,7 @@ async def test_an_admin_refunds_in_parts_and_stripe_does_it_once(
     await deliver(api, stripe, *events)  # what we know already changes nothing
     book = Book(api.store, ann.id)
     assert (await book.usd(), (await payment_of(api, ann))["state"]) == (15, "partly_refunded")
-    assert await book.told() == ["payment.completed", "payment.refunded"]
+    assert await book.told() == ["credits.added", "payment.completed", "payment.refunded"]
     status, answer = await api.call("POST", f"{BILLING}/refunds", {"payment_id": payment["id"]}, admin.by_token)
     assert (status, answer["amount_usd"]) == (201, 15.0)
     assert (await payment_of(api, ann))["state"] == "refunded"

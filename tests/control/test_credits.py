@@ -147,3 +147,14 @@ async def test_transactions_come_in_pages_newest_first(api: Api) -> None:
     assert [each["amount_nanousd"] for each in first["data"]] == [3, 2]
     _, last = await api.call("GET", f"{TRANSACTIONS}?limit=2&cursor={first['next_cursor']}", headers=person.by_token)
     assert ([each["amount_nanousd"] for each in last["data"]], "next_cursor" in last) == ([1], False)
+
+
+async def test_a_customer_says_below_what_they_want_to_be_told(api: Api) -> None:
+    ann, low = await api.person(), "/api/v1/user/credits/low"
+    for wished, shown in ((5, 5.0), (0, 0.0), (None, 1.0)):
+        status, told = await api.call("PUT", low, {"threshold": wished}, ann.by_token)
+        assert (status, told["low_threshold"]) == (200, shown)
+        _, told = await api.call("GET", "/api/v1/user/credits", None, ann.by_token)
+        assert told["low_threshold"] == shown
+    for wished in (-1, "x", [1]):
+        assert (await api.call("PUT", low, {"threshold": wished}, ann.by_token))[0] in (400, 422)

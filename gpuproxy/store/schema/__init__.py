@@ -23,7 +23,7 @@ from gpuproxy.store.schema.billing import (
     payment_reversals,
     payments,
 )
-from gpuproxy.store.schema.events import events
+from gpuproxy.store.schema.events import events, usage_sums
 from gpuproxy.store.schema.fleet import installations, rentals
 from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, open_calls, prices, receipts, transfers
 from gpuproxy.store.schema.routing import routing_blocks
@@ -62,6 +62,7 @@ __all__ = [
     "sessions",
     "tickets",
     "transfers",
+    "usage_sums",
     "users",
     "webhook_events",
     "webhooks",

@@ -1,6 +1,6 @@
 """What happened and who is to be told."""
 
-from sqlalchemy import JSON, Column, ForeignKey, Index, Table, Text
+from sqlalchemy import JSON, BigInteger, Column, ForeignKey, Index, Table, Text
 
 from gpuproxy.store.schema.base import Sequence, UtcTime, metadata
 
@@ -16,4 +16,17 @@ events = Table(
     Column("at", UtcTime, nullable=False, index=True),
     Index(None, "user_id", "seq"),
     sqlite_autoincrement=True,  # a number is never given twice, so a consumer never misses a row
+)
+
+# What was charged and is not told yet, of accounts of which somebody wants to hear it: only they have a row.
+usage_sums = Table(
+    "usage_sums",
+    metadata,
+    Column("user_id", Text, ForeignKey("users.id"), primary_key=True),
+    Column("wanted_until", UtcTime, nullable=False),  # a webhook wants it beyond that
+    Column("since", UtcTime),  # of the first charge in the sum; NULL: there is none
+    Column("call_count", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("cost_nanousd", BigInteger, nullable=False),
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 import msgspec
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, LargeBinary, Table, Text
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, LargeBinary, Table, Text, false
 from sqlalchemy.types import TypeEngine
 
 from gpuproxy.store.schema.base import UtcTime, metadata
@@ -53,6 +53,8 @@ accounts = Table(
     Column("posted_nanousd", BigInteger, nullable=False),
     Column("held_nanousd", BigInteger, nullable=False),
     Column("overdraft_nanousd", BigInteger, nullable=False, server_default="0"),
+    Column("low_nanousd", BigInteger),  # below so much the customer is told; NULL: the configuration's; 0: never
+    Column("is_low_told", Boolean, nullable=False, server_default=false()),  # until credit is added
     CheckConstraint("held_nanousd >= 0", name="held_is_not_negative"),
     CheckConstraint(
         "kind <> 'credit' OR posted_nanousd - held_nanousd >= -overdraft_nanousd", name="credit_is_not_overspent"

@@ -19,6 +19,7 @@ webhooks = Table(
     Column("old_secret", LargeBinary),
     Column("old_secret_until", UtcTime),
     Column("failing_since", UtcTime),  # of the first failure after the last success
+    Column("rests_until", UtcTime),  # its receiver asked for nothing before that
     Column("created_at", UtcTime, nullable=False),
 )
 
