@@ -308,6 +308,7 @@ def price() -> None:
 @click.option("--request", "request_usd", default="", metavar="USD", help="Per call.")
 @click.option("--second", "second_usd", default="", metavar="USD", help="Per second.")
 @click.option("--upstream", default="", help="At this upstream only.")
+@click.option("--tool", "is_tool", is_flag=True, help="MODEL is the name of an MCP tool.")
 @with_config
 @with_json
 def price_set(
@@ -318,6 +319,7 @@ def price_set(
     request_usd: str,
     second_usd: str,
     upstream: str,
+    is_tool: bool,
     config_path: Path | None,
     as_json: bool,
 ) -> None:
@@ -328,7 +330,8 @@ def price_set(
     from gpuproxy.ledger.catalogue import add_price, valid_from_now
     from gpuproxy.pricing import from_config
 
-    written = config.Price(model, upstream, input_usd, cached_usd, output_usd, request_usd, second_usd)
+    usd = (input_usd, cached_usd, output_usd, request_usd, second_usd)
+    written = config.Price("" if is_tool else model, upstream, *usd, tool=model if is_tool else "")
     config.build({"prices": [msgspec.to_builtins(written)]})  # names what is wrong
     wanted = msgspec.structs.replace(from_config(written), valid_from_ns=valid_from_now())
     _with_store(config_path, lambda store: add_price(store, wanted))
@@ -346,7 +349,13 @@ def price_list(config_path: Path | None, as_json: bool) -> None:
     from gpuproxy.pricing import Price
 
     found = [msgspec.to_builtins(each) for each in _with_store(config_path, list_prices)]
-    columns = ("model", "upstream", "valid_from_ns", *(name for name in Price.__struct_fields__ if "nanousd" in name))
+    columns = (
+        "model",
+        "tool",
+        "upstream",
+        "valid_from_ns",
+        *(name for name in Price.__struct_fields__ if "nanousd" in name),
+    )
     _table(found, columns, as_json)
 
 

@@ -17,7 +17,8 @@ from msgspec import Struct
 from gpuproxy import config
 from gpuproxy.types import Receipt, Usage
 
-ANY = "*"  # as the model of a price: every model
+ANY = "*"  # as the model of a price: every model; as the tool: every tool
+RPC_FAULT = "jsonrpc_error"  # so begins the outcome of a call that was not understood, or could not be done
 MILLION = 1_000_000
 US_PER_HOUR = 3_600_000_000
 PRICE_NANOUSD_MAX = 10**15  # a million dollars, per million tokens or per call
@@ -30,9 +31,10 @@ CHARGE_NANOUSD_MAX = 10**13  # ten thousand dollars; more for one call is a mist
 
 
 class Price(Struct, frozen=True):
-    """What one model costs, at one upstream or (``upstream`` empty) at all.
+    """What one model, or a call of one tool, costs, at one upstream or (``upstream`` empty) at all.
 
     ``valid_from_ns`` is unix time in nanoseconds; a price holds until a newer one of the same model and upstream.
+    One of ``model`` and ``tool`` is empty.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Price(Struct, frozen=True):
     request_nanousd: int = 0
     second_nanousd: int = 0
     valid_from_ns: int = 0
+    tool: str = ""
 
     @property
     def is_free(self) -> bool:
@@ -74,6 +77,7 @@ def marked_up(price: Price, markup_bps: int) -> Price:
         _marked(price.request_nanousd, factor),
         _marked(price.second_nanousd, factor),
         price.valid_from_ns,
+        price.tool,
     )
 
 
@@ -119,7 +123,7 @@ def cost_of(receipt: Receipt, price: Price) -> int:
 def _is_served(receipt: Receipt) -> bool:
     """Tell whether the upstream did what was asked, or did it until the client left or the gateway broke it off."""
     if receipt.outcome == "ok":
-        return receipt.status < 400
+        return receipt.status < 400 and not receipt.rpc_outcome.startswith(RPC_FAULT)
     return receipt.outcome in ("client_gone", "cut") and receipt.first_byte_us >= 0
 
 
@@ -147,6 +151,7 @@ def from_config(price: config.Price) -> Price:
         nanousd_of(price.output_usd_per_million),
         nanousd_of(price.per_request_usd),
         nanousd_of(price.per_second_usd),
+        tool=price.tool,
     )
 
 
@@ -203,42 +208,50 @@ class Catalogue:
     """All prices, looked up by model and upstream.
 
     A price for the upstream beats one for all, a price for the model beats one for any: first model and upstream,
-    then the model, then the upstream, then neither.
+    then the model, then the upstream, then neither. For a call of a tool, prices of tools beat all others, in the
+    same order.
     """
 
     def __init__(self, prices: Iterable[Price] = ()) -> None:
-        self._prices: dict[tuple[str, str], list[Price]] = {}
+        self._prices: dict[tuple[str, str, str], list[Price]] = {}
         for price in prices:
-            self._prices.setdefault((price.model, price.upstream), []).append(price)
+            self._prices.setdefault((price.model, price.upstream, price.tool), []).append(price)
         for versions in self._prices.values():
             versions.sort(key=lambda price: price.valid_from_ns, reverse=True)  # stable: the first given wins
-        self._found: dict[tuple[str, str], list[Price]] = {}
+        self._found: dict[tuple[str, str, str], list[Price]] = {}
 
     def __bool__(self) -> bool:
         """Tell whether anything costs anything."""
         return bool(self._prices)
 
-    def find(self, model: str, upstream: str, at_ns: int) -> Price:
+    @property
+    def has_tools(self) -> bool:
+        """Tell whether any tool has a price."""
+        return any(tool for _, _, tool in self._prices)
+
+    def find(self, model: str, upstream: str, at_ns: int, tool: str = "") -> Price:
         """Return the price in force at a time, FREE if there is none."""
-        candidates = self._found.get((model, upstream))
+        candidates = self._found.get((model, upstream, tool))
         if candidates is None:
-            candidates = self._candidates(model, upstream)
+            candidates = self._candidates(model, upstream, tool)
         for price in candidates:
             if price.valid_from_ns <= at_ns:
                 return price
         return FREE
 
-    def _candidates(self, model: str, upstream: str) -> list[Price]:
+    def _candidates(self, model: str, upstream: str, tool: str) -> list[Price]:
         """Return what may hold, in the order in which it is asked; remembered, since few are asked for often."""
         if len(self._found) >= FOUND_MAX:
             self._found.clear()  # names may be any
-        keys = ((model, upstream), (model, ""), (ANY, upstream), (ANY, ""))
-        found = self._found[model, upstream] = [price for key in keys for price in self._prices.get(key, ())]
+        keys = [(model, upstream, ""), (model, "", ""), (ANY, upstream, ""), (ANY, "", "")]
+        if tool:
+            keys[:0] = [("", upstream, tool), ("", "", tool), ("", upstream, ANY), ("", "", ANY)]
+        found = self._found[model, upstream, tool] = [price for key in keys for price in self._prices.get(key, ())]
         return found
 
     def holds(self, price: Price, at_ns: int) -> bool:
         """Tell whether a price is the version in force, at a time, of its model and upstream."""
-        versions = self._prices.get((price.model, price.upstream), ())
+        versions = self._prices.get((price.model, price.upstream, price.tool), ())
         return price == next((each for each in versions if each.valid_from_ns <= at_ns), None)
 
     def from_now_on(self, now_ns: int) -> list[Price]:

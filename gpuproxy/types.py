@@ -10,6 +10,8 @@ from msgspec import Struct
 
 ALL_SCOPES = ("inference", "account")  # call models; read and manage the own account
 
+TOOL_CALL = "tools/call"  # the JSON-RPC method of MCP that has a tool do its work
+
 Outcome = Literal["ok", "refused", "upstream_failed", "client_gone", "cut", "open"]
 UsageSource = Literal["none", "provider", "estimated"]
 
@@ -62,6 +64,9 @@ class Receipt(Struct, array_like=True, frozen=True, gc=False):
     ``first_byte_us`` counts from the request's last head byte to the upstream's first byte, -1 if none came.
     ``path`` carries no query. Token fields are -1 when the answer told no usage. ``markup_bps`` is what the worker
     reserved by; so it is charged by that, whatever holds when the receipt is stored.
+
+    Of a JSON-RPC call ``rpc_method`` is the method ("batch" for several), ``rpc_name`` the tool, prompt or resource it
+    names, ``rpc_outcome`` what the answer told: "ok", "tool_error" or "jsonrpc_error:CODE"; all are empty if not known.
     """
 
     id: str
@@ -88,3 +93,11 @@ class Receipt(Struct, array_like=True, frozen=True, gc=False):
     attempts: int
     is_stream: bool
     markup_bps: int = 0
+    rpc_method: str = ""
+    rpc_name: str = ""
+    rpc_outcome: str = ""
+
+    @property
+    def tool(self) -> str:
+        """Return the tool that was called, empty if none was."""
+        return self.rpc_name if self.rpc_method == TOOL_CALL else ""

@@ -373,3 +373,22 @@ def test_whatever_toml_accepts_has_lines(text: str) -> None:
     except ValueError:
         return
     assert all(1 <= line <= text.count("\n") + 1 for line in key_lines(text).values())
+
+
+@pytest.mark.parametrize(
+    ("block", "complaint"),
+    [
+        ({"per_request_usd": "1"}, "write one of the two"),
+        ({"model": "m", "tool": "t"}, "write one of the two"),
+        ({"tool": "t", "output_usd_per_million": "1"}, "have no tokens"),
+    ],
+    ids=["neither", "both", "tokens"],
+)
+def test_a_price_is_of_a_model_or_of_a_tool(block: dict[str, str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        build({"prices": [block]})
+
+
+def test_tools_of_one_name_may_differ_in_price_by_server() -> None:
+    one, other = ({"tool": "t", "upstream": name, "per_request_usd": "1"} for name in ("a", "b"))
+    assert len(build({"prices": [one, other]}).prices) == 2

@@ -208,19 +208,20 @@ class Upstream(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Price(Struct, forbid_unknown_fields=True, frozen=True):
-    """What calls of a model cost, in dollars as text, for no float can hold them exactly; "" is nothing.
+    """What calls of a model, or of a tool, cost, in dollars as text, for no float can hold them exactly; "" is nothing.
 
-    ``model`` may be "*" for every model. An empty ``upstream`` means all. Cached input costs what input costs
-    unless it has a price.
+    ``model`` may be "*" for every model, ``tool`` for every tool; one of them is given. An empty ``upstream`` means
+    all. Cached input costs what input costs unless it has a price.
     """
 
-    model: Text
+    model: Annotated[str, Meta(extra={"check": checks.optional_text})] = ""
     upstream: Annotated[str, Meta(extra={"check": checks.optional_upstream_name})] = ""
     input_usd_per_million: Usd = ""
     cached_input_usd_per_million: Usd = ""
     output_usd_per_million: Usd = ""
     per_request_usd: Usd = ""
     per_second_usd: Usd = ""
+    tool: Annotated[str, Meta(extra={"check": checks.optional_text})] = ""
 
 
 class Provider(Struct, forbid_unknown_fields=True, frozen=True):
@@ -420,14 +421,16 @@ def _check_names_differ(block: str, items: Any, faults: Faults) -> None:
 
 
 def _check_prices_differ(prices: Any, faults: Faults) -> None:
-    first: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, str, str], int] = {}
     for index, price in enumerate(prices if isinstance(prices, list) else ()):
         if not isinstance(price, dict):
             continue
-        model, upstream = price.get("model"), price.get("upstream", "")
-        if not isinstance(model, str) or not isinstance(upstream, str):
+        model, upstream, tool = (price.get(name, "") for name in ("model", "upstream", "tool"))
+        if not isinstance(model, str) or not isinstance(upstream, str) or not isinstance(tool, str):
             continue
-        before = first.setdefault((model, upstream), index)
+        place = ("prices", index, "tool" if tool else "model")
+        if complaint := checks.priced(model, tool, price):
+            faults.add(place, complaint)
+        before = first.setdefault((model, upstream, tool), index)
         if before != index:
-            place = ("prices", index, "model")
-            faults.add(place, f"{checks.show(model)} has its price in prices[{before}]; keep one")
+            faults.add(place, f"{checks.show(model or tool)} has its price in prices[{before}]; keep one")

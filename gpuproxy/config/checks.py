@@ -6,7 +6,7 @@ A complaint names the value and the remedy, and shows nothing that may hold a cr
 import ipaddress
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -179,4 +179,13 @@ def header(name: str, value: str) -> str | None:
         return "is no header name (RFC 9110 §5.1)"
     if not re.fullmatch(r"([!-~]([\t -~]*[!-~])?)?", value):
         return "its value has characters outside printable ASCII, or space around it"
+    return None
+
+
+def priced(model: str, tool: str, price: Mapping[str, Any]) -> str | None:
+    """Accept a price of either a model or a tool; calls of tools have no tokens."""
+    if bool(model) == bool(tool):
+        return "a price is of a model or of a tool; write one of the two"
+    if tool and any(price.get(name) for name in price if name.endswith("_per_million")):
+        return f"calls of the tool {show(tool)} have no tokens; use per_request_usd or per_second_usd"
     return None

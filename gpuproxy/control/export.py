@@ -49,6 +49,7 @@ class GpuUse(Struct):
     duration: float
     cost: Usd
     cost_nanousd: int
+    tool: str
 
 
 class UserRecord(Struct):
@@ -166,4 +167,4 @@ def _amounts(credits: Credits) -> tuple[int, int, int, int]:
 
 def _shown(use: Use) -> GpuUse:
     told = (use.id, use.kind, use.provider, use.instance_id, use.model, use.key_id, use.start_time, use.end_time)
-    return GpuUse(*told, use.duration_us / HOUR_US, usd(use.cost_nanousd), use.cost_nanousd)
+    return GpuUse(*told, use.duration_us / HOUR_US, usd(use.cost_nanousd), use.cost_nanousd, use.tool)

@@ -28,23 +28,28 @@ QUERY = {
     "cursor": "the next_cursor of the page before",
     "model": "of this model only; * is the price of every model",
 }
-CHECKS = {"model": checks.text, "upstream": checks.optional_upstream_name}  # the rest are dollars
+CHECKS = {  # the rest are dollars
+    "model": checks.optional_text,
+    "tool": checks.optional_text,
+    "upstream": checks.optional_upstream_name,
+}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Name = Annotated[str, Meta(max_length=256)]
 UsdText = Annotated[str, Meta(max_length=20, examples=["0.15"], description="US dollars as text; empty: nothing")]
 
 
 class NewPrice(Struct, forbid_unknown_fields=True):
     """A price to hold from `valid_from` on, as a block ``[[prices]]`` of the configuration says it."""
 
-    model: Annotated[Name, Meta(description="* is every model")]
+    model: Annotated[Name, Meta(description="* is every model")] = ""
     upstream: Annotated[str, Meta(max_length=64, description="empty: every upstream")] = ""
     input_usd_per_million: UsdText = ""
     cached_input_usd_per_million: UsdText = ""
     output_usd_per_million: UsdText = ""
     per_request_usd: UsdText = ""
     per_second_usd: UsdText = ""
+    tool: Annotated[Name, Meta(description="instead of a model; * is every tool")] = ""
     valid_from: Annotated[datetime | None, Meta(description="not in the past; left out: in a moment")] = None
 
 
@@ -60,6 +65,7 @@ class PriceInfo(Struct):
     per_second_usd: str
     valid_from: datetime | None
     is_in_force: bool
+    tool: str
 
 
 async def history(request: web.Request) -> web.Response:
@@ -83,7 +89,7 @@ async def set_price(request: web.Request, body: NewPrice) -> web.Response:
 
     async def work(connection: AsyncConnection) -> PriceInfo:
         await insert_price(request.app[STORE], connection, price)
-        await note(connection, caller, "price.set", price.model, {"upstream": price.upstream})
+        await note(connection, caller, "price.set", price.model or price.tool, {"upstream": price.upstream})
         return _shown(price, is_in_force=False)
 
     return await once(request, body, 201, work)
@@ -94,6 +100,8 @@ def _price(body: NewPrice) -> Price:
     for name, text in texts.items():
         if complaint := CHECKS.get(name, checks.usd)(text):
             raise GatewayError("UNPROCESSABLE", f"{name}: {complaint}", param=name)
+    if complaint := checks.priced(body.model, body.tool, texts):
+        raise GatewayError("UNPROCESSABLE", complaint, param="tool" if body.tool else "model")
     return replace(from_config(config.Price(**texts)), valid_from_ns=unix_ns(_valid_from(body.valid_from)))
 
 
@@ -118,4 +126,5 @@ def _shown(price: Price, is_in_force: bool) -> PriceInfo:
         format_usd(price.second_nanousd),
         EPOCH + timedelta(microseconds=price.valid_from_ns // 1_000) if price.valid_from_ns else None,
         is_in_force,
+        price.tool,
     )

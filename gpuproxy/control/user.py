@@ -18,7 +18,7 @@ CALLS_DEFAULT = 100
 USAGE_QUERY = {
     "since": "count calls from this time on, ISO 8601",
     "until": "and before this one",
-    "group_by": "day, model, key or upstream: adds groups",
+    "group_by": "day, model, key, upstream or tool: adds groups",
 }
 CALLS_QUERY = {"limit": f"how many, 1 to {CALLS_MAX}; {CALLS_DEFAULT} if left out"}
 

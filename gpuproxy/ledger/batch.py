@@ -11,7 +11,7 @@ from gpuproxy.ledger.open_calls import Notes
 from gpuproxy.ledger.segment import Row
 from gpuproxy.ledger.settle import DAY_NS, Payer
 from gpuproxy.pricing import Catalogue, cost_of, marked_up
-from gpuproxy.types import Receipt
+from gpuproxy.types import TOOL_CALL, Receipt
 
 INT64_MAX = 2**63 - 1
 
@@ -78,7 +78,8 @@ def priced(
 
 
 def _cost(catalogue: Catalogue, receipt: Receipt) -> int:
-    price = catalogue.find(receipt.model, receipt.upstream, receipt.started_ns)
+    tool = receipt.rpc_name if receipt.rpc_method == TOOL_CALL else ""
+    price = catalogue.find(receipt.model, receipt.upstream, receipt.started_ns, tool)
     return cost_of(receipt, marked_up(price, receipt.markup_bps) if receipt.markup_bps else price)
 
 

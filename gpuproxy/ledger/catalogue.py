@@ -22,7 +22,7 @@ from gpuproxy.store.schema import prices
 NOTICE_S = 3  # workers hear of a price within two seconds: none may reserve by one and be charged by the next
 PRICES_MAX = 1_000  # in one page
 
-_ORDER = (prices.c.model, prices.c.upstream, prices.c.valid_from_ns)
+_ORDER = (prices.c.model, prices.c.upstream, prices.c.tool, prices.c.valid_from_ns)
 _VERSIONS = select(*(prices.c[name] for name in Price.__struct_fields__)).order_by(*_ORDER)
 
 
@@ -58,12 +58,14 @@ async def page_of_prices(store: Store, limit: int, cursor: str = "", model: str 
 
 def cursor_of(price: Price) -> str:
     """Return what continues a list behind this version."""
-    return urlsafe_b64encode(msgspec.json.encode((price.model, price.upstream, price.valid_from_ns))).decode()
+    return urlsafe_b64encode(
+        msgspec.json.encode((price.model, price.upstream, price.tool, price.valid_from_ns))
+    ).decode()
 
 
-def _read_cursor(cursor: str) -> tuple[str, str, int]:
+def _read_cursor(cursor: str) -> tuple[str, str, str, int]:
     try:
-        return msgspec.json.decode(urlsafe_b64decode(cursor), type=tuple[str, str, int])
+        return msgspec.json.decode(urlsafe_b64decode(cursor), type=tuple[str, str, str, int])
     except (ValueError, msgspec.MsgspecError):
         raise GatewayError("UNPROCESSABLE", "cursor: this is no next_cursor", param="cursor") from None
 
@@ -84,4 +86,4 @@ async def insert_price(store: Store, connection: AsyncConnection, price: Price) 
             raise GatewayError("UNPROCESSABLE", f"{name} {value} is out of range", param=name)
     done = await connection.execute(store.insert_new(prices).values(**row, created_at=datetime.now(UTC)))
     if done.rowcount == 0:
-        raise GatewayError("CONFLICT", f"{price.model!r} has a price from that time on already")
+        raise GatewayError("CONFLICT", f"{price.model or price.tool!r} has a price from that time on already")

@@ -14,6 +14,7 @@ from sqlalchemy import Select, select, tuple_
 from gpuproxy.ledger.statement import Transaction, transactions_of
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import receipts, rentals
+from gpuproxy.types import TOOL_CALL
 
 ROWS_AT_ONCE = 500
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -35,12 +36,15 @@ class Use(Struct, frozen=True):
     end_time: datetime | None
     duration_us: int
     cost_nanousd: int
+    tool: str = ""
 
 
 async def use_pages(store: Store, user_id: str) -> AsyncIterator[list[Use]]:
     """Yield all calls of a user, oldest first, but those refused; then all rentals."""
     shown = (_call.id, _call.upstream, _call.model, _call.key_id, _call.started_ns, _call.duration_us)
-    calls = select(*shown, _call.cost_nanousd).where(_call.user_id == user_id, _call.outcome != "refused")
+    calls = select(*shown, _call.cost_nanousd, _call.rpc_method, _call.rpc_name).where(
+        _call.user_id == user_id, _call.outcome != "refused"
+    )
     async for rows in _pages(store, calls, _call.started_ns, _call.id):
         yield [_call_use(row) for row in rows]
     column = _rental
@@ -76,7 +80,8 @@ def _call_use(row: Any) -> Use:
     start_time = EPOCH + timedelta(microseconds=row.started_ns // 1_000)
     end_time = EPOCH + timedelta(microseconds=row.started_ns // 1_000 + row.duration_us)
     told = (row.model, row.key_id, start_time, end_time, row.duration_us, row.cost_nanousd)
-    return Use(row.id, "inference", row.upstream, "", *told)
+    tool = row.rpc_name if row.rpc_method == TOOL_CALL else ""
+    return Use(row.id, "inference", row.upstream, "", *told, tool)
 
 
 def _rental_use(row: Any) -> Use:

@@ -8,8 +8,9 @@ from sqlalchemy import BigInteger, ColumnElement, case, cast, func, select
 
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import receipts
+from gpuproxy.types import TOOL_CALL
 
-GroupBy = Literal["day", "model", "key", "upstream"]
+GroupBy = Literal["day", "model", "key", "upstream", "tool"]
 DAY_NS = 86_400 * 10**9
 CALLS_MAX = 1_000
 
@@ -19,6 +20,7 @@ _groups: dict[str, ColumnElement[Any]] = {
     "model": _column.model,
     "key": _column.key_id,
     "upstream": _column.upstream,
+    "tool": _column.upstream + "/" + _column.rpc_name,
 }
 
 
@@ -45,7 +47,8 @@ async def usage_summary(
 ) -> dict[str, Any]:
     """Return the sums over a user's calls started in [since, until), in all and by model.
 
-    With `group_by` also ``groups``, one entry for each day (UTC), model, key or upstream. Tokens of answers
+    With `group_by` also ``groups``, one entry for each day (UTC), model, key or upstream, or for each tool that was
+    called, as ``server/tool``. Tokens of answers
     that told no usage count as 0.
     """
     chosen = _chosen(user_id, since, until)
@@ -56,6 +59,8 @@ async def usage_summary(
             if group is not None:
                 value = _groups[group].label(group)
                 query = select(value, *_sums).where(*chosen).group_by(value).order_by(value)
+                if group == "tool":
+                    query = query.where(_column.rpc_method == TOOL_CALL)
                 rows = await connection.execute(query)
                 answer[name] = [_readable(dict(row._mapping)) for row in rows]
     return answer

@@ -100,6 +100,8 @@ class Lines:
             tokens += self._sources[receipt.usage_source]
         if receipt.error:
             error = form.fields(("error",), (receipt.error,))
+        if receipt.rpc_method:
+            error += form.fields(*_rpc(receipt))
         begin = f"{form.begin}{self._ended(receipt)}{form.behind_time}{form.request_id(receipt.request_id)}"
         return f"{begin}{told}{amounts}{first_byte}{tokens}{error}{form.end}"
 
@@ -115,6 +117,11 @@ class Lines:
             self._labels.clear()
         told = self._labels[labels] = self._form.fields(LABELS, labels)
         return told
+
+
+def _rpc(receipt: Receipt) -> tuple[list[str], list[str]]:
+    told = [(name, getattr(receipt, name)) for name in ("rpc_method", "rpc_name", "rpc_outcome")]
+    return [name for name, value in told if value], [value for _, value in told if value]
 
 
 def access_log(is_json: bool) -> Callable[[Iterable[Receipt]], None]:

@@ -14,6 +14,11 @@ COUNTERS: dict[str, tuple[str, None, tuple[str, ...]]] = {
     "gpuproxy_errors_total": ("requests that ended with an error code of the gateway", None, ("code",)),
     "gpuproxy_retries_total": ("attempts beyond the first", None, ("upstream",)),
     "gpuproxy_tokens_total": ("tokens used: input, the cached part of it, output", None, ("model", "type")),
+    "gpuproxy_tool_calls_total": (
+        "calls of MCP tools by what became of them",
+        None,
+        ("upstream", "tool", "outcome"),
+    ),
     "gpuproxy_bytes_total": ("bytes of bodies, from clients and to them", None, ("direction",)),
 }
 

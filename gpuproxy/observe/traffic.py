@@ -1,7 +1,8 @@
 """What calls add up to, counted from receipts: each call once, whichever worker served it, with no work in workers.
 
 Receipts are counted a batch at a time, those with the same labels together: half a µs each where labels are few. No
-label is unbounded: a model counts by name only if it was routed to a configured upstream, and of those only MODELS_MAX.
+label is unbounded: a model counts by name only if it was routed to a configured upstream, and of those only MODELS_MAX;
+a tool only once it has answered without an error, and so TOOLS_MAX.
 """
 
 from bisect import bisect_right
@@ -12,12 +13,13 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 
 from gpuproxy.observe.series import COUNTERS, HISTOGRAMS, Labels
-from gpuproxy.types import Receipt
+from gpuproxy.types import TOOL_CALL, Receipt
 
 MODELS_MAX = 500
+TOOLS_MAX = 500
 OTHER = "other"
 
-_labels_of = attrgetter("protocol", "upstream", "model", "status", "outcome", "error", "is_stream")
+_labels_of = attrgetter("protocol", "upstream", "model", "status", "outcome", "error", "is_stream", "rpc_method")
 
 
 class Histogram:
@@ -57,6 +59,7 @@ class Traffic(Collector):
         self._counters: dict[str, dict[Labels, float]] = {name: {} for name in COUNTERS}
         self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in HISTOGRAMS}
         self._models: set[str] = set()
+        self._tools: set[tuple[str, str]] = set()
 
     def add(self, receipts: Iterable[Receipt]) -> None:
         """Count ended calls."""
@@ -107,6 +110,9 @@ class Traffic(Collector):
             self._observe("gpuproxy_time_to_first_token_seconds", (model,), waited)
         if told := [each for each in group if each.output_tokens >= 0]:
             self._add_tokens(told, model)
+        if one.rpc_method == TOOL_CALL:
+            for each in group:
+                self._count("gpuproxy_tool_calls_total", (upstream, self._tool(each), _tool_outcome(each)))
 
     def _add_tokens(self, told: list[Receipt], model: str) -> None:
         self._count("gpuproxy_tokens_total", (model, "input"), sum([each.input_tokens for each in told]))
@@ -125,6 +131,14 @@ class Traffic(Collector):
         self._models.add(model)
         return model
 
+    def _tool(self, receipt: Receipt) -> str:
+        place = receipt.upstream, receipt.rpc_name
+        if place not in self._tools:
+            if receipt.rpc_outcome != "ok" or not receipt.upstream or len(self._tools) >= TOOLS_MAX:
+                return OTHER  # a client may name any; only who has served is known to be one
+            self._tools.add(place)
+        return receipt.rpc_name
+
     def _count(self, name: str, labels: Labels, amount: float = 1) -> None:
         counts = self._counters[name]
         counts[labels] = counts.get(labels, 0) + amount
@@ -142,3 +156,11 @@ class Traffic(Collector):
 def _per_token_s(receipt: Receipt) -> float:
     """Return the time between tokens, behind the first."""
     return (receipt.duration_us - receipt.first_byte_us) / (receipt.output_tokens - 1) / 1e6
+
+
+def _tool_outcome(receipt: Receipt) -> str:
+    if receipt.outcome != "ok":
+        return receipt.outcome
+    if receipt.rpc_outcome:
+        return receipt.rpc_outcome.partition(":")[0]
+    return "http_error" if receipt.status >= 400 else "unknown"

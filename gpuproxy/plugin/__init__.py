@@ -23,6 +23,7 @@ from gpuproxy.plugin.payment import (
 from gpuproxy.plugin.payments import build_payments
 from gpuproxy.plugin.protocol import (
     AnswerEditor,
+    BodySparer,
     Call,
     HeaderList,
     Intent,
@@ -70,6 +71,7 @@ __all__ = [
     "AnswerEditor",
     "Attached",
     "Basis",
+    "BodySparer",
     "Call",
     "CapacityGone",
     "ChargeKind",

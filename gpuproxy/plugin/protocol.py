@@ -19,7 +19,7 @@ class Call(Struct, gc=False):
     target's own path, empty when the target URL has none. ``headers`` are the client's end-to-end fields in
     order, names as sent. ``body`` is the whole body, or None while (or because) it is streamed.
     ``body_bytes`` is its size also when it is not kept any more. ``is_envelope`` tells that the answer will be wrapped
-    in JSON.
+    in JSON. ``note`` is the handler's own: what it wants to know again when it is asked for a reader or to collapse.
     """
 
     method: bytes
@@ -29,6 +29,7 @@ class Call(Struct, gc=False):
     is_envelope: bool = False
     body_bytes: int = 0
     may_ask_usage: bool = False
+    note: Any = None
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of the field `name` (lower case), or None."""
@@ -45,6 +46,9 @@ class Intent(Struct, gc=False):
     empty or begins with ``?`` means the base URL's own path. ``max_output_tokens`` is what the caller bounds each
     answer to, 0 if nothing does; ``choice_count`` how many answers they ask for. Both bound what the call may cost.
     ``note`` is the handler's own, for `prepare`. ``pin`` is the one server the call may go to; see `sessions`.
+
+    ``rpc_method`` and ``rpc_name`` tell the receipt what a JSON-RPC call asks for; ``tools`` are those it has do their
+    work, which may have prices.
     """
 
     model: str = ""
@@ -55,6 +59,9 @@ class Intent(Struct, gc=False):
     max_output_tokens: int = 0
     choice_count: int = 1
     pin: Pin | None = None
+    rpc_method: str = ""
+    rpc_name: str = ""
+    tools: tuple[str, ...] = ()
 
 
 class AnswerEditor(Protocol):
@@ -90,7 +97,8 @@ class UsageReader(Protocol):
     """Reads usage from an answer's body as it passes. Sans-I/O, fed after the client was written to.
 
     The result must not depend on how the body was split. A reader may have a property ``is_terminal`` that tells
-    whether the answer's own end marker has passed: a client that leaves then has had everything. It may have a method
+    whether the answer's own end marker has passed: a client that leaves then has had everything; and one
+    ``rpc_outcome`` that tells how a JSON-RPC call ended (see `Receipt`). It may have a method
     ``so_far() -> Usage`` that tells, at any time, what was delivered by then and never more than that: a stream without
     it is neither stopped when what it reserved is used up nor billed for its tokens when it breaks off.
     """
@@ -136,3 +144,11 @@ class ProtocolHandler(Protocol):
 
     def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
         """Return the JSON body that tells a client of this protocol about `error`."""
+
+
+@runtime_checkable
+class BodySparer(Protocol):
+    """What a handler may offer besides: to read from the head alone what `inspect` would read from the body."""
+
+    def spares_body(self, fields: HeaderList) -> bool:
+        """Tell whether a call with these fields, for which `needs_body` is true, can do without."""

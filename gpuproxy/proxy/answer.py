@@ -468,7 +468,7 @@ class Answer:
             self.request_id,
             usage,
         )
-        self._reader = _Known(usage)
+        self._reader = _Known(usage, getattr(reader, "rpc_outcome", ""))
         self._write_json(200, answer, b"")
         self._complete(connection)
 
@@ -707,6 +707,9 @@ class Answer:
             self._attempts,
             intent.is_stream,
             grant.markup_bps,
+            intent.rpc_method,
+            intent.rpc_name,
+            getattr(self._reader, "rpc_outcome", "") if intent.rpc_method else "",
         )
 
     def _price_of(self, receipt: Receipt, reserved: Price) -> Price:
@@ -740,8 +743,9 @@ NO_USAGE = Usage(-1, -1, -1, "none")
 class _Known:
     """Stands in for a reader whose result is known already."""
 
-    def __init__(self, usage: Usage | None) -> None:
+    def __init__(self, usage: Usage | None, rpc_outcome: str) -> None:
         self._usage = usage
+        self.rpc_outcome = rpc_outcome
 
     def feed(self, data: bytes) -> None:
         """Nothing more comes."""

@@ -17,7 +17,6 @@ from gpuproxy.guard import Target, parse_target
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Call, Intent, ProtocolHandler, UpstreamRequest
-from gpuproxy.pricing import Price
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy.admit import is_expired
 from gpuproxy.proxy.answer import (
@@ -35,6 +34,7 @@ from gpuproxy.proxy.answer import (
     VIA_HOPS_MAX,
 )
 from gpuproxy.proxy.attempts import Attempts
+from gpuproxy.proxy.calls import needs_whole, price_of_call
 from gpuproxy.proxy.credit import price_for, unknown_credit
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.headers import (
@@ -46,7 +46,6 @@ from gpuproxy.proxy.headers import (
 )
 from gpuproxy.proxy.instances import Rented
 from gpuproxy.proxy.limits import Slots
-from gpuproxy.proxy.offers import highest
 from gpuproxy.proxy.pins import pinned
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, INSTANCE, MOUNT, UNKNOWN, joined_path
 from gpuproxy.types import ALL_SCOPES, Grant
@@ -128,7 +127,7 @@ class Exchange(Attempts):
             if self.has_body:
                 needs_body = self.head.needs_body
                 if needs_body is None:
-                    needs_body = handler is None or handler.needs_body(self.method, self.route.path)
+                    needs_body = handler is None or needs_whole(handler, self.head, self.route.path, plane.prices)
                     self.head.needs_body = needs_body
                 self._needs_body = needs_body or grant.models is not None
                 limits = plane.limits
@@ -424,7 +423,7 @@ class Exchange(Attempts):
         plane = self.plane
         if not plane.prices.is_any:
             return True
-        price = self._highest_price(intent.model)
+        price = price_of_call(plane, self._destination, intent, self._started_ns)
         if price is None:
             return True
         grant = self._grant
@@ -441,14 +440,6 @@ class Exchange(Attempts):
             return True
         self._wait_for_control()
         return False
-
-    def _highest_price(self, model: str) -> Price | None:
-        # where the call goes is not known yet: it must be able to pay for any place
-        prices, destination = self.plane.prices, self._destination
-        at_ns = self.plane.wall_offset_ns + self._started_ns
-        if destination is None or len(destination.places) == 1:
-            return prices.find(model, destination.upstream if destination is not None else "", at_ns)
-        return highest([prices.find(name or model, upstream, at_ns) for name, upstream in destination.places])
 
     def _input_bytes_max(self) -> int:
         if not self.has_body:

@@ -3,7 +3,7 @@
 ``/mcp/{server}`` is the base URL of the upstream of that name, for unmodified SDK clients. Bodies and streams pass
 untouched: resumption, server requests and cancellation stay between client and server. Of a server with several URLs
 each session stays at the one that began it; see `mcp_transit`. Only envelope calls are completed and their answers
-collapsed to the one JSON-RPC response.
+collapsed to the one JSON-RPC response. `mcp_meter` reads along what is asked and what became of it.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ import msgspec
 from gpuproxy.plugin import (
     Call,
     GatewayError,
+    HeaderList,
     Intent,
     ProtocolHandler,
     Registry,
@@ -24,6 +25,7 @@ from gpuproxy.plugin import (
     event_payloads,
 )
 from gpuproxy_plugins.mcp_completion import completed
+from gpuproxy_plugins.mcp_meter import JsonOutcome, RpcError, StreamOutcome, asked_for, mirrored, shown
 from gpuproxy_plugins.mcp_transit import ADDRESS, Transits
 
 DEFAULT_PATH = b"/mcp"  # where both official SDKs' servers listen; used when a target URL has no path
@@ -71,24 +73,28 @@ class Mcp:
         self._transits = Transits(station)
 
     def needs_body(self, method: bytes, path: bytes) -> bool:
-        """What is posted is read whole: the message says whether it begins a session."""
+        """What is posted is read whole: the message says what it asks for, and whether it begins a session."""
         return method == b"POST"
+
+    def spares_body(self, fields: HeaderList) -> bool:
+        """Tell whether the head says by itself what the call asks for."""
+        return mirrored(fields) is not None
 
     def inspect(self, call: Call) -> Intent:
         """Return the server's name and the path below its URL. Raises GatewayError NOT_FOUND."""
         if ADDRESS in call.path:
-            return self._transits.addressed(call)
+            return _metered(call, self._transits.addressed(call))
         route, mark, query = call.path.partition(b"?")
         server, slash, rest = route[5:].partition(b"/")
         if not server:
             raise GatewayError("NOT_FOUND", "the path names no MCP server; write /mcp/{server}")
         path = slash + rest if rest else b""  # a lone slash is ours, and servers would redirect it
         name = unquote_to_bytes(server).decode("utf-8", "replace")
-        return self._transits.bound(call, Intent(upstream=name, path=path + mark + query))
+        return _metered(call, self._transits.bound(call, Intent(upstream=name, path=path + mark + query)))
 
     def describe(self, call: Call) -> Intent:
-        """Return the session's server, if there is one; MCP is metered by bytes and time so far."""
-        return Intent() if call.is_envelope else self._transits.bound(call, Intent())
+        """Return what the call asks for, and the session's server, if there is one."""
+        return _metered(call, Intent() if call.is_envelope else self._transits.bound(call, Intent()))
 
     def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
         """Complete an envelope's message, headers and path; of other calls send the session as its server knows it."""
@@ -101,8 +107,12 @@ class Mcp:
         return UpstreamRequest(path=path, body=body, headers=headers)
 
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
-        """Return None: no answer tells tokens."""
-        return None
+        """Return what reads the outcome of a request; no answer tells tokens."""
+        if call.note is None or not call.note.is_request:
+            return None
+        if content_type.startswith(b"text/event-stream"):
+            return StreamOutcome()
+        return JsonOutcome() if content_type.startswith(b"application/json") else None
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
         """Turn a stream into the JSON-RPC response in it; a stream without one stays."""
@@ -114,9 +124,19 @@ class Mcp:
     def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
         """Return a JSON-RPC error; ``data`` carries the gateway's own code."""
         code = RPC_CODES.get(error.code, _INVALID_REQUEST if error.status < 500 else _INTERNAL)
+        rpc_id = None
+        if isinstance(error, RpcError):
+            code, rpc_id = error.rpc_code, msgspec.Raw(error.rpc_id or b"null")
         detail: dict[str, Any] = {"code": code, "message": error.message}
         detail["data"] = {"code": error.code, "request_id": request_id}
-        return msgspec.json.encode({"jsonrpc": "2.0", "id": None, "error": detail})
+        return msgspec.json.encode({"jsonrpc": "2.0", "id": rpc_id, "error": detail})
+
+
+def _metered(call: Call, intent: Intent) -> Intent:
+    rpc = call.note = asked_for(call)
+    if rpc is not None:
+        intent.rpc_method, intent.rpc_name, intent.tools = shown(rpc)
+    return intent
 
 
 def _is_response(payload: bytes) -> bool:

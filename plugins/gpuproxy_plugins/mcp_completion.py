@@ -14,14 +14,13 @@ from msgspec import Raw
 
 from gpuproxy.plugin import Call, HeaderList
 from gpuproxy_plugins.envelope import content_type_if_absent
+from gpuproxy_plugins.mcp_meter import MODERN, NAME_FIELDS
 
 Fields = dict[str, Raw]
 
-MODERN = "2026-07-28"
 _VERSION_KEY = "io.modelcontextprotocol/protocolVersion"
 _CAPABILITIES_KEY = "io.modelcontextprotocol/clientCapabilities"
 _HANDSHAKE = ("initialize", "notifications/initialized")  # of the session-based revisions only
-_NAME_FIELDS = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
 
 _encode = msgspec.json.Encoder().encode
 _decode_fields = msgspec.json.Decoder(Fields).decode
@@ -67,7 +66,7 @@ def _modernize(call: Call, message: Fields, method: str) -> HeaderList:
     mirrored = [
         (b"MCP-Protocol-Version", _string(meta, _VERSION_KEY)),
         (b"Mcp-Method", method),
-        (b"Mcp-Name", _string(params, _NAME_FIELDS.get(method, ""))),
+        (b"Mcp-Name", _string(params, NAME_FIELDS.get(method, ""))),
     ]
     absent = [(name, value) for name, value in mirrored if value and not call.header(name.lower())]
     return [(name, header_value(value)) for name, value in absent]

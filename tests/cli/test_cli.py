@@ -220,5 +220,8 @@ def test_credit_is_added_and_prices_are_set_and_listed(run: Run) -> None:
     assert run("price", "set", "m", "--request", "0.10", "--input", "0.15")[0] == 0
     (told,) = json.loads(run("price", "list", "--json")[1])
     assert (told["model"], told["request_nanousd"], told["input_nanousd_per_million"]) == ("m", 10**8, 15 * 10**7)
+    assert run("price", "set", "search", "--tool", "--upstream", "tools", "--request", "0.01")[0] == 0
+    told, _ = json.loads(run("price", "list", "--json")[1])
+    assert (told["tool"], told["upstream"], told["request_nanousd"]) == ("search", "tools", 10**7)
     code, _, err = run("price", "set", "m", "--request", "ten")
     assert (code, "per_request_usd" in err) == (2, True)

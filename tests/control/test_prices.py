@@ -9,6 +9,7 @@ from gpuproxy.config import Config, build
 from gpuproxy.ledger.book import credit
 from gpuproxy.ledger.catalogue import load_catalogue
 from gpuproxy.ledger.usage import unix_ns
+from gpuproxy.pricing import NEVER_NS
 from gpuproxy.store.schema import accounts, audit
 
 from .conftest import Api
@@ -81,6 +82,19 @@ async def test_versions_come_in_pages_and_by_model(api: Api) -> None:
     _, told = await api.call("GET", f"{PRICES}?model=b", headers=admin.by_token)
     assert [each["model"] for each in told["data"]] == ["b"]
     assert (await api.call("GET", f"{PRICES}?cursor=x", headers=admin.by_token))[0] == 422
+
+
+async def test_a_tool_has_a_price_instead_of_a_model(api: Api) -> None:
+    admin = await api.person(is_admin=True)
+    price = {"tool": "search", "upstream": "tools", "per_request_usd": "0.01"}
+    status, told = await api.call("POST", PRICES, price, admin.by_token)
+    assert (status, told["tool"], told["model"], told["per_request_usd"]) == (201, "search", "", "0.01")
+    assert (await api.call("POST", PRICES, {**price, "tool": "fetch"}, admin.by_token))[0] == 201
+    found = (await load_catalogue(api.store, ())).find("", "tools", NEVER_NS, "search")
+    assert (found.tool, found.request_nanousd) == ("search", 10**7)
+    for wrong in ({"model": "m"}, {"tool": ""}, {"input_usd_per_million": "1"}):
+        status, told = await api.call("POST", PRICES, price | wrong, admin.by_token)
+        assert status == 422, told
 
 
 async def test_setting_a_price_leaves_a_note_and_happens_once(api: Api) -> None:

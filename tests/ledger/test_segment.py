@@ -1,5 +1,8 @@
 """Cutting frames off a journal segment."""
 
+import struct
+from zlib import crc32
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from journals import frame, frames, receipt
 
 from gpuproxy.ledger.segment import FRAME_BYTES_MAX, cut, holds_frame
+from gpuproxy.types import Receipt
 
 ALL = 1_000_000
 
@@ -57,6 +61,13 @@ def test_zeros_are_damage_not_an_empty_frame() -> None:
 
 def test_an_absurd_length_is_damage() -> None:
     assert cut((FRAME_BYTES_MAX + 1).to_bytes(4, "little") + bytes(8), ALL).damage
+
+
+def test_a_segment_of_an_older_version_is_read_with_what_it_did_not_know_empty() -> None:
+    fields = msgspec.structs.astuple(receipt(1))
+    older = msgspec.msgpack.encode([fields[: Receipt.__struct_fields__.index("markup_bps")]])
+    data = struct.pack("<II", len(older), crc32(older)) + older
+    assert cut(data, 9).rows == [fields]
 
 
 def test_a_payload_that_is_no_list_of_receipts_is_damage() -> None:

@@ -3,11 +3,14 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 from journals import DAY_NS, START_NS, frame, receipt
 
+from gpuproxy.ledger.batch import Batch
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.usage import newest_calls, usage_summary
+from gpuproxy.ledger.writer import open_writer
 from gpuproxy.store.engine import Store
 
 NOTHING = {
@@ -76,6 +79,21 @@ async def test_a_period_includes_its_start_and_excludes_its_end(filled: Store) -
 async def test_calls_can_be_grouped(filled: Store, group_by: str, expected: list[tuple[str, int]]) -> None:
     used = await usage_summary(filled, "u1", group_by=group_by)  # type: ignore[arg-type]
     assert [(group[group_by], group["requests"]) for group in used["groups"]] == expected
+
+
+async def test_tools_are_grouped_with_their_server_and_other_calls_left_out(store: Store) -> None:
+    calls = [
+        receipt(1),
+        receipt(2, upstream="web", rpc_method="tools/call", rpc_name="search", rpc_outcome="ok"),
+        receipt(3, upstream="web", rpc_method="tools/call", rpc_name="search", rpc_outcome="tool_error"),
+        receipt(4, upstream="docs", rpc_method="tools/call", rpc_name="search", rpc_outcome="ok"),
+        receipt(5, upstream="docs", rpc_method="prompts/get", rpc_name="search", rpc_outcome="ok"),
+    ]
+    writer = open_writer(store)
+    await writer.write(Batch([msgspec.structs.astuple(call) for call in calls]))
+    writer.close()
+    used = await usage_summary(store, "u1", group_by="tool")
+    assert [(group["tool"], group["requests"]) for group in used["groups"]] == [("docs/search", 1), ("web/search", 2)]
 
 
 async def test_a_group_has_all_sums(filled: Store) -> None:

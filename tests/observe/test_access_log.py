@@ -83,3 +83,14 @@ def test_callers_without_end_fill_no_memory(capfdbinary: pytest.CaptureFixture[b
     told = [line.of(like(path=f"/{number}")) for number in range(REMEMBERED_MAX + 9)]
     assert [f"path=/{number} " in each for number, each in enumerate(told)] == [True] * len(told)
     assert len(line._labels) <= REMEMBERED_MAX
+
+
+def test_a_call_of_a_tool_names_it_and_what_became_of_it(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    called = like(rpc_method="tools/call", rpc_name="a\nb", rpc_outcome="tool_error")
+    access_log(is_json=True)([called])
+    access_log(is_json=False)([called, like(rpc_method="ping")])
+    as_json, as_text, ping = lines(capfdbinary)
+    told = json.loads(as_json)
+    assert (told["rpc_method"], told["rpc_name"], told["rpc_outcome"]) == ("tools/call", "a\nb", "tool_error")
+    assert as_text.endswith(b"rpc_method=tools/call rpc_name='a\\nb' rpc_outcome=tool_error")
+    assert ping.endswith(b" rpc_method=ping")

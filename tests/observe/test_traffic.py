@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpuproxy.observe.series import COUNTERS, GAUGES, HISTOGRAMS, MANAGEMENT
-from gpuproxy.observe.traffic import MODELS_MAX, Traffic
+from gpuproxy.observe.traffic import MODELS_MAX, TOOLS_MAX, Traffic
 from gpuproxy.types import Receipt
 
 CALL = Receipt(
@@ -31,7 +31,7 @@ def shown(*receipts: Receipt) -> dict[tuple[str, ...], float]:
 
 
 def _in_order(labels: dict[str, str]) -> list[str]:
-    names = ("protocol", "upstream", "model", "type", "status", "outcome", "code", "direction", "le")
+    names = ("protocol", "upstream", "model", "tool", "type", "status", "outcome", "code", "direction", "le")
     return [labels[name] for name in names if name in labels]
 
 
@@ -66,6 +66,33 @@ def test_callers_cannot_make_series_without_end() -> None:
     assert told["gpuproxy_requests_total", "openinference", "", "other", "200", "ok"] == 9
     assert told["gpuproxy_requests_total", "openinference", "llm", "other", "200", "ok"] == 9
     assert len([key for key in told if key[0] == "gpuproxy_requests_total"]) == MODELS_MAX + 2
+
+
+def tool_call(tool: str, rpc_outcome: str = "ok", **changes: Any) -> Receipt:
+    return like(upstream="tools", model="", rpc_method="tools/call", rpc_name=tool, rpc_outcome=rpc_outcome, **changes)
+
+
+def test_calls_of_tools_are_counted_by_what_became_of_them() -> None:
+    told = shown(
+        tool_call("search"),
+        tool_call("search", "tool_error"),
+        tool_call("search", "jsonrpc_error:-32602"),
+        tool_call("search", "", status=502),
+        tool_call("search", "", status=202),
+        tool_call("search", "", outcome="client_gone"),
+        like(rpc_method="prompts/get", rpc_name="greet", rpc_outcome="ok"),
+    )
+    outcomes = ["client_gone", "http_error", "jsonrpc_error", "ok", "tool_error", "unknown"]
+    keys = [("gpuproxy_tool_calls_total", "tools", "search", outcome) for outcome in outcomes]
+    assert {key: told[key] for key in told if key[0] == "gpuproxy_tool_calls_total"} == dict.fromkeys(keys, 1)
+
+
+def test_only_tools_that_have_served_are_counted_by_name() -> None:
+    told = shown(tool_call("made up", "tool_error"), *(tool_call(f"t{n}") for n in range(TOOLS_MAX + 5)))
+    names = [key for key in told if key[0] == "gpuproxy_tool_calls_total"]
+    assert told["gpuproxy_tool_calls_total", "tools", "other", "tool_error"] == 1
+    assert told["gpuproxy_tool_calls_total", "tools", "other", "ok"] == 5
+    assert len(names) == TOOLS_MAX + 2
 
 
 def test_every_series_says_what_it_is() -> None:

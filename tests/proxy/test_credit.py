@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from gpuproxy.ledger.settle import priced
+from gpuproxy.ledger.batch import priced
+from gpuproxy.ledger.open_calls import Notes
 from gpuproxy.link.messages import HeldStreams, Lease, Leased, Return
 from gpuproxy.pricing import Catalogue, Price, cost_of, marked_up, upper_bound
 from gpuproxy.types import Receipt
@@ -163,9 +164,9 @@ async def test_a_markup_is_reserved_and_charged_to_the_nanodollar(serve: Serve, 
     await client.answer()
     receipt = await gateway.receipt()
     assert receipt.markup_bps == markup_bps
-    (call,) = priced(Catalogue([PRICE]), "owner", [structs.astuple(receipt)])
-    assert call.cost_nanousd == _cost(receipt, marked)
-    await _back(gateway, bank, 1_000 - call.cost_nanousd)
+    (cost,) = priced(Catalogue([PRICE]), [("owner", [structs.astuple(receipt)])], {}, Notes()).costs
+    assert cost == _cost(receipt, marked)
+    await _back(gateway, bank, 1_000 - cost)
 
 
 async def test_new_terms_hold_for_the_next_call(serve: Serve) -> None:

@@ -3,19 +3,23 @@
 import asyncio
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, select, text
 
 import gpuproxy.store
 from gpuproxy.errors import GatewayError
-from gpuproxy.store.engine import Store
+from gpuproxy.ledger.catalogue import list_prices
+from gpuproxy.pricing import Price
+from gpuproxy.store.engine import Store, open_store
 from gpuproxy.store.migrate import NEWEST, migrate, upgrade
-from gpuproxy.store.schema import metadata
+from gpuproxy.store.schema import metadata, prices
 
 
 async def test_a_second_migration_has_nothing_to_do(store_url: str) -> None:
@@ -55,3 +59,26 @@ async def test_a_store_of_a_newer_version_is_refused(store: Store) -> None:
         await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(GatewayError, match=r"schema 9999, newer than .* update gpuproxy"):
         await upgrade(store)
+
+
+async def test_prices_that_were_set_outlive_their_new_primary_key(store_url: str) -> None:
+    store = open_store(store_url)
+    columns = "model, upstream, valid_from_ns, input_nanousd_per_million, cached_input_nanousd_per_million"
+    columns += ", output_nanousd_per_million, request_nanousd, second_nanousd, created_at"
+    async with store.writing() as connection:
+        await connection.run_sync(_migrate_to, "0016")
+        values = "'m', 'llm', 5, 1, 2, 3, 4, 6, '2026-01-02 03:04:05.000006'"
+        await connection.execute(text(f"INSERT INTO prices ({columns}) VALUES ({values})"))
+    assert await upgrade(store) is True
+    assert await list_prices(store) == [Price("m", "llm", 1, 2, 3, 4, 6, 5)]
+    async with store.reading() as connection:
+        assert await connection.scalar(select(prices.c.created_at)) == datetime(2026, 1, 2, 3, 4, 5, 6, UTC)
+    await store.close()
+
+
+def _migrate_to(connection: Connection, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", f"{gpuproxy.store.__path__[0]}/migrations")
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)

@@ -116,4 +116,5 @@ prices = Table(
     Column("request_nanousd", BigInteger, nullable=False),
     Column("second_nanousd", BigInteger, nullable=False),
     Column("created_at", UtcTime, nullable=False),
+    Column("tool", Text, primary_key=True, server_default=""),
 )

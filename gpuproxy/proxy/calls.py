@@ -1,0 +1,50 @@
+"""What an exchange asks about a call before it goes: whether its body is needed whole, and what it may cost."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from gpuproxy.errors import GatewayError
+from gpuproxy.plugin import HeaderList, Intent, ProtocolHandler
+from gpuproxy.pricing import Price
+from gpuproxy.proxy.heads import RequestHead
+from gpuproxy.proxy.offers import highest
+from gpuproxy.proxy.prices import Prices
+
+if TYPE_CHECKING:
+    from gpuproxy.proxy.destination import Destination
+    from gpuproxy.proxy.worker import Plane
+
+
+def needs_whole(handler: ProtocolHandler, head: RequestHead, path: bytes, prices: Prices) -> bool:
+    """Tell whether the handler needs the whole body; asked once for each head that differs from the one before.
+
+    While tools have prices no head is believed about the tool it names: the body says what will run.
+    """
+    if not handler.needs_body(head.method, path):
+        return False
+    spares_body: Callable[[HeaderList], bool] | None = getattr(handler, "spares_body", None)  # see BodySparer
+    return spares_body is None or prices.has_tools or not spares_body(head.fields)
+
+
+def price_of_call(plane: "Plane", destination: "Destination | None", intent: Intent, started_ns: int) -> Price | None:
+    """Return the most a call may be charged by, None if nothing. Raises GatewayError BAD_REQUEST.
+
+    Where it goes is not known yet: it must be able to pay for any place.
+    """
+    prices, model = plane.prices, intent.model
+    at_ns = plane.wall_offset_ns + started_ns
+    if destination is None or len(destination.places) == 1:
+        upstream = destination.upstream if destination is not None else ""
+        if intent.tools:
+            return _price_of_tools(prices, intent.tools, upstream, at_ns)
+        return prices.find(model, upstream, at_ns)
+    return highest([prices.find(name or model, upstream, at_ns) for name, upstream in destination.places])
+
+
+def _price_of_tools(prices: Prices, tools: tuple[str, ...], upstream: str, at_ns: int) -> Price | None:
+    found = [prices.find_tool(tool, upstream, at_ns) for tool in tools]
+    priced = [price for price in found if price is not None and price.tool]
+    if len(found) > 1 and priced:  # one receipt has one price
+        message = f"this batch calls tools that have prices, such as {priced[0].tool!r}; send one call at a time"
+        raise GatewayError("BAD_REQUEST", message)
+    return found[0]
