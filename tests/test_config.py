@@ -214,6 +214,13 @@ def test_a_url_that_is_no_base_is_refused(tmp_path: Path, url: str, complaint: s
         ('[log]\nformat = "xml"', '"xml" is unknown; known: text, json'),
         ('[plugins]\nenabled = [""]', "is empty"),
         ("[timeouts]\nidle_s = nan", "NaN does not fit: expected float > 0"),
+        ('[server]\npublic_url = "gw.example.com"', "is neither http nor https"),
+        (
+            '[mcp]\nallowed_origins = ["https://a.example/"]',
+            "is no origin; write https://HOST[:PORT] without",
+        ),
+        ('[mcp]\nallowed_origins = ["a.example"]', "is no origin"),
+        ('[mcp]\nauthorization_servers = ["x"]', "is neither http nor https"),
         ("[server]\nport = 1979-05-27", '"1979-05-27" does not fit'),
     ],
 )

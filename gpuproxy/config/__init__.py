@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 
 from gpuproxy.config import checks
 from gpuproxy.config.kinds import Name, Positive, PositiveSeconds, Text, VariableName
+from gpuproxy.config.mcp import Mcp
 from gpuproxy.config.models import Model as Model
 from gpuproxy.config.models import Target as Target
 from gpuproxy.config.models import check_models
@@ -44,6 +45,7 @@ class Server(Struct, forbid_unknown_fields=True, frozen=True):
     drain_s: PositiveSeconds = 30.0
     trusted_proxies: tuple[Network, ...] = ()
     watch_config: bool = True
+    public_url: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
 
 
 class Limits(Struct, forbid_unknown_fields=True, frozen=True):
@@ -276,6 +278,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     fleet: Fleet = Fleet()
     plugins: Plugins = Plugins()
     routing: Routing = Routing()
+    mcp: Mcp = Mcp()
     upstreams: tuple[Upstream, ...] = ()
     models: tuple[Model, ...] = ()
     prices: tuple[Price, ...] = ()

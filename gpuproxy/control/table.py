@@ -22,6 +22,7 @@ from gpuproxy.control import (
     openapi,
     prices,
     quota,
+    resource,
     terms,
     user,
     webhooks,
@@ -228,6 +229,17 @@ TABLE: tuple[Route, ...] = (
     Route("PUT", f"{MODELS}/{{id}}", admin_routing.put_model, "admin", Model, admin_routing.ModelInfo),
     Route("DELETE", f"{MODELS}/{{id}}", admin_routing.delete_model, "admin", gives=admin_routing.Deleted),
     Route("GET", "/ws", events.events, "anyone", shape="other"),
+    Route(
+        "GET", "/.well-known/oauth-protected-resource", resource.show, "anyone", gives=resource.Resource, shape="plain"
+    ),
+    Route(
+        "GET",
+        f"{resource.WELL_KNOWN}{resource.MCP}/{{id}}",
+        resource.show_server,
+        "anyone",
+        gives=resource.Resource,
+        shape="plain",
+    ),
     Route("GET", "/", health.about, "anyone", gives=health.About, shape="plain"),
     Route("GET", "/health", health.health, "anyone", gives=health.Health, shape="plain"),
     Route("GET", "/health/live", health.live, "anyone", gives=health.Status, shape="plain"),

@@ -60,6 +60,7 @@ from gpuproxy.plugin.providers import build_providers, check_plugins
 from gpuproxy.plugin.registry import GROUP, Registry, load_plugins
 from gpuproxy.plugin.routing import routing_faults
 from gpuproxy.plugin.sessions import PROXY_PREFIX, Attached, HeadEditor, Pin, Station
+from gpuproxy.plugin.visits import Receptionist, Visit
 from gpuproxy.types import Usage
 
 __all__ = [
@@ -110,6 +111,7 @@ __all__ = [
     "ProviderSettings",
     "ProviderUnavailable",
     "RateLimited",
+    "Receptionist",
     "RefundOrder",
     "Registry",
     "Seal",
@@ -119,6 +121,7 @@ __all__ = [
     "UpstreamRequest",
     "Usage",
     "UsageReader",
+    "Visit",
     "best_offers",
     "build_payments",
     "build_providers",

@@ -45,9 +45,18 @@ class HeadEditor(Protocol):
 
 
 class Station(Struct, frozen=True):
-    """What a worker lends to handlers: ``seal`` is the same in all workers, on all nodes and over restarts."""
+    """What a worker lends to handlers: ``seal`` is the same in all workers, on all nodes and over restarts.
+
+    ``public_url`` is what the configuration says of it, may be empty; ``public_origin`` its origin. ``is_local`` tells
+    that the gateway listens for its own machine only. The others are as ``[mcp]`` has them.
+    """
 
     seal: Seal
+    public_url: str = ""
+    public_origin: str = ""
+    is_local: bool = False
+    allowed_origins: tuple[str, ...] = ()
+    authorization_servers: tuple[str, ...] = ()
 
 
 @runtime_checkable

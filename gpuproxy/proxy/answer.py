@@ -19,6 +19,7 @@ from gpuproxy.proxy.limits import Purse, Slots
 from gpuproxy.proxy.pins import edited
 from gpuproxy.proxy.retry import wait_told
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, Route
+from gpuproxy.proxy.visits import refusal_fields
 from gpuproxy.types import Grant, Outcome, Receipt, Usage
 
 if TYPE_CHECKING:
@@ -505,8 +506,16 @@ class Answer:
             body = refusal.body_of(error, self.request_id)
         if not self.is_received and self._rest_is_long():
             self.keeps_alive = False
-        self._write_json(error.status, body, refusal.fields_of(error, self._attempts))
+        self._write_json(error.status, body, refusal_fields(self, error, self._attempts))
         self._finish("upstream_failed" if CODES[error.code].source == "upstream" else "refused")
+
+    def answer_visitor(self, answer: bytes) -> None:
+        """Answer a call without a caller; what it sends as a body is not wanted."""
+        self.is_received = self.is_received or not self.has_body  # its end has not been parsed yet
+        self.has_sent_head = True
+        self._status = 204
+        self._write(answer)
+        self._finish("ok")
 
     def _rest_is_long(self) -> bool:
         if self.head.expects_continue or self.head.is_chunked:

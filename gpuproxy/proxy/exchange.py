@@ -48,6 +48,7 @@ from gpuproxy.proxy.instances import Rented
 from gpuproxy.proxy.limits import Slots
 from gpuproxy.proxy.pins import pinned
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, INSTANCE, MOUNT, UNKNOWN, joined_path
+from gpuproxy.proxy.visits import greeting
 from gpuproxy.types import ALL_SCOPES, Grant
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ class Exchange(Attempts):
         downstream = self.downstream
         try:
             if not self.head.credential:
+                if (answer := greeting(self)) is not None:
+                    self.answer_visitor(answer)
+                    return
                 raise GatewayError("UNAUTHORIZED", "no API key; send it as X-API-Key or Authorization: Bearer")
             held = downstream.held = self.plane.admission.find(self.head.credential, self.answered)
         except GatewayError as error:

@@ -3,7 +3,9 @@
 import contextlib
 from typing import TYPE_CHECKING, cast
 
+from gpuproxy.codec.base_url import origin_of
 from gpuproxy.codec.seal import Seal
+from gpuproxy.config import Config
 from gpuproxy.errors import GatewayError
 from gpuproxy.plugin import AnswerEditor, Attached, HeadEditor, Pin, Registry, Station
 from gpuproxy.proxy.headers import join_fields
@@ -16,12 +18,16 @@ if TYPE_CHECKING:
     from gpuproxy.proxy.route import Router
 
 
-def attach(registry: Registry) -> Seal:
+def attach(registry: Registry, config: Config) -> Seal:
     """Return a seal, which all handlers that want one have got."""
     seal = Seal()
+    url, host = config.server.public_url, config.server.host
+    is_local = host in ("localhost", "::1") or host.startswith("127.")
+    mcp = config.mcp
+    station = Station(seal, url, origin_of(url), is_local, mcp.allowed_origins, mcp.authorization_servers)
     for handler in registry.protocols.values():
         if isinstance(handler, Attached):
-            handler.attach(Station(seal))
+            handler.attach(station)
     return seal
 
 

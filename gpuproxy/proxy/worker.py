@@ -102,7 +102,7 @@ class Plane:
         self.probes = Probes(self)
         self.routed = asyncio.Event()  # control has told which upstreams and models there are
         link.on_routing = self.take_routing
-        self.seal = attach(registry)
+        self.seal = attach(registry, config)
         link.on_seal_keys = self.seal.take
         self.bounded: dict[Answer, float] = {}  # calls with a total time, and its end
         self.admission = Admission(config.auth, link, loop.time)

@@ -22,12 +22,15 @@ from gpuproxy.plugin import (
     Station,
     UpstreamRequest,
     UsageReader,
+    Visit,
     event_payloads,
 )
 from gpuproxy_plugins.mcp_completion import completed
 from gpuproxy_plugins.mcp_meter import JsonOutcome, RpcError, StreamOutcome, asked_for, mirrored, shown
-from gpuproxy_plugins.mcp_transit import ADDRESS, Transits
+from gpuproxy_plugins.mcp_origins import Origins, origin_of, readable
+from gpuproxy_plugins.mcp_transit import ADDRESS, MOUNT, Transits
 
+METADATA = b"/.well-known/oauth-protected-resource"  # RFC 9728 §3
 DEFAULT_PATH = b"/mcp"  # where both official SDKs' servers listen; used when a target URL has no path
 
 # JSON-RPC codes of the gateway's own errors. JSON-RPC 2.0 §5.1 leaves -32000…-32099 to servers; MCP and its
@@ -66,11 +69,25 @@ class Mcp:
     mounts: tuple[str, ...] = ("mcp",)
 
     def __init__(self) -> None:
-        self._transits = Transits(Station(Seal()))
+        self.attach(Station(Seal()))
 
     def attach(self, station: Station) -> None:
-        """Seal sessions by what all workers have in common."""
-        self._transits = Transits(station)
+        """Seal sessions by what all workers have in common; let those pages call that the configuration names."""
+        self._origins = Origins(station)
+        self._transits = Transits(station, self._origins)
+        self._has_authorization = bool(station.authorization_servers)
+
+    def greet(self, visit: Visit) -> HeaderList | None:
+        """Answer browsers that ask whether they may call."""
+        return self._origins.preflight(visit)
+
+    def refusal_fields(self, visit: Visit, error: GatewayError) -> HeaderList:
+        """Let pages that may call read refusals; tell who has no key where to get one (RFC 9728 §5.1)."""
+        origin = origin_of(visit.headers)
+        fields = readable(origin) if origin and self._origins.allow(origin) else []
+        if error.code == "UNAUTHORIZED" and self._has_authorization:
+            fields.append((b"WWW-Authenticate", b'Bearer resource_metadata="%b"' % metadata_url(visit)))
+        return fields
 
     def needs_body(self, method: bytes, path: bytes) -> bool:
         """What is posted is read whole: the message says what it asks for, and whether it begins a session."""
@@ -137,6 +154,15 @@ def _metered(call: Call, intent: Intent) -> Intent:
     if rpc is not None:
         intent.rpc_method, intent.rpc_name, intent.tools = shown(rpc)
     return intent
+
+
+def metadata_url(visit: Visit) -> bytes:
+    """Return where the metadata of the server that was called stand, or those of the gateway for another path."""
+    url = visit.base_url.encode() + METADATA
+    path = visit.target.partition(b"?")[0]
+    if not path.startswith(MOUNT):
+        return url
+    return url + MOUNT + path[len(MOUNT) :].partition(b"/")[0].translate(None, b'\\"')
 
 
 def _is_response(payload: bytes) -> bool:

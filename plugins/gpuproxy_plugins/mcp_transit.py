@@ -21,13 +21,14 @@ from gpuproxy.plugin import (
     Station,
     UpstreamRequest,
 )
+from gpuproxy_plugins.mcp_origins import ORIGIN, Origins, made_readable
 from gpuproxy_plugins.mcp_sessions import Sealed
 from gpuproxy_plugins.mcp_sse import EndpointEditor
 
 SESSION_FIELD = b"Mcp-Session-Id"
 STATELESS_SINCE = b"2026-07-28"
 ADDRESS = b"/-/at?sessionId="  # below a server's URL: what follows is a sealed address; SDKs show it as session id
-_MOUNT = PROXY_PREFIX + b"/mcp/"
+MOUNT = PROXY_PREFIX + b"/mcp/"
 
 
 class _Message(Struct):
@@ -40,8 +41,10 @@ _decode_message = msgspec.json.Decoder(_Message).decode
 class Transits:
     """Reads calls and says what is to be changed."""
 
-    def __init__(self, station: Station) -> None:
+    def __init__(self, station: Station, origins: Origins) -> None:
         self.sealed = Sealed(station.seal)
+        self._origins = origins
+        self._mount = urlsplit(station.public_url).path.rstrip("/").encode() + MOUNT
 
     def addressed(self, call: Call) -> Intent:
         """Return where a sealed address leads. Raises GatewayError SESSION_GONE."""
@@ -58,9 +61,11 @@ class Transits:
 
     def bound(self, call: Call, intent: Intent) -> Intent:
         """Bind the intent to the server of the call's session, if it has one. Raises GatewayError SESSION_GONE."""
-        text, version = _said(call.headers)
+        text, version, origin = _said(call.headers)
+        if origin:
+            self._origins.check(origin)
         request = UpstreamRequest()
-        transit = request.editor = Transit(self.sealed)
+        transit = request.editor = Transit(self.sealed, self._mount, origin)
         intent.note = request
         if version >= STATELESS_SINCE:
             if text:
@@ -80,10 +85,12 @@ class Transits:
 class Transit:
     """The head of one answer on its way to the client."""
 
-    __slots__ = ("_sealed", "base", "may_begin", "may_name_address", "path", "session")
+    __slots__ = ("_mount", "_origin", "_sealed", "base", "may_begin", "may_name_address", "path", "session")
 
-    def __init__(self, sealed: Sealed) -> None:
+    def __init__(self, sealed: Sealed, mount: bytes, origin: bytes) -> None:
         self._sealed = sealed
+        self._mount = mount  # as the client sees it
+        self._origin = origin  # of the page that calls
         self.session: tuple[bytes, bytes] | None = None  # as the client and the server call it
         self.may_begin = False
         self.may_name_address = False
@@ -98,6 +105,8 @@ class Transit:
                 break
         if 300 <= status < 400:
             fields = [self._relocated(field, pin) for field in fields]
+        if self._origin:
+            fields = made_readable(fields, self._origin)
         if self.may_name_address and status == 200:
             return fields, EndpointEditor(lambda address: self._address(address, pin))
         return fields, None
@@ -112,30 +121,28 @@ class Transit:
 
     def _relocated(self, field: tuple[bytes, bytes], pin: Pin) -> tuple[bytes, bytes]:
         name, value = field
-        return (name, through(value, pin, self._sealed)) if name.lower() == b"location" else field
+        return (name, self._through(value, pin)) if name.lower() == b"location" else field
 
     def _address(self, address: bytes, pin: Pin) -> bytes:
         base = self.base or pin.url.rstrip("/") + self.path.partition(b"?")[0].decode("latin-1")
-        return _sealed_path(_target(address, base), pin, self._sealed)
+        return self._sealed_path(_target(address, base), pin)
 
+    def _through(self, location: bytes, pin: Pin) -> bytes:
+        # to the same place, but through the gateway; one to elsewhere stays as it is
+        parts, base = urlsplit(location.decode("latin-1")), urlsplit(pin.url)
+        if parts.netloc and (parts.scheme or base.scheme, parts.netloc) != (base.scheme, base.netloc):
+            return location
+        if not parts.netloc and not parts.path.startswith("/"):
+            return location  # relative to the call's own path, which ends alike
+        target = _target(location, pin.url)
+        base_path = base.path.rstrip("/").encode("latin-1")
+        rest = target[len(base_path) :]
+        if target.startswith(base_path) and rest[:1] in (b"", b"/", b"?"):
+            return self._mount + pin.upstream.encode() + rest
+        return self._sealed_path(target, pin)
 
-def through(location: bytes, pin: Pin, sealed: Sealed) -> bytes:
-    """Return a Location that leads to the same place through the gateway; one to elsewhere stays as it is."""
-    parts, base = urlsplit(location.decode("latin-1")), urlsplit(pin.url)
-    if parts.netloc and (parts.scheme or base.scheme, parts.netloc) != (base.scheme, base.netloc):
-        return location
-    if not parts.netloc and not parts.path.startswith("/"):
-        return location  # relative to the call's own path, which ends alike
-    target = _target(location, pin.url)
-    base_path = base.path.rstrip("/").encode("latin-1")
-    rest = target[len(base_path) :]
-    if target.startswith(base_path) and rest[:1] in (b"", b"/", b"?"):
-        return _MOUNT + pin.upstream.encode() + rest
-    return _sealed_path(target, pin, sealed)
-
-
-def _sealed_path(target: bytes, pin: Pin, sealed: Sealed) -> bytes:
-    return _MOUNT + pin.upstream.encode() + ADDRESS + sealed.address(pin, target)
+    def _sealed_path(self, target: bytes, pin: Pin) -> bytes:
+        return self._mount + pin.upstream.encode() + ADDRESS + self._sealed.address(pin, target)
 
 
 def _target(address: bytes, url: str) -> bytes:
@@ -145,17 +152,18 @@ def _target(address: bytes, url: str) -> bytes:
     return (f"{path}?{parts.query}" if parts.query else path).encode("latin-1")
 
 
-def _said(headers: HeaderList) -> tuple[bytes, bytes]:
-    """Return session id and protocol version."""
-    session = version = b""
+def _said(headers: HeaderList) -> tuple[bytes, bytes, bytes]:
+    """Return session id, protocol version and origin."""
+    session = version = origin = b""
     for name, value in headers:
-        if name[:1] in b"mM" and name[3:4] == b"-":
-            lower = name.lower()
-            if lower == b"mcp-session-id":
-                session = value
-            elif lower == b"mcp-protocol-version":
-                version = value
-    return session, version
+        lower = name.lower()
+        if lower == b"mcp-session-id":
+            session = value
+        elif lower == b"mcp-protocol-version":
+            version = value
+        elif lower == ORIGIN:
+            origin = value
+    return session, version, origin
 
 
 def _initializes(body: bytes | None) -> bool:

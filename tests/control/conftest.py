@@ -84,7 +84,8 @@ class Api:
 @pytest.fixture
 async def settings() -> Config:
     """Return the configuration; a test may bring its own."""
-    return build({"rates": {"requests_per_minute": 0}})
+    mcp = {"authorization_servers": ["https://login.example.com"]}
+    return build({"rates": {"requests_per_minute": 0}, "mcp": mcp})
 
 
 @pytest.fixture

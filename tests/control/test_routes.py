@@ -132,6 +132,8 @@ class World:
 
     async def _subject(self, route: Route, owner: Person, *others: Person) -> str:
         """Return the id of the owner's thing that the route is about."""
+        if route.path.startswith("/.well-known/"):
+            return "tools"
         if "/webhooks" in route.path:
             return await self._webhook(route, owner)
         if "/budgets/" in route.path:
