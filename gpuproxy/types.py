@@ -15,6 +15,8 @@ TOOL_CALL = "tools/call"  # the JSON-RPC method of MCP that has a tool do its wo
 Outcome = Literal["ok", "refused", "upstream_failed", "client_gone", "cut", "open"]
 UsageSource = Literal["none", "provider", "estimated"]
 
+NOT_STORED = ("trace",)  # of a receipt: it is for who watches receipts go by
+
 
 class Grant(Struct, array_like=True):
     """What a worker may know of one API key.
@@ -54,6 +56,29 @@ class Usage(Struct, array_like=True, gc=False):
     source: UsageSource = "provider"
 
 
+class Attempt(Struct, array_like=True, frozen=True, gc=False):
+    """One time a call was sent. ``began_us`` counts from the start of the call; ``error`` says why another followed."""
+
+    began_us: int
+    duration_us: int
+    address: str
+    port: int
+    status: int = 0  # what the upstream answered, 0: nothing
+    error: str = ""
+
+
+class Trace(Struct, array_like=True, frozen=True, gc=False):
+    """What becomes the spans of a call: its own id and its parent's, and each attempt, whose id is the next number.
+
+    ``parent_id`` is empty for a call that began the trace. ``operation`` is what a model was asked for.
+    """
+
+    span_id: int
+    parent_id: str
+    operation: str
+    attempts: list[Attempt]
+
+
 class Receipt(Struct, array_like=True, frozen=True, gc=False):
     """One ended exchange, exactly one for each; the only thing a worker ever reports about a call.
 
@@ -64,6 +89,7 @@ class Receipt(Struct, array_like=True, frozen=True, gc=False):
     ``first_byte_us`` counts from the request's last head byte to the upstream's first byte, -1 if none came.
     ``path`` carries no query. Token fields are -1 when the answer told no usage. ``markup_bps`` is what the worker
     reserved by; so it is charged by that, whatever holds when the receipt is stored.
+    ``trace_id`` is empty while traces are off, ``trace`` None unless spans of this call are wanted.
 
     Of a JSON-RPC call ``rpc_method`` is the method ("batch" for several), ``rpc_name`` the tool, prompt or resource it
     names, ``rpc_outcome`` what the answer told: "ok", "tool_error" or "jsonrpc_error:CODE"; all are empty if not known.
@@ -96,6 +122,8 @@ class Receipt(Struct, array_like=True, frozen=True, gc=False):
     rpc_method: str = ""
     rpc_name: str = ""
     rpc_outcome: str = ""
+    trace_id: str = ""
+    trace: Trace | None = None
 
     @property
     def tool(self) -> str:

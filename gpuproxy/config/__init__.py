@@ -168,6 +168,23 @@ class Log(Struct, forbid_unknown_fields=True, frozen=True):
     access: bool = True
 
 
+class Traces(Struct, forbid_unknown_fields=True, frozen=True):
+    """Where spans of calls are sent, in OTLP over HTTP; without an ``endpoint`` there are none.
+
+    ``headers_env`` names the environment variable with header fields for the receiver, as OpenTelemetry writes them:
+    ``name=value``, separated by commas. ``sample_ratio`` holds for calls whose caller has not decided.
+    """
+
+    endpoint: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
+    headers_env: VariableName = ""
+    service_name: Text = "gpuproxy"
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    queue_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 8_192
+    batch_max: Annotated[int, Meta(ge=1, le=10_000)] = 512
+    interval_s: PositiveSeconds = 1.0
+    timeout_s: PositiveSeconds = 10.0
+
+
 class Fleet(Struct, forbid_unknown_fields=True, frozen=True):
     """How rented machines are looked after; where they are rented stands in ``[[providers]]``."""
 
@@ -275,6 +292,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     webhooks: Webhooks = Webhooks()
     egress: Egress = Egress()
     log: Log = Log()
+    traces: Traces = Traces()
     fleet: Fleet = Fleet()
     plugins: Plugins = Plugins()
     routing: Routing = Routing()
@@ -323,6 +341,9 @@ def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
 def warnings(config: Config, environment: Mapping[str, str]) -> list[str]:
     """Name what is allowed but probably not meant, one line each."""
     said = []
+    variable = config.traces.headers_env
+    if variable and not environment.get(variable):
+        said.append(f"traces.headers_env: {variable} is not set, so no credential is sent; export it")
     for index, upstream in enumerate(config.upstreams):
         place, variable = f"upstreams[{index}]", upstream.api_key_env
         if variable and not environment.get(variable):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import uvloop
@@ -85,6 +86,9 @@ from gpuproxy.store.engine import Store, fault_of, open_store
 from gpuproxy.store.migrate import upgrade
 from gpuproxy.types import Grant
 
+if TYPE_CHECKING:
+    from gpuproxy.control.traces import Exporter
+
 logger = get_logger(__name__)
 
 
@@ -111,12 +115,17 @@ async def serve(boot: Boot) -> int:
         logger.error("payments cannot be taken; see [[payments]]", cause=str(error))
         return 1
     try:
+        exporter = _exporter(boot.config)
+    except ConfigError as error:
+        logger.error("spans cannot be sent; see [traces]", cause=str(error))
+        return 1
+    try:
         store = await _opened(boot.config.store.url)
     except (SQLAlchemyError, GatewayError, ValueError, OSError) as error:
         logger.error("the store cannot be used; see [store] url", cause=fault_of(error))
         return 1
     try:
-        await _serve(boot, store, keyring, stopping, providers)
+        await _serve(boot, store, keyring, stopping, providers, exporter)
     finally:
         await store.close()
     return 0
@@ -134,7 +143,12 @@ async def _opened(url: str) -> Store:
 
 
 async def _serve(
-    boot: Boot, store: Store, keyring: Keyring, stopping: asyncio.Event, providers: Mapping[str, PaymentProvider]
+    boot: Boot,
+    store: Store,
+    keyring: Keyring,
+    stopping: asyncio.Event,
+    providers: Mapping[str, PaymentProvider],
+    exporter: "Exporter | None",
 ) -> None:
     """Start the parts in the order they need each other; stop them the other way round, the journal last."""
     auth = boot.config.auth
@@ -164,7 +178,7 @@ async def _serve(
     link.machines_of = partial(machines_of, fleet)
     app = application(store, stopping, boot.config, keyring, nodes, providers, fleet, routing, leases)
     await app[STREAM].start()
-    _observe(app, ingest, link, boot.config)
+    _observe(app, ingest, link, boot.config, exporter)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=boot.listen_fd)).start()
@@ -180,6 +194,7 @@ async def _serve(
         webhook_sender(store, boot.config, keyring).run(stopping),
         Teller(store, boot.config, nodes.leader.confirm).run(stopping),
         FleetKeeper(fleet, app[OFFERS], nodes.leader.confirm).run(stopping),
+        *([exporter.run(stopping)] if exporter is not None else ()),
     )
     tasks = [asyncio.create_task(work) for work in works]
     gc.freeze()  # else every full collection walks all of SQLAlchemy and aiohttp: 50 ms
@@ -195,12 +210,28 @@ async def _serve(
         await app[OFFERS].close()
         await fleet.close()
         await _last_pass(ingest)
+        if exporter is not None:
+            await exporter.close()
 
 
-def _observe(app: web.Application, ingest: Ingest, link: LinkServer, settings: Config) -> None:
-    """Let stored receipts be counted and logged, and gauges be read."""
-    log = settings.log
-    ingest.watchers = (app[TRAFFIC].add, access_log(is_json(log))) if log.access else (app[TRAFFIC].add,)
+def _exporter(settings: Config) -> "Exporter | None":
+    """Return what sends spans, if they are wanted. Raises ConfigError."""
+    if not settings.traces.endpoint:
+        return None
+    from gpuproxy.control.traces import Exporter  # costs only those who want it
+
+    return Exporter(settings.traces, node_id(Path(settings.server.data_dir)), os.environ)
+
+
+def _observe(
+    app: web.Application, ingest: Ingest, link: LinkServer, settings: Config, exporter: "Exporter | None"
+) -> None:
+    """Let stored receipts be counted, logged and traced, and gauges be read."""
+    log, traffic = settings.log, app[TRAFFIC]
+    ingest.watchers = (traffic.add, access_log(is_json(log))) if log.access else (traffic.add,)
+    if exporter is not None:
+        ingest.watchers += (exporter.add,)
+        exporter.count = traffic.add_traces
     app[GAUGES_READ].set("gpuproxy_breaker_open", lambda: open_breakers(link.states()))
     app[GAUGES_READ].set("gpuproxy_endpoint_calls", lambda: endpoint_calls(link.states()))
     app[GAUGES_READ].set("gpuproxy_workers", lambda: {(): float(len(link.links))})

@@ -4,6 +4,7 @@ Calls are added up here by payer, so that what is paid by them costs as many sta
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 
 from msgspec import Struct
 
@@ -11,11 +12,12 @@ from gpuproxy.ledger.open_calls import Notes
 from gpuproxy.ledger.segment import Row
 from gpuproxy.ledger.settle import DAY_NS, Payer
 from gpuproxy.pricing import Catalogue, cost_of, marked_up
-from gpuproxy.types import TOOL_CALL, Receipt
+from gpuproxy.types import NOT_STORED, TOOL_CALL, Receipt
 
 INT64_MAX = 2**63 - 1
 
 _ID = Receipt.__struct_fields__.index("id")
+_stored = itemgetter(*(at for at, name in enumerate(Receipt.__struct_fields__) if name not in NOT_STORED))
 
 
 class Batch(Struct, frozen=True):
@@ -38,10 +40,10 @@ class Batch(Struct, frozen=True):
     def completed(self, charge_ids: Mapping[tuple[str, int], str]) -> list[Row]:
         """Return the rows with cost and charge id behind, as the store has them."""
         if not charge_ids:
-            return [(*row, 0, "") for row in self.rows]
+            return [(*_stored(row), 0, "") for row in self.rows]
         told = zip(self.rows, self.costs, self.payers, strict=True)
         return [
-            (*row, 0, "") if payer is None else (*row, cost, charge_ids[payer.user_id, payer.day])
+            (*_stored(row), *((0, "") if payer is None else (cost, charge_ids[payer.user_id, payer.day])))
             for row, cost, payer in told
         ]
 

@@ -102,6 +102,8 @@ class Lines:
             error = form.fields(("error",), (receipt.error,))
         if receipt.rpc_method:
             error += form.fields(*_rpc(receipt))
+        if receipt.trace_id:
+            error += form.fields(("trace_id",), (receipt.trace_id,))
         begin = f"{form.begin}{self._ended(receipt)}{form.behind_time}{form.request_id(receipt.request_id)}"
         return f"{begin}{told}{amounts}{first_byte}{tokens}{error}{form.end}"
 

@@ -19,6 +19,11 @@ COUNTERS: dict[str, tuple[str, None, tuple[str, ...]]] = {
         None,
         ("upstream", "tool", "outcome"),
     ),
+    "gpuproxy_traces_total": (
+        "calls whose spans were sent, refused by the receiver, or dropped for want of room",
+        None,
+        ("outcome",),
+    ),
     "gpuproxy_bytes_total": ("bytes of bodies, from clients and to them", None, ("direction",)),
 }
 

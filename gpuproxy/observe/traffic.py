@@ -79,6 +79,10 @@ class Traffic(Collector):
         if error:
             self._count("gpuproxy_errors_total", (error,))
 
+    def add_traces(self, outcome: str, count: int) -> None:
+        """Count calls by what became of their spans."""
+        self._count("gpuproxy_traces_total", (outcome,), count)
+
     def collect(self) -> Iterator[Metric]:
         """Yield every series, for the registry."""
         for name, counts in self._counters.items():

@@ -139,7 +139,7 @@ class Downstream(RequestReader):
 
     def new_exchange(self, head: RequestHead, content_length: int) -> Exchange:
         """Make the exchange for a head."""
-        return Exchange(self.plane, self, head, content_length)
+        return self.plane.exchange(self.plane, self, head, content_length)
 
     def admit(self, exchange: Exchange) -> None:
         """Start the exchange, or queue it behind the one being answered."""

@@ -16,6 +16,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.proxy.headers import Field
 from gpuproxy.types import Usage
 
+TRACE_CONTEXT = frozenset((b"traceparent", b"tracestate", b"baggage"))  # W3C
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
@@ -91,6 +92,13 @@ def completed_fields(
     if is_collected and b"accept-encoding" not in names:
         fields = [*fields, (b"Accept-Encoding", b"identity")]
     return fields
+
+
+def with_context(fields: list[Field], outer: list[Field]) -> list[Field]:
+    """Return the fields for the target; if they name no trace, with the one that the call itself belongs to."""
+    if any(name.lower() in TRACE_CONTEXT for name, _ in fields):
+        return fields
+    return fields + [field for field in outer if field[0].lower() in TRACE_CONTEXT]
 
 
 class Collected:

@@ -63,6 +63,8 @@ class Exchange(Attempts):
 
     __slots__ = ()
 
+    trace_lines: bytes = b""  # more than none in a `TracedExchange`
+
     # -- admit ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -325,7 +327,7 @@ class Exchange(Attempts):
         router = self.plane.router
         handler = router.handler(envelope.protocol)
         target = parse_target(envelope.target_url)
-        fields = checked_fields(envelope.headers or {})
+        fields = envelopes.with_context(checked_fields(envelope.headers or {}), self.head.fields)
         content = envelope.content()
         method = (envelope.method or "GET").encode()
         call = self._call = Call(
@@ -562,12 +564,13 @@ class Exchange(Attempts):
         base_path = endpoint.base_path
         if base_path or path[:1] != b"/":
             path = joined_path(base_path, path)
-        self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%bX-Request-Id: %b\r\n%b\r\n" % (
+        self._head = b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%bX-Request-Id: %b\r\n%b\r\n" % (
             method,
             path,
             head.host if endpoint.preserves_host and head.host else endpoint.host,
             endpoint.fixed_fields,
             block,
+            self.trace_lines,
             self.request_id.encode(),
             framing,
         )

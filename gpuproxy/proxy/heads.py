@@ -8,8 +8,12 @@ between whole messages it has no state. Everything else goes to the parser. This
 
 import http
 import re
+from typing import TYPE_CHECKING
 
 from gpuproxy.proxy.headers import Field, join_fields, without_nominated
+
+if TYPE_CHECKING:
+    from gpuproxy.proxy.traced import Inherited
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in http.HTTPStatus
@@ -30,7 +34,7 @@ class RequestHead:
     """What the head of a request says. Not changed after it is parsed: exchanges may share one.
 
     ``blocks`` keeps what has been rendered from it for upstreams, by whether an uncompressed answer is asked for;
-    ``needs_body`` what the handler said of its method and path.
+    ``needs_body`` what the handler said of its method and path; ``inherited`` what it says of a trace.
     """
 
     __slots__ = (
@@ -41,6 +45,7 @@ class RequestHead:
         "expects_continue",
         "fields",
         "host",
+        "inherited",
         "is_chunked",
         "is_http_1_0",
         "is_upgrade",
@@ -74,6 +79,7 @@ class RequestHead:
         self.expects_continue = False
         self.keeps_alive = True
         self.needs_body: bool | None = None
+        self.inherited: Inherited | None = None
         self.blocks: dict[bool, bytes] = {}
 
     @property

@@ -37,6 +37,7 @@ from gpuproxy.proxy.breaker import Replicas
 from gpuproxy.proxy.credit import Credit
 from gpuproxy.proxy.downstream import Downstream
 from gpuproxy.proxy.endpoint import Endpoint
+from gpuproxy.proxy.exchange import Exchange
 from gpuproxy.proxy.instances import Instances
 from gpuproxy.proxy.journal import Journal, segment_name
 from gpuproxy.proxy.limits import Limits
@@ -72,6 +73,7 @@ class Plane:
         self._registry = registry
         self.limits = config.limits
         self.timeouts = config.timeouts
+        self.exchange = _exchange(config)
         self._time = loop.time
         self.now_s = loop.time() + SWEEP_S
         self.journal = journal
@@ -251,6 +253,14 @@ class Plane:
             ends[0].close()
         await asyncio.sleep(0)
         self.pools.close()
+
+
+def _exchange(config: Config) -> type[Exchange]:
+    if not config.traces.endpoint:
+        return Exchange
+    from gpuproxy.proxy.traced import TracedExchange  # costs only those who want it
+
+    return TracedExchange
 
 
 async def _sweep_forever(plane: Plane, reporter: Reporter) -> None:

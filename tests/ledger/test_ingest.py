@@ -18,6 +18,7 @@ from gpuproxy import config
 from gpuproxy.ledger.ingest import BATCH_RECEIPTS, ORPHAN_S, Ingest
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import journal_segments, receipts
+from gpuproxy.types import NOT_STORED, Attempt, Receipt, Trace
 
 
 @pytest.fixture
@@ -67,13 +68,17 @@ Hire = Callable[..., Worker]
 
 
 async def test_what_a_worker_wrote_is_stored_with_every_field(store: Store, ingest: Ingest, hire: Hire) -> None:
-    hire().write(frame([receipt(1)]))
+    shown: list[Receipt] = []
+    ingest.watchers = (shown.extend,)
+    written = receipt(1, trace_id="ab" * 16, trace=Trace(2**64 - 1, "", "chat", [Attempt(0, 1, "host", 80)]))
+    hire().write(frame([written]))
     assert await ingest.ingest_once() == 1
     async with store.reading() as connection:
         row = (await connection.execute(select(receipts))).one()
-    written = receipt(1)
     stored_of_it = {name: value for name, value in row._asdict().items() if name in written.__struct_fields__}
-    assert {name: getattr(written, name) for name in written.__struct_fields__} == stored_of_it
+    kept = [name for name in written.__struct_fields__ if name not in NOT_STORED]
+    assert {name: getattr(written, name) for name in kept} == stored_of_it
+    assert shown == [written]
 
 
 async def test_a_live_segment_is_read_on_where_it_was_left(store: Store, ingest: Ingest, hire: Hire) -> None:

@@ -71,6 +71,15 @@ def test_a_line_is_this_to_the_byte_however_often_it_comes(
     assert lines(capfdbinary) == [wanted] * 3
 
 
+@pytest.mark.parametrize(("is_json", "wanted"), [(False, TEXT_LINE), (True, JSON_LINE[:-1])], ids=["text", "json"])
+def test_the_trace_is_told_if_there_is_one(
+    capfdbinary: pytest.CaptureFixture[bytes], is_json: bool, wanted: bytes
+) -> None:
+    access_log(is_json)([like(trace_id="ab")])
+    end = b',"trace_id":"ab"}' if is_json else b" trace_id=ab"
+    assert lines(capfdbinary) == [wanted + end]
+
+
 def test_lines_are_dated_by_the_end_of_their_call(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     access_log(is_json=True)([like(duration_us=us) for us in (0, 999, 1_000, 999_999, 1_000_001)])
     told = [json.loads(line) for line in lines(capfdbinary)]

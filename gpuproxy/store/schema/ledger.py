@@ -7,7 +7,7 @@ from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey,
 from sqlalchemy.types import TypeEngine
 
 from gpuproxy.store.schema.base import UtcTime, metadata
-from gpuproxy.types import Receipt
+from gpuproxy.types import NOT_STORED, Receipt
 
 
 def _receipt_columns() -> list[Column[Any]]:
@@ -15,6 +15,7 @@ def _receipt_columns() -> list[Column[Any]]:
     return [
         Column(field.name, kinds.get(field.type, Text()), nullable=False, primary_key=field.name == "id")
         for field in msgspec.structs.fields(Receipt)
+        if field.name not in NOT_STORED
     ]
 
 
