@@ -24,6 +24,7 @@ from gpuproxy.link.messages import (
     Prices,
     Revoke,
     Routing,
+    SealKeys,
     decode_from_control,
     frame,
 )
@@ -117,12 +118,12 @@ def control(tmp_path: Path) -> Iterator[Control]:
 
 
 def receive(link: socket.socket) -> Any:
-    """Return the next message that tells neither prices nor routing."""
+    """Return the next message that tells neither prices nor routing nor keys."""
     reader = FrameReader()
     while True:
         for body in reader.feed(link.recv(65_536)):
             message = decode_from_control(body)
-            if not isinstance(message, Prices | Routing):
+            if not isinstance(message, Prices | Routing | SealKeys):
                 return message
 
 
