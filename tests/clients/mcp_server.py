@@ -51,11 +51,13 @@ async def ask_address() -> Elicit[Address]:
 class ToolServer:
     """Tools to try a gateway with; `cancelled` tells that the tool `wait` was left."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "alone") -> None:
+        self.name = name
         self.events = Events()
         self.cancelled = threading.Event()
         self.mcp = MCPServer("tools-of-the-tests")
-        for tool in (self.add, self.count, self.wait, self.order, self.fail, self.polled, self.blob):
+        tools = self.add, self.count, self.wait, self.order, self.fail, self.polled, self.blob, self.who, self.announce
+        for tool in tools:
             self.mcp.add_tool(tool)
 
     def app(self, **options: Any) -> Any:
@@ -108,3 +110,12 @@ class ToolServer:
     async def blob(self, size: int) -> str:
         """Return a text of `size` characters."""
         return "x" * size
+
+    async def who(self) -> str:
+        """Tell which of several servers this is."""
+        return self.name
+
+    async def announce(self, context: Context) -> str:
+        """Tell the client outside of any call that the list of tools has changed."""
+        await context.session.send_tool_list_changed()
+        return "told"
