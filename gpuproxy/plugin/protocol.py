@@ -101,6 +101,10 @@ class UsageReader(Protocol):
     ``rpc_outcome`` that tells how a JSON-RPC call ended (see `Receipt`). It may have a method
     ``so_far() -> Usage`` that tells, at any time, what was delivered by then and never more than that: a stream without
     it is neither stopped when what it reserved is used up nor billed for its tokens when it breaks off.
+
+    Of a WebSocket `feed` gets each text message of the upstream, whole, but for those over 1 MiB. The reader may have a
+    method ``check(message) -> str`` that tells why a message of the client must not pass, empty if it may: that ends
+    the connection.
     """
 
     def feed(self, data: bytes) -> None:
@@ -137,7 +141,10 @@ class ProtocolHandler(Protocol):
         """Say what can be metered (model, stream) of a call whose destination is given already."""
 
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
-        """Return a reader for an answer with this status and content type (lower case), None to not look."""
+        """Return a reader for an answer with this status and content type (lower case), None to not look.
+
+        For a WebSocket that opens they are 101 and ``websocket``; with `identity` it is not compressed.
+        """
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
         """Turn a whole answer into what an envelope carries: (content type, body)."""

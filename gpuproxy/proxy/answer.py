@@ -11,7 +11,7 @@ from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.plugin import AnswerEditor, Call, Intent, ProtocolHandler, UpstreamRequest, UsageReader
 from gpuproxy.pricing import FREE, Price, cost_of
 from gpuproxy.proxy import envelope as envelopes
-from gpuproxy.proxy import refusal, tunnel
+from gpuproxy.proxy import refusal, tunnel, websocket
 from gpuproxy.proxy.credit import Bill, price_for, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
@@ -384,16 +384,16 @@ class Answer:
             self.pause_answer()
 
     def _extended(self, outcome: LeaseOutcome) -> None:
-        bill = self._told(outcome)
+        bill = self.told(outcome)
         if bill is None:
             return
         if outcome != "taken":
-            self._cut_off(self.plane.credit.refusal(bill) if outcome == "refused" else unknown_credit())
+            self.cut_off(self.plane.credit.refusal(bill) if outcome == "refused" else unknown_credit())
         elif not self.downstream.is_write_blocked:
             self.resume_answer()
 
-    def _told(self, outcome: LeaseOutcome) -> Bill | None:
-        # take note of control's word; None if the call is over meanwhile
+    def told(self, outcome: LeaseOutcome) -> Bill | None:
+        """Take note of control's word about more credit; None if the call is over meanwhile."""
         bill = self._bill
         assert bill is not None
         self.plane.credit.told(bill, outcome)
@@ -409,15 +409,15 @@ class Answer:
             self._tokens = None
             purse.uncount(most - used, lease_id)
 
-    def _cut_off(self, error: GatewayError) -> None:
-        # say why, if the stream has a way to say it; the end must not look clean
+    def cut_off(self, error: GatewayError) -> None:
+        """End the answer, saying why if it has a way to say it; the end must not look clean."""
         if not self.has_sent_head:
             self.refuse(error)
             return
         ends = self.plane.tunnels.get(self)
         if ends is not None:
             self._error = error.code
-            ends[0].close()
+            ends[1].cut(error)
             return
         head = self.upstream.head if self.upstream is not None else NO_HEAD
         handler = self._handler
@@ -617,7 +617,12 @@ class Answer:
         self.plane.downstreams.discard(downstream)
         downstream.unblock_reading(READ_BUFFER)
         self.plane.outbox.flush()
-        ends = tunnel.join(downstream.transport, connection.transport, self._end_tunnel)
+        call, handler = self._call, self._handler
+        if call is not None and handler is not None:
+            self._reader = handler.reader(call, 101, websocket.KIND)
+        watch = websocket.watch(self, self._reader, self._bill)
+        join = tunnel.join if watch is None else watch.join
+        ends = join(downstream.transport, connection.transport, self._end_tunnel)
         self._collected = None
         self.plane.tunnels[self] = ends
         connection.origin.forget(connection)
@@ -677,6 +682,8 @@ class Answer:
         """Note in the journal what was used by now: it counts if this worker is killed."""
         plane = self.plane
         self._checkpoint_ns = now_ns
+        if (ends := plane.tunnels.get(self)) is not None:
+            self.request_bytes, self._response_bytes = ends[0].byte_count, ends[1].byte_count
         if not self._receipt_id:
             self._receipt_id = plane.new_id() if self.head.request_id else self.request_id
         plane.journal.append(self._receipt("open", used_by_now(self._reader) or NO_USAGE, now_ns))

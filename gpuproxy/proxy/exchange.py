@@ -448,13 +448,13 @@ class Exchange(Attempts):
         return False
 
     def _input_bytes_max(self) -> int:
-        if not self.has_body:
-            return 0
+        if not self.has_body:  # what a tunnel will carry nobody knows
+            return self.plane.config.credit.output_tokens_default if self.head.is_upgrade else 0
         return self.content_length if self.content_length >= 0 else self.plane.limits.body_bytes_max
 
     def paid(self, outcome: LeaseOutcome) -> None:
         """Control has told whether what this call may cost could be reserved, or could not tell."""
-        bill = self._told(outcome)
+        bill = self.told(outcome)
         if bill is None:
             return
         if outcome == "taken":
@@ -593,6 +593,8 @@ class Exchange(Attempts):
             fields = without_nominated(fields, head.connection)
         if request.headers:
             fields = replace_fields(fields, request.headers)
+        if request.identity and head.is_upgrade:
+            fields = [field for field in fields if field[0].lower() != b"sec-websocket-extensions"]
         encoding = b"identity" if request.identity else head.accept_encoding
         return b"%b%bVia: %b1.1 gpuproxy\r\n%b" % (
             join_fields(fields),

@@ -31,6 +31,7 @@ INVALID = 15
 CONTENT_TYPE = 16
 BUFFERING = 17
 ENCODING = 18
+SUBPROTOCOL = 19
 
 _HOP_BY_HOP = dict.fromkeys(
     (
@@ -67,6 +68,7 @@ _REQUEST: dict[bytes, int] = {
     b"x-real-ip": PROXIED,
     b"x-request-id": REQUEST_ID,
     b"accept-encoding": ACCEPT_ENCODING,
+    b"sec-websocket-protocol": SUBPROTOCOL,
 }
 
 _RESPONSE: dict[bytes, int] = {
@@ -181,6 +183,18 @@ def checked_fields(given: dict[str, str]) -> list[Field]:
         ):
             fields.append((name, value.strip()))
     return fields
+
+
+KEY_ITEM = b"openai-insecure-api-key."  # how browsers send a key: they can set no other field of a WebSocket
+
+
+def without_key_items(value: bytes) -> tuple[bytes, list[bytes]]:
+    """Return a Sec-WebSocket-Protocol value without the items that carry a key, and the keys."""
+    items = [item.strip() for item in value.split(b",")]
+    keys = [item[len(KEY_ITEM) :] for item in items if item.lower().startswith(KEY_ITEM)]
+    if not keys:
+        return value, keys
+    return b", ".join(item for item in items if not item.lower().startswith(KEY_ITEM)), keys
 
 
 def is_valid_request_id(value: bytes) -> bool:

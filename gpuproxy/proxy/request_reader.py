@@ -26,6 +26,7 @@ from gpuproxy.proxy.headers import (
     OWN,
     PROXIED,
     REQUEST_ID,
+    SUBPROTOCOL,
     UPGRADE,
     VIA,
     classify_request,
@@ -33,6 +34,7 @@ from gpuproxy.proxy.headers import (
     is_valid_host,
     is_valid_request_id,
     request_rules,
+    without_key_items,
 )
 from gpuproxy.proxy.heads import Memory, RequestHead
 
@@ -252,9 +254,18 @@ class RequestReader(asyncio.Protocol):
             head.expects_continue = True
         elif rule == UPGRADE:
             head.upgrade = value
+        elif rule == SUBPROTOCOL:
+            self._take_subprotocols(head, name, value)
         elif rule == INVALID:
             shown = name[:60].decode("latin-1")
             self._refuse_head("BAD_REQUEST", f"field name {shown!r} has an underscore; use '-'")
+
+    def _take_subprotocols(self, head: RequestHead, name: bytes, value: bytes) -> None:
+        kept, keys = without_key_items(value)
+        for key in keys:
+            self._take_credential(head, b"X-API-Key", key, key)
+        if kept:
+            head.fields.append((name, kept))
 
     def _take_credential(self, head: RequestHead, name: bytes, value: bytes, credential: bytes) -> None:
         if head.own_fields is None:
@@ -262,7 +273,7 @@ class RequestReader(asyncio.Protocol):
         else:
             head.own_fields.append((name, value))
         if head.credential and credential and credential != head.credential:
-            self._refuse_head("BAD_REQUEST", "X-API-Key and Authorization carry different credentials; send one")
+            self._refuse_head("BAD_REQUEST", "the head carries different credentials; send one")
         head.credential = credential or head.credential
 
     def on_headers_complete(self) -> None:

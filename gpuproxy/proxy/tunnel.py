@@ -8,6 +8,9 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
+from typing import TypeVar
+
+from gpuproxy.errors import GatewayError
 
 _NO_LINGER = struct.pack("ii", 1, 0)
 
@@ -50,10 +53,18 @@ class TunnelEnd(asyncio.Protocol):
         """Take the other side down too and report the end once."""
         self.close()
 
+    def cut(self, error: GatewayError) -> None:
+        """End both sides; of the reason nobody can be told, for what the bytes mean is not known here."""
+        self.close()
+
     def close(self) -> None:
         """End both sides, flushing what they still hold; idempotent."""
         for end in (self, self.peer):
             end.transport.close()
+        self.finish()
+
+    def finish(self) -> None:
+        """Report the end, once."""
         if not self._is_over:
             self._is_over = self.peer._is_over = True
             self._done()
@@ -67,11 +78,17 @@ def reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-def join(
-    client: asyncio.Transport, upstream: asyncio.Transport, done: Callable[[], None]
-) -> tuple[TunnelEnd, TunnelEnd]:
+Ends = tuple[TunnelEnd, TunnelEnd]
+_Pair = TypeVar("_Pair", bound=Ends)
+
+
+def join(client: asyncio.Transport, upstream: asyncio.Transport, done: Callable[[], None]) -> Ends:
     """Join two transports; returns the client's end and the upstream's, whose `byte_count` is what it received."""
-    ends = TunnelEnd(client, done), TunnelEnd(upstream, done)
+    return joined((TunnelEnd(client, done), TunnelEnd(upstream, done)))
+
+
+def joined(ends: _Pair) -> _Pair:
+    """Join two ends."""
     ends[0].peer, ends[1].peer = ends[1], ends[0]
     for end in ends:
         end.transport.set_protocol(end)

@@ -250,6 +250,8 @@ class Plane:
         for downstream in list(self.downstreams):
             downstream.abort()
         for ends in list(self.tunnels.values()):
+            ends[1].cut(GatewayError("UNAVAILABLE", "the gateway is stopping; connect again"))
+        for ends in list(self.tunnels.values()):  # the middle of a frame is passing there
             ends[0].close()
         await asyncio.sleep(0)
         self.pools.close()

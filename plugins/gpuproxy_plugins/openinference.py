@@ -29,6 +29,7 @@ from gpuproxy_plugins.openinference_intent import (
     refuse_dot_segments,
 )
 from gpuproxy_plugins.openinference_models import asks_for_models, listing
+from gpuproxy_plugins.openinference_realtime import is_socket, reader_of
 from gpuproxy_plugins.openinference_refusal import refusal
 from gpuproxy_plugins.openinference_rename import renamed
 from gpuproxy_plugins.openinference_shape import completed_path
@@ -65,7 +66,8 @@ class OpenInference:
     def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
         """Ask for a readable answer; choose an envelope's path by its body's shape. Raises BAD_REQUEST."""
         if not call.is_envelope:
-            request = UpstreamRequest(identity=call.method == b"POST" and _may_tell_usage(call.path))
+            is_read = _may_tell_usage(call.path) if call.method == b"POST" else is_socket(call.method, call.path)
+            request = UpstreamRequest(identity=is_read)
             if intent.is_stream and call.may_ask_usage and call.body:
                 _ask_usage(request, call.path, call.body, intent.note)
             return request
@@ -74,13 +76,15 @@ class OpenInference:
         return UpstreamRequest(path=path, headers=content_type_if_absent(call), identity=identity)
 
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
-        """Return a reader for JSON, event streams and JSON lines; None for errors and all else."""
+        """Return a reader for JSON, event streams, JSON lines and WebSockets; None for errors and all else."""
         if status >= 400:
             return None
         if content_type.startswith(b"application/json"):
             return JsonUsageReader()
         if content_type.startswith(b"text/event-stream"):
             return _stream_reader(call)
+        if status == 101:
+            return reader_of(call)
         return LinesUsageReader() if content_type.startswith(_LINES) else None
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:

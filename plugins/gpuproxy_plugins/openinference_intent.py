@@ -1,13 +1,14 @@
 """Where an inference call wants to go: its model, read from the body (JSON or form) or from the path."""
 
 from typing import Any, NoReturn
-from urllib.parse import parse_qs, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from msgspec import Raw, Struct
 
 from gpuproxy.plugin import Call, GatewayError, Intent
 from gpuproxy_plugins.multipart import form_fields, is_form
+from gpuproxy_plugins.openinference_realtime import is_socket, model_of_query
 
 _MODEL_CHARS_MAX = 256  # the longest known ids (paths of fine-tunes) are under 150
 _UNREADABLE = (ValueError, RecursionError)
@@ -127,26 +128,27 @@ def intent_of_path(path: bytes) -> Intent:
 
     ``/v2/models/{m}/…``, ``/v2/repository/models/{m}/…``, ``/v1/models/{m}``, ``/v1/realtime?model={m}``.
     """
-    route, _, query = path.partition(b"?")
+    route = path.partition(b"?")[0]
     version, *segments = route.removeprefix(b"/").split(b"/")
     if segments[:1] == [b"repository"]:
         del segments[0]
     if segments[:1] == [b"models"] and len(segments) > 1:
         name = b"/".join(segments[1:]) if version == b"v1" else segments[1]  # ids with a slash, unescaped
         return Intent(_model(unquote_to_bytes(name)), is_stream=segments[-1] == b"generate_stream")
-    if segments == [b"realtime"]:
-        return Intent(_model_of_query(query), is_stream=True)
+    if segments in ([b"realtime"], [b"responses"]):
+        return Intent(_model_of_socket(path), is_stream=True)
     return Intent()
 
 
-def _model_of_query(query: bytes) -> str:
-    try:
-        values = parse_qs(query, max_num_fields=64).get(b"model", [])
-    except ValueError as error:
-        raise GatewayError("BAD_REQUEST", f"the query cannot be read: {error}", param="model") from None
-    if len(values) > 1:
-        raise GatewayError("BAD_REQUEST", "the query names `model` twice", param="model")
-    return _model(values[0]) if values else ""
+def _model_of_socket(path: bytes) -> str:
+    """Return the model that the URL of a WebSocket names. Raises BAD_REQUEST: else it could be any, for nothing."""
+    model = model_of_query(path)
+    if not model:
+        shown = path.partition(b"?")[0].decode("latin-1")
+        raise GatewayError("BAD_REQUEST", f"the URL names no model; open {shown}?model=ID", param="model")
+    if len(model) > _MODEL_CHARS_MAX:
+        refuse_model(model)
+    return model
 
 
 def _model(name: bytes) -> str:
@@ -171,6 +173,8 @@ def description(call: Call) -> Intent:
     try:
         if b"/v2/models/" in call.path:
             return intent_of_path(call.path[call.path.index(b"/v2/models/") :])
+        if is_socket(call.method, call.path):
+            return Intent(model_of_query(call.path)[:_MODEL_CHARS_MAX], is_stream=True)
         body = _decode_loosely(call.body or b"")
     except (*_UNREADABLE, GatewayError):
         return Intent()

@@ -34,6 +34,7 @@ class Counts(Struct, gc=False):
     input_tokens: int | None = None
     output_tokens: int | None = None
     input_tokens_details: Details | None = None
+    input_token_details: Details | None = None  # as the Realtime API spells it
     cache_read_input_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
 
@@ -71,7 +72,7 @@ def usage_of(counts: Counts | None) -> Usage | None:
         return tokens(counts.prompt_tokens, cached, counts.completion_tokens or 0)
     if counts.input_tokens is None and counts.output_tokens is None:
         return None
-    details = counts.input_tokens_details
+    details = counts.input_tokens_details or counts.input_token_details
     read = counts.cache_read_input_tokens or 0
     total = (counts.input_tokens or 0) + read + (counts.cache_creation_input_tokens or 0)
     cached = read or ((details.cached_tokens or 0) if details is not None else 0)

@@ -11,6 +11,8 @@ from typing import Any
 
 from aiohttp import web
 
+from . import sockets
+
 SECRET = "sk-upstream-secret"
 MODELS = (
     "chat", "tools", "gzip", "embed", "flaky", "gated",
@@ -51,6 +53,8 @@ class ModelServer:
                 web.post("/v1/embeddings", self.embeddings),
                 web.post("/v1/responses", self.responses),
                 web.post("/v1/messages", self.messages),
+                web.get("/v1/realtime", sockets.realtime),
+                web.get("/v1/responses", sockets.responses),
                 web.get("/v1/models", self.models),
                 web.get("/v1/models/{model}", self.model),
             ]
