@@ -291,9 +291,10 @@ def _wait_s(body: NewInstance) -> float:
 
 def _wish(request: web.Request, body: NewInstance, at: int) -> Wish:
     """Return what the body asks for, of an offer that is not chosen yet."""
-    user_id = request[CALLER].user_id
+    caller = request[CALLER]
     return Wish(
-        user_id=user_id,
+        user_id=caller.user_id,
+        key_id=caller.root_id,
         offer=NO_OFFER,
         spec=InstanceSpec(
             image=body.image,

@@ -10,9 +10,9 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.fleet.meter import reserve
 from gpuproxy.fleet.moves import begin_destroy, end, move
 from gpuproxy.fleet.parts import Fleet, failure_of, shown_id
+from gpuproxy.fleet.purse import reserve
 from gpuproxy.fleet.rentals import Rental, find, locked, of_group
 from gpuproxy.fleet.sight import ASKED, miss, see, take
 from gpuproxy.fleet.states import ENDED, UNDER_WAY, State
@@ -142,12 +142,14 @@ async def stop(fleet: Fleet, rental: Rental) -> Rental:
 
 
 async def start(fleet: Fleet, rental: Rental) -> Rental:
-    """Start a stopped machine. Raises as `stop`, and INSUFFICIENT_CREDITS without money for a while."""
+    """Start a stopped machine. Raises as `stop`, and INSUFFICIENT_CREDITS or BUDGET_EXCEEDED without money
+    for a while.
+    """
     if rental.state in ("provisioning", "running"):
         return rental
     if rental.state != "stopped":
         raise GatewayError("CONFLICT", f"rental {rental.id} is {rental.state}; only a stopped one can be started")
-    rental = await fleet.write(_restarted, rental.id, fleet.now())
+    rental = await fleet.paying(_restarted, rental.id, fleet.now())
     return await _pressed(fleet, rental)
 
 

@@ -12,21 +12,15 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from gpuproxy.errors import GatewayError
-from gpuproxy.fleet.rentals import Rental, change, living_of, microseconds
+from gpuproxy.fleet.purse import fill, lock_books, payable
+from gpuproxy.fleet.rentals import Rental, change, microseconds
 from gpuproxy.fleet.states import State
 from gpuproxy.ledger import holds
-from gpuproxy.ledger.transfers import PROVIDER_COST, REVENUE, WRITE_OFF, Transfer, credit_account, lock, post
-from gpuproxy.pricing import Accrued, seconds_paid
+from gpuproxy.ledger.budgets import spend
+from gpuproxy.ledger.transfers import PROVIDER_COST, REVENUE, WRITE_OFF, Transfer, post
+from gpuproxy.pricing import Accrued
 
 PREPAID = "prepaid"
-AHEAD_S = 1_200  # what a hold is kept filled to: over the first warning
-WARNINGS_S = (900, 300)  # this much money left is told, once each
-
-
-def payable(provider: str) -> str:
-    """Return the account of what a provider is owed."""
-    return f"payable.{provider}"
 
 
 def rates_in(rental: Rental, state: State) -> dict[str, int]:
@@ -84,11 +78,6 @@ def proven_until(rental: Rental, at: datetime) -> datetime:
     return min(at, rental.seen_at or at) if is_costly else at
 
 
-def lock_books(connection: Connection, rental: Rental) -> None:
-    """Lock every account a rental may move, at once and so in the ledger's one order, before the first is changed."""
-    lock(connection, [credit_account(rental.user_id), payable(rental.provider), PROVIDER_COST, REVENUE, WRITE_OFF])
-
-
 def settle(connection: Connection, rental: Rental, price: Accrued, cost: Accrued, **values: Any) -> Rental:
     """Post what is due and not posted yet, of price and cost; write both to the rental with other columns."""
     lock_books(connection, rental)
@@ -121,52 +110,16 @@ def charge_commitment(connection: Connection, rental: Rental) -> Rental:
     return settle(connection, rental, price, cost)
 
 
-def release(connection: Connection, rental: Rental) -> None:
-    """Give the rest of the hold back: nothing more will be charged. Again changes nothing."""
-    lock_books(connection, rental)
-    hold = holds.get(connection, rental.hold_id)
-    if hold is None or hold.state != "pending":
-        return
-    if hold.posted_nanousd:
-        holds.settle(connection, hold.id, 0, "rental")
-    else:
-        holds.void(connection, hold.id)
-
-
-def top_up(connection: Connection, rental: Rental, now: datetime) -> int:
-    """Fill the hold to AHEAD_S as far as there is credit; return for how many seconds from `now` the money lasts.
-
-    Of free credit, a user's other rentals take their part too, by their rates.
-    """
-    rate = rental.rate_nanousd_per_hour
-    if not rate:
-        return seconds_paid(0, 0)
-    since = max(rental.metered_at, rental.seen_at or rental.metered_at)
-    unposted = Accrued().after(rate, microseconds(since, now)).due_nanousd
-    wanted = unposted + Accrued().after(rate, AHEAD_S * 1_000_000).due_nanousd
-    remaining = _filled(connection, rental, wanted)
-    free = lock(connection, [credit_account(rental.user_id)])[credit_account(rental.user_id)].free_nanousd
-    rates = sum(each.rate_nanousd_per_hour for each in living_of(connection, rental.user_id))
-    return seconds_paid(max(0, remaining - unposted), rate) + seconds_paid(free, max(rate, rates))
-
-
-def reserve(connection: Connection, rental: Rental, seconds: int) -> None:
-    """Fill the hold for so long a time of running. Raises GatewayError INSUFFICIENT_CREDITS."""
-    wanted = Accrued().after(rental.price_nanousd_per_hour, seconds * 1_000_000).due_nanousd
-    if _filled(connection, rental, wanted) < wanted:
-        message = f"the account has not enough credit to run this for {seconds // 60} minutes"
-        raise GatewayError("INSUFFICIENT_CREDITS", message)
-
-
 def _charge(connection: Connection, rental: Rental, due_nanousd: int) -> tuple[int, int]:
     """Charge up to `due_nanousd` in all; what the customer has not is written off. Return both."""
     owed = due_nanousd - rental.charged_nanousd - rental.written_off_nanousd
     if owed <= 0:
         return 0, 0
     key = f"rental:{rental.id}:{due_nanousd}"
-    charged = min(owed, _filled(connection, rental, owed))
+    charged = min(owed, fill(connection, rental, owed))
     if charged:
         holds.draw(connection, rental.hold_id, charged, "rental", key)
+        spend(connection, {(rental.user_id, rental.key_id): charged})
     if owed > charged:
         post(connection, [Transfer(WRITE_OFF, REVENUE, owed - charged, "write_off", f"{key}:write_off")])
     return charged, owed - charged
@@ -178,18 +131,3 @@ def _owe(connection: Connection, rental: Rental, due_nanousd: int) -> int:
         key = f"rental_cost:{rental.id}:{due_nanousd}"
         post(connection, [Transfer(PROVIDER_COST, payable(rental.provider), owed, "rental_cost", key)])
     return max(0, owed)
-
-
-def _filled(connection: Connection, rental: Rental, wanted_nanousd: int) -> int:
-    """Let the hold have `wanted_nanousd` as far as there is credit; return what it has."""
-    hold = holds.get(connection, rental.hold_id)
-    if hold is None or hold.state != "pending":
-        return 0
-    lacking = wanted_nanousd - hold.remaining_nanousd
-    if lacking <= 0:
-        return hold.remaining_nanousd
-    account_id = credit_account(rental.user_id)
-    lacking = min(lacking, lock(connection, [account_id])[account_id].free_nanousd)
-    if lacking > 0 and holds.extend(connection, hold.id, lacking):
-        return hold.remaining_nanousd + lacking
-    return hold.remaining_nanousd

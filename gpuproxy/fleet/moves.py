@@ -7,7 +7,8 @@ from sqlalchemy import Connection, insert
 
 from gpuproxy.access.accounts import INSTANCES_CHANGED
 from gpuproxy.events.outbox import record
-from gpuproxy.fleet.meter import PREPAID, charge_commitment, commit_cost, meter, proven_until, rates_in, release
+from gpuproxy.fleet.meter import PREPAID, charge_commitment, commit_cost, meter, proven_until, rates_in
+from gpuproxy.fleet.purse import release
 from gpuproxy.fleet.rentals import Rental, change
 from gpuproxy.fleet.states import ENDED, State, check_move
 from gpuproxy.ledger.book import format_usd

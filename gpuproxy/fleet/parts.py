@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 from gpuproxy import config
 from gpuproxy.errors import GatewayError
+from gpuproxy.fleet.purse import BudgetError
 from gpuproxy.fleet.rentals import prefix_of
+from gpuproxy.ledger.budgets import refused
 from gpuproxy.plugin import (
     CapacityGone,
     NotSupported,
@@ -56,6 +58,14 @@ class Fleet:
         """Do `work`, whose first argument is the connection, in a writing transaction."""
         async with self.store.writing() as connection:
             return await connection.run_sync(work, *words, **more)
+
+    async def paying(self, work: Callable[..., T], *words: Any, **more: Any) -> T:
+        """Do `work` as `write`; a budget that refuses it is told of, although the rest is taken back."""
+        try:
+            return await self.write(work, *words, **more)
+        except BudgetError as error:
+            await self.write(refused, error.budget)
+            raise
 
     async def read(self, work: Callable[..., T], *words: Any, **more: Any) -> T:
         """Do `work` in a transaction that only reads."""

@@ -18,11 +18,11 @@ from sqlalchemy import Connection, func, select
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.care import adopt_instance, advance, destroy, give_up, resolve
-from gpuproxy.fleet.meter import PREPAID, reserve
+from gpuproxy.fleet.meter import PREPAID
 from gpuproxy.fleet.parts import DISK_GB, Fleet, failure_of
+from gpuproxy.fleet.purse import first_hold, reserve
 from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked, new_id
 from gpuproxy.fleet.states import LIVING
-from gpuproxy.ledger import holds
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import CapacityGone, InstanceSpec, Offer, ProviderAdapter, ProviderError, ProviderInstance
 from gpuproxy.pricing import with_markup, without_markup
@@ -41,9 +41,13 @@ class RacedError(Exception):
 
 
 class Wish(Struct, frozen=True, kw_only=True):
-    """What a customer wants to rent. Prices are theirs, markup included. `others` may be tried when `offer` is gone."""
+    """What a customer wants to rent. Prices are theirs, markup included. `others` may be tried when `offer` is gone.
+
+    `key_id` is the key whose budgets bound it, empty for a session.
+    """
 
     user_id: str
+    key_id: str = ""
     offer: Offer
     spec: InstanceSpec
     duration_hours: int | None = None
@@ -59,7 +63,8 @@ async def rent(fleet: Fleet, wish: Wish) -> tuple[Rental, bool]:
     """Rent, and return the rental and whether it is new: the same request key gives the same rental.
 
     It may still be ``pending`` when the provider's answer did not come; the keeper finds out. Raises GatewayError
-    INSUFFICIENT_CREDITS, CAPACITY_GONE, CONFLICT for one rental too many, UNPROCESSABLE, PROVIDER_FAILED.
+    INSUFFICIENT_CREDITS, BUDGET_EXCEEDED, CAPACITY_GONE, CONFLICT for one rental too many, UNPROCESSABLE,
+    PROVIDER_FAILED.
     """
     [(rental, is_new)] = await _intended(fleet, [wish])
     if not is_new:
@@ -101,9 +106,9 @@ async def wait_until_running(fleet: Fleet, rental: Rental, wait_s: float, poll_s
 async def _intended(fleet: Fleet, wishes: Sequence[Wish]) -> list[tuple[Rental, bool]]:
     """Store intents, all or none; of calls with one request key at the same time one does, the others find its."""
     try:
-        return await fleet.write(_intend_all, fleet, wishes, fleet.now())
+        return await fleet.paying(_intend_all, fleet, wishes, fleet.now())
     except RacedError:
-        return await fleet.write(_intend_all, fleet, wishes, fleet.now())
+        return await fleet.paying(_intend_all, fleet, wishes, fleet.now())
 
 
 def _intend_all(
@@ -120,11 +125,11 @@ def _intend(connection: Connection, fleet: Fleet, wish: Wish, now: datetime) -> 
     rental_id = new_id(fleet.prefix)
     terms = _terms(fleet, wish, wish.offer)
     hours = terms["committed_hours"] or 1
-    owner = f"rental:{rental_id}"
-    hold = holds.place(connection, wish.user_id, terms["price_nanousd_per_hour"] * hours, owner, owner)
+    hold = first_hold(connection, wish.user_id, wish.key_id, rental_id, terms["price_nanousd_per_hour"] * hours)
     rental = Rental(
         id=rental_id,
         user_id=wish.user_id,
+        key_id=wish.key_id,
         state="pending",
         label=wish.spec.label,
         spec=_shown_spec(wish.spec),
@@ -193,7 +198,7 @@ async def _fulfil(fleet: Fleet, rental: Rental, wish: Wish) -> Rental:
     try:
         for offer in (wish.offer, *wish.others)[:OFFERS_TRIED_MAX]:
             if offer is not wish.offer:
-                rental = await fleet.write(_turn_to, fleet, rental.id, wish, offer)
+                rental = await fleet.paying(_turn_to, fleet, rental.id, wish, offer)
             try:
                 return await _create(fleet, adapter, rental, wish, offer)
             except CapacityGone as error:

@@ -26,6 +26,7 @@ class Rental(Struct, frozen=True, kw_only=True):
 
     id: str
     user_id: str
+    key_id: str = ""
     provider: str
     offer_id: str
     state: State

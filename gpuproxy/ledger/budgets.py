@@ -1,8 +1,8 @@
 """Budgets: what a user, or one key, may spend at most in a window of time, however much credit there is.
 
 Like credit a budget is held to where leases are handed out, not call by call: what was charged in the window and what
-workers hold unspent never exceed it together. So it is never exceeded, over all workers and nodes. A charge counts in
-the window in which it is booked, a moment after its call ended.
+workers and rentals hold unspent never exceed it together. So it is never exceeded, over all workers and nodes. A charge
+counts in the window in which it is booked, a moment after its call ended.
 
 Windows of one length follow one another from 1970-01-01 UTC: those of a day begin at midnight UTC. Keys that came from
 one another by rotation share their budgets. Functions work inside the caller's writing transaction, see `transfers`;
@@ -29,6 +29,7 @@ WINDOW_S_MAX = 2_592_000
 BUDGETS_MAX = 100  # of one user, over all keys
 TOLD_PERCENT = (80, 100)
 KEY_MARK = "#"  # in the owner of a hold: what follows names the keys it is for
+RENTAL = "rental:"  # what the owner of a rental's hold begins with
 USERS_AT_ONCE = 500  # parameters of one query
 
 _column = budgets.c
@@ -117,18 +118,20 @@ def budgets_of(connection: Connection, user_id: str) -> list[Budget]:
 
 def room(connection: Connection, user_id: str, key_id: str, now_s: float | None = None) -> Room:
     """Return what may be granted now to a key (`key_id` is its root; empty: it has no budget of its own)."""
+    return min(rooms(connection, user_id, key_id, now_s), key=lambda each: each.nanousd, default=Room(1 << 62))
+
+
+def rooms(connection: Connection, user_id: str, key_id: str, now_s: float | None = None) -> list[Room]:
+    """Return what each budget leaves now."""
     now_s = time.time() if now_s is None else now_s
     found = _budgets(connection, and_(_column.user_id == user_id, _column.key_id.in_({"", key_id})))
-    best = Room(1 << 62)
-    for budget in found:
-        left = max(0, budget.limit_nanousd - budget.spent(now_s) - _outstanding(connection, budget))
-        if left < best.nanousd:
-            best = Room(left, budget)
-    return best
+    return [
+        Room(max(0, each.limit_nanousd - each.spent(now_s) - _outstanding(connection, each)), each) for each in found
+    ]
 
 
 def refused(connection: Connection, budget: Budget, now_s: float | None = None) -> None:
-    """Note that a call was refused for want of budget: told once in a window."""
+    """Note that something was refused for want of budget: told once in a window."""
     now_s = time.time() if now_s is None else now_s
     if budget.told(now_s) < 100:
         _tell(connection, budget, budget.spent(now_s), 100, now_s)
@@ -184,13 +187,12 @@ def _number(budget: Budget, now_s: float) -> int:
 
 
 def _outstanding(connection: Connection, budget: Budget) -> int:
-    """Return what workers hold unspent, of the user or of the budget's keys."""
-    owner = f"%{KEY_MARK}{budget.key_id}" if budget.key_id else "lease:%"
-    chosen = (
-        (holds.c.state == "pending")
-        & (holds.c.account_id == credit_account(budget.user_id))
-        & holds.c.owner.like(owner)
+    """Return what workers and rentals hold unspent, of the user or of the budget's keys."""
+    owner = holds.c.owner
+    is_counted = (
+        owner.like(f"%{KEY_MARK}{budget.key_id}") if budget.key_id else owner.like("lease:%") | owner.like(f"{RENTAL}%")
     )
+    chosen = (holds.c.state == "pending") & (holds.c.account_id == credit_account(budget.user_id)) & is_counted
     query = select(cast(func.coalesce(func.sum(holds.c.remaining_nanousd), 0), BigInteger)).where(chosen)
     return int(connection.scalar(query) or 0)
 

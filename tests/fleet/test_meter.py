@@ -4,8 +4,9 @@ import random
 
 from sqlalchemy import select
 
-from gpuproxy.fleet.meter import AHEAD_S, meter, payable, prove, top_up
+from gpuproxy.fleet.meter import meter, prove
 from gpuproxy.fleet.moves import adopt, begin_destroy, end, lose, move
+from gpuproxy.fleet.purse import AHEAD_S, payable, top_up
 from gpuproxy.fleet.rentals import Rental, locked
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import NANOUSD, balance
@@ -121,13 +122,14 @@ async def test_the_hold_runs_ahead_while_there_is_credit(books: Books, clock: Cl
     hold = await books.do(holds.get, rental.hold_id)
     assert hold is not None
     assert hold.remaining_nanousd >= PRICE * AHEAD_S // 3_600
-    assert await books.do(top_up, rental, clock()) // 60 == (5 * NANOUSD - rental.charged_nanousd) * 60 // PRICE
+    lasting = await books.do(top_up, rental, clock())
+    assert lasting.seconds // 60 == (5 * NANOUSD - rental.charged_nanousd) * 60 // PRICE
 
 
 async def test_two_machines_share_the_free_credit_by_their_rates(books: Books, clock: Clock) -> None:
     await books.give(3)
     one, two = await running(books), await running(books, price_nanousd_per_hour=NANOUSD // 2)
-    left = [await books.do(top_up, each, clock()) for each in (one, two)]
+    left = [(await books.do(top_up, each, clock())).seconds for each in (one, two)]
     free = 3 * NANOUSD - PRICE - NANOUSD // 2
     assert left == [3_600 + free * 3_600 // (PRICE + NANOUSD // 2)] * 2
 
@@ -160,7 +162,8 @@ async def test_a_move_tells_the_owner_and_the_workers(books: Books, clock: Clock
     await books.do(end, rental, clock())
 
     def told(connection):  # type: ignore[no-untyped-def]
-        names = connection.scalars(select(events.c.name).order_by(events.c.seq)).all()
+        is_shown = events.c.name.like("instance.%")
+        names = connection.scalars(select(events.c.name).where(is_shown).order_by(events.c.seq)).all()
         heard = connection.execute(select(changes.c.kind, changes.c.subject_id)).all()
         return names, {tuple(row) for row in heard}, locked(connection, rental.id).state
 

@@ -20,6 +20,7 @@ rentals = Table(
     metadata,
     Column("id", Text, primary_key=True),
     Column("user_id", Text, ForeignKey("users.id"), nullable=False),
+    Column("key_id", Text, nullable=False, server_default=""),  # whose budgets bound it; empty: no key's
     Column("provider", Text, nullable=False),
     Column("offer_id", Text, nullable=False),
     Column("native_id", Text, nullable=False),  # the provider's; empty until it is known
