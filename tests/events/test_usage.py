@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import select
 
@@ -17,6 +18,7 @@ from gpuproxy.ledger.writer import open_writer, write_storable
 from gpuproxy.pricing import Catalogue, Price
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import events, usage_sums
+from gpuproxy.types import Receipt
 
 CATALOGUE = Catalogue([Price("m1", request_nanousd=10)])
 NOON = datetime(2026, 1, 12, 12, tzinfo=UTC)
@@ -40,11 +42,11 @@ class Sums:
         rows = []
         for user_id in user_ids:
             self._count += 1
-            row = (
+            call = Receipt(
                 f"r{self._count}", "q", 10**18, 1, 1, user_id, "k", "openinference", "llm", "m1", "POST", "/v1/x",
                 200, "ok", "", 100, 1_000, input_tokens, 0, output_tokens, "provider", 1, False, 0,
             )  # fmt: skip
-            rows.append(row)
+            rows.append(msgspec.structs.astuple(call))
         batch = priced(CATALOGUE, [("lease:x/1", rows)], {}, Notes())
         await write_storable(self._writer, batch)
 
