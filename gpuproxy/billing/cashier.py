@@ -7,8 +7,8 @@ off, for a second charge could be one too many.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from sqlalchemy import Connection, and_, select, update
 
@@ -20,7 +20,8 @@ from gpuproxy.billing.settle import complete, fail, forget_waiting
 from gpuproxy.errors import GatewayError
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Order, Outcome, PaymentProvider
-from gpuproxy.store.engine import Store, fault_of
+from gpuproxy.store.engine import Store
+from gpuproxy.store.rounds import rounds
 from gpuproxy.store.schema import payments, users
 
 SWEEP_S = 1.0
@@ -44,6 +45,7 @@ class Cashier:
         self._store = store
         self._providers = providers
         self._now = now
+        self._round_count = 0
         self._by_hand = [name for name, provider in providers.items() if provider.is_confirmed_by_hand]
 
     async def sweep(self) -> int:
@@ -66,22 +68,14 @@ class Cashier:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Work until `stopping` is set, through outages of the store and of providers."""
-        is_failing = False
-        turn = 0
-        while not stopping.is_set():
-            try:
-                await self.sweep()
-                if turn % TIDY_EVERY == 0:
-                    await self.tidy()
-                turn += 1
-                is_failing = False
-            except Exception as error:
-                if not is_failing:
-                    logger.error("payments cannot be looked after, will go on", error=fault_of(error))
-                is_failing = True
-            with suppress(TimeoutError):
-                async with asyncio.timeout(SWEEP_S):
-                    await stopping.wait()
+        complain = partial(logger.error, "payments cannot be looked after, will go on")
+        await rounds(self._round, SWEEP_S, stopping, complain)
+
+    async def _round(self) -> None:
+        await self.sweep()
+        if self._round_count % TIDY_EVERY == 0:
+            await self.tidy()
+        self._round_count += 1
 
     async def tidy(self) -> None:
         """Close what nobody will finish, drop what concerned somebody else."""

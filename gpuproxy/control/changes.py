@@ -4,8 +4,8 @@ A word on the bus makes it look at once; without one it looks every POLL_S.
 """
 
 import asyncio
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from gpuproxy.access.accounts import newest_change, revoked_keys_since, unread_changes
 from gpuproxy.access.keys import revoke_expired_keys
@@ -13,6 +13,7 @@ from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.cursor import Cursor
 from gpuproxy.store.engine import Store
+from gpuproxy.store.rounds import rounds
 
 POLL_S = 0.3  # a revoked key must be dead everywhere within a second
 REREAD = 100  # rows before the newest, read again at the start: transactions with lower numbers may be open
@@ -56,17 +57,6 @@ class ChangeFeed:
         return len(changed.lost)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Poll until `stopping` is set (within POLL_S), through outages of the store."""
-        is_failing = False
-        while not stopping.is_set():
-            try:
-                await self.poll_once()
-                is_failing = False
-            except Exception as error:
-                if not is_failing:
-                    logger.error("change feed cannot be read, will go on", error=f"{type(error).__name__}: {error}")
-                is_failing = True
-            with suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S):
-                    await self._woken.wait()
-            self._woken.clear()
+        """Poll until `stopping` is set, through outages of the store."""
+        complain = partial(logger.error, "change feed cannot be read, will go on")
+        await rounds(self.poll_once, POLL_S, stopping, complain, self._woken)

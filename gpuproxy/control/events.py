@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 
 from aiohttp import WSCloseCode, WSMsgType, web
 from msgspec import Struct
@@ -15,7 +16,7 @@ from gpuproxy.control.parts import CALLER, CONFIG, LISTENERS, SOCKETS, STORE, US
 from gpuproxy.control.respond import success
 from gpuproxy.errors import GatewayError
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.store.engine import fault_of
+from gpuproxy.store.rounds import rounds
 
 HEARTBEAT_S = 30.0  # half of what common load balancers leave an idle connection
 MESSAGE_BYTES_MAX = 65_536
@@ -77,14 +78,8 @@ async def _listen(socket: web.WebSocketResponse, listener: Listener) -> None:
 
 async def watch(app: web.Application, stopping: asyncio.Event) -> None:
     """Take from listeners what their credential no longer opens, until `stopping` is set."""
-    while not stopping.is_set():
-        try:
-            await watch_once(app)
-        except Exception as error:  # who may listen goes on while the store is away
-            logger.error("credentials of listeners cannot be checked", error=fault_of(error))
-        with suppress(TimeoutError):
-            async with asyncio.timeout(WATCH_S):
-                await stopping.wait()
+    complain = partial(logger.error, "credentials of listeners cannot be checked, they go on")
+    await rounds(partial(watch_once, app), WATCH_S, stopping, complain)
 
 
 async def watch_once(app: web.Application) -> None:

@@ -7,7 +7,7 @@ configuration any more, after a change of the file, are told in the log, and the
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,6 +21,7 @@ from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import load_plugins, routing_faults
 from gpuproxy.store.engine import Store
+from gpuproxy.store.rounds import rounds
 from gpuproxy.store.schema import routing_blocks
 
 POLL_S = 1.0  # how late changes of other nodes may be noticed
@@ -108,19 +109,8 @@ class RoutingFeed:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Poll until `stopping` is set, through outages of the store."""
-        is_failing = False
-        while not stopping.is_set():
-            try:
-                await self.poll_once()
-                is_failing = False
-            except Exception as error:
-                if not is_failing:
-                    logger.error("upstreams and models cannot be read", error=f"{type(error).__name__}: {error}")
-                is_failing = True
-            with suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S):
-                    await self._woken.wait()
-            self._woken.clear()
+        complain = partial(logger.error, "upstreams and models cannot be read, will go on")
+        await rounds(self.poll_once, POLL_S, stopping, complain, self._woken)
 
 
 async def _blocks(connection: AsyncConnection) -> list[Block]:

@@ -2,15 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from gpuproxy.config import Config
 from gpuproxy.events import usage
 from gpuproxy.ledger.book import parse_usd
 from gpuproxy.ledger.low_credit import find_low, tell_low
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.store.engine import Store, fault_of
+from gpuproxy.store.engine import Store
+from gpuproxy.store.rounds import rounds
 
 TURN_S_MAX = 1.0
 LOW_S = 5.0  # between two looks at all accounts
@@ -62,16 +63,9 @@ class Teller:
                 group.create_task(self._every(period_s, work, stopping))
 
     async def _every(self, period_s: float, work: Callable[[], Awaitable[object]], stopping: asyncio.Event) -> None:
-        is_failing = False
-        while not stopping.is_set():
-            try:
-                if await self._leads():
-                    await work()
-                is_failing = False
-            except Exception as error:
-                if not is_failing:
-                    logger.error("not told, will go on", work=work.__name__, error=fault_of(error))
-                is_failing = True
-            with suppress(TimeoutError):
-                async with asyncio.timeout(period_s):
-                    await stopping.wait()
+        async def lead() -> None:
+            if await self._leads():
+                await work()
+
+        complain = partial(logger.error, "not told, will go on", work=work.__name__)
+        await rounds(lead, period_s, stopping, complain)

@@ -18,6 +18,7 @@ from gpuproxy.errors import ConfigError
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.observe.otlp import request_of
 from gpuproxy.observe.spans import spans_of
+from gpuproxy.store.rounds import pause
 from gpuproxy.types import Receipt
 
 RETRIED = frozenset((429, 502, 503, 504))  # OTLP/HTTP, "Retryable Response Codes"
@@ -84,9 +85,7 @@ class Exporter:
         wait_s = self._settings.interval_s
         while not stopping.is_set():
             wait_s = self.pause_s(await self.send_waiting(stopping), wait_s)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await stopping.wait()
+            await pause(wait_s, stopping)
 
     def pause_s(self, is_well: bool, before_s: float) -> float:
         """Return how long to wait now: longer each time the receiver is not well, and at least as long as it says."""

@@ -8,8 +8,8 @@ receiver that hangs delays nobody's deliveries but its own.
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Protocol
 
 from gpuproxy.config import Webhooks
@@ -18,6 +18,7 @@ from gpuproxy.events.post import Poster
 from gpuproxy.events.signing import body_of, headers_of
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store, fault_of
+from gpuproxy.store.rounds import rounds
 
 POLL_S = 0.5
 BUSY_POLL_S = 0.05  # while posts are under way, for each that ends makes room
@@ -138,18 +139,8 @@ class Sender:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Send until `stopping` is set, through outages of the store; then wait for what is under way."""
-        is_failing = False
-        while not stopping.is_set():
-            try:
-                await self.send_due()
-                is_failing = False
-            except Exception as error:
-                if not is_failing:
-                    logger.error("webhooks cannot be read, will go on", error=fault_of(error))
-                is_failing = True
-            with suppress(TimeoutError):
-                async with asyncio.timeout(BUSY_POLL_S if self._sending else POLL_S):
-                    await stopping.wait()
+        complain = partial(logger.error, "webhooks cannot be read, will go on")
+        await rounds(self.send_due, lambda: BUSY_POLL_S if self._sending else POLL_S, stopping, complain)
         await self.close()
 
     async def close(self) -> None:

@@ -9,8 +9,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from msgspec import Struct
@@ -19,7 +19,8 @@ from sqlalchemy import ColumnElement, and_, func, or_, select
 from gpuproxy.config import Events
 from gpuproxy.events.webhooks import forget_old
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.store.engine import Store, fault_of
+from gpuproxy.store.engine import Store
+from gpuproxy.store.rounds import rounds
 from gpuproxy.store.schema import events
 
 GAP_S = 60.0  # longer than any transaction here may take
@@ -64,6 +65,7 @@ class Stream:
         self._gaps: dict[int, float] = {}  # number to the monotonic time it was passed over, oldest first
         self._late: deque[Place] = deque(maxlen=LATE_MAX)  # `at` is when it came
         self._forgot_s = time.monotonic()
+        self._is_behind = False
 
     async def start(self) -> None:
         """Begin at the end of the table, where something may still be under way."""
@@ -140,20 +142,14 @@ class Stream:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Poll until `stopping` is set, through outages of the store."""
-        is_failing = False
-        while not stopping.is_set():
-            count = 0
-            try:
-                count = await self.poll_once()
-                await self.forget()
-                is_failing = False
-            except Exception as error:
-                if not is_failing:
-                    logger.error("events cannot be read, will go on", error=fault_of(error))
-                is_failing = True
-            with suppress(TimeoutError):
-                async with asyncio.timeout(0 if count == READ_MAX else self._settings.poll_s):
-                    await stopping.wait()
+        poll_s = self._settings.poll_s
+        complain = partial(logger.error, "events cannot be read, will go on")
+        await rounds(self._round, lambda: 0.0 if self._is_behind else poll_s, stopping, complain)
+
+    async def _round(self) -> None:
+        self._is_behind = False
+        self._is_behind = await self.poll_once() == READ_MAX
+        await self.forget()
 
 
 def _may_see(user_id: str | None) -> ColumnElement[bool]:

@@ -5,14 +5,14 @@ Of several nodes the one that leads does it. Every step is a conditional write, 
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from functools import partial
 
 from gpuproxy.fleet import charges
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.reconcile import Reconciler
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.store.engine import fault_of
+from gpuproxy.store.rounds import pause, rounds
 
 DAY_S = 86_400.0
 
@@ -27,7 +27,6 @@ class Keeper:
         self._offers = offers
         self._leads = leads
         self._reconciler = Reconciler(fleet)
-        self._failing: set[str] = set()
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Work until `stopping` is set."""
@@ -47,25 +46,10 @@ class Keeper:
     async def _every(
         self, period_s: float, work: Callable[[], Awaitable[None]], stopping: asyncio.Event, first_s: float = 0.0
     ) -> None:
-        name = work.__name__
-        await _pause(first_s, stopping)
-        while not stopping.is_set():
-            try:
-                if await self._leads():
-                    await work()
-                self._failing.discard(name)
-            except Exception as error:
-                if name not in self._failing:
-                    logger.error("the fleet is not kept, will go on", work=name, error=_told(error))
-                self._failing.add(name)
-            await _pause(period_s, stopping)
+        async def lead() -> None:
+            if await self._leads():
+                await work()
 
-
-async def _pause(seconds: float, stopping: asyncio.Event) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await stopping.wait()
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {fault_of(error)}"
+        await pause(first_s, stopping)
+        complain = partial(logger.error, "the fleet is not kept, will go on", work=work.__name__)
+        await rounds(lead, period_s, stopping, complain)

@@ -27,6 +27,7 @@ from gpuproxy.ledger.writer import open_writer, write_storable
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.pricing import Catalogue
 from gpuproxy.store.engine import Store, fault_of
+from gpuproxy.store.rounds import pause
 from gpuproxy.store.schema import journal_segments
 from gpuproxy.types import Receipt
 
@@ -117,12 +118,7 @@ class Ingest:
             except Exception as error:
                 wait_s = min(max(wait_s * 2, interval_s), BACKOFF_S_MAX)
                 logger.error("ingest failed, will go on", error=_told(error), wait_s=wait_s)
-            await self._pause(wait_s)
-
-    async def _pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
+            await pause(wait_s, self._stopping)
 
     async def _load_offsets(self) -> None:
         """Read the offsets at the first pass and forget those whose file is gone."""

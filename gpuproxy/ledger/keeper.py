@@ -5,7 +5,7 @@ prices anew.
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import select
@@ -17,7 +17,8 @@ from gpuproxy.ledger.leases import Leases, journaled_epochs
 from gpuproxy.link.messages import STREAMS, TOKENS
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.pricing import Price
-from gpuproxy.store.engine import Store, fault_of
+from gpuproxy.store.engine import Store
+from gpuproxy.store.rounds import rounds
 from gpuproxy.store.schema import api_keys
 
 FLUSH_S = 0.2
@@ -48,6 +49,7 @@ class Keeper:
         self._journal = journal
         self._prices = prices
         self._publish = publish
+        self._round_count = 0
 
     async def read_prices(self) -> None:
         """Let calls cost what the prices say now. Raises what the store raises."""
@@ -61,22 +63,11 @@ class Keeper:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Work until `stopping` is set, through outages of the store."""
-        is_failing = False
-        turn = 0
-        while not stopping.is_set():
-            turn += 1
-            try:
-                await (self._leases.flush() if turn % FLUSHES_PER_SWEEP else self.sweep())
-                is_failing = False
-            except Exception as error:
-                if not is_failing:
-                    logger.error(
-                        "leases cannot be kept, will go on", error=f"{type(error).__name__}: {fault_of(error)}"
-                    )
-                is_failing = True
-            with suppress(TimeoutError):
-                async with asyncio.timeout(FLUSH_S):
-                    await stopping.wait()
+        await rounds(self._round, FLUSH_S, stopping, partial(logger.error, "leases cannot be kept, will go on"))
+
+    async def _round(self) -> None:
+        self._round_count += 1
+        await (self._leases.flush() if self._round_count % FLUSHES_PER_SWEEP else self.sweep())
 
 
 async def limit_per_minute(store: Store, key_id: str, rates: config.Rates) -> int:

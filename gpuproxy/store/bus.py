@@ -9,11 +9,12 @@ On SQLite one control process is all there is, so `tell` reaches its own listene
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store, connect_postgresql, fault_of
+from gpuproxy.store.rounds import pause, rounds
 
 CHANNEL = "gpuproxy"
 TELL_S = 1.0
@@ -54,19 +55,15 @@ class Bus:
         if self._store.is_sqlite:
             await stopping.wait()
             return
-        is_failing = False
-        while not stopping.is_set():
-            try:
-                await self._connect()
-                is_failing = False
-                await self._listen(stopping)
-            except Exception as error:
-                if not is_failing:
-                    logger.warning("cannot listen to other nodes, will go on", error=fault_of(error))
-                is_failing = True
-            finally:
-                self._drop()
-            await _pause(stopping, RECONNECT_S)
+        complain = partial(logger.warning, "cannot listen to other nodes, will go on")
+        await rounds(partial(self._connected, stopping), RECONNECT_S, stopping, complain)
+
+    async def _connected(self, stopping: asyncio.Event) -> None:
+        try:
+            await self._connect()
+            await self._listen(stopping)
+        finally:
+            self._drop()
 
     async def _connect(self) -> None:
         self._lost.clear()
@@ -79,7 +76,7 @@ class Bus:
 
     async def _listen(self, stopping: asyncio.Event) -> None:
         while not stopping.is_set() and not self._lost.is_set():
-            await _first(CHECK_S, stopping, self._lost)
+            await pause(CHECK_S, stopping, self._lost)
             if not await self._say("SELECT 1"):
                 return
 
@@ -108,19 +105,3 @@ class Bus:
     def _hear(self, topic: str, text: str) -> None:
         for heard in self._listeners.get(topic, ()):
             heard(text)
-
-
-async def _first(seconds: float, *events: asyncio.Event) -> None:
-    """Wait for one of the events, for so long at most."""
-    tasks = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _pause(stopping: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await stopping.wait()

@@ -11,11 +11,11 @@ On SQLite there is one node, which leads.
 """
 
 import asyncio
-from contextlib import suppress
 from typing import Any
 
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store, connect_postgresql, fault_of
+from gpuproxy.store.rounds import pause
 
 LOCK_ID = 7_305_819_212  # any number, the same for every gpuproxy on one PostgreSQL; not that of the migrations
 CHECK_S = 1.0
@@ -50,9 +50,7 @@ class Leader:
             while not stopping.is_set():
                 if not self._store.is_sqlite:
                     await self._look()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(CHECK_S):
-                        await stopping.wait()
+                await pause(CHECK_S, stopping)
         finally:
             self._end()
 

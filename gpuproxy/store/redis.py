@@ -6,7 +6,6 @@ it answers.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool
@@ -17,6 +16,7 @@ from redis.exceptions import RedisError
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.rounds import pause
 
 ANSWER_S = 1.0  # a grant takes 0.3 ms; who takes a second is away, and its limits are kept by shares
 CONNECTIONS_MAX = 16
@@ -67,9 +67,7 @@ class Redis:
         """Ask whether it answers until `stopping` is set, then close."""
         while not stopping.is_set():
             await self.probe()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(PROBE_S):
-                    await stopping.wait()
+            await pause(PROBE_S, stopping)
         await self.close()
 
     async def close(self) -> None:
