@@ -8,14 +8,18 @@ from typing import Any, NamedTuple
 
 import httpx2
 import pytest
+from aiohttp import web
 from mcp import Client
+from mcp.client.auth import TokenStorage
+from mcp.client.auth.extensions.client_credentials import ClientCredentialsOAuthProvider
 from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.auth import OAuthClientInformationFull, OAuthToken
 from mcp.types import ToolListChangedNotification
 
 from .gateway import Gateway, running_gateway, toml_table
 from .mcp_server import ToolServer
-from .servers import serve_asgi
+from .servers import serve_aiohttp, serve_asgi
 from .test_mcp_sdk import LEGACY, MODERN, tell_address, text
 
 SESSIONS = 8
@@ -23,11 +27,50 @@ ONE_CALL_EACH = httpx2.Limits(max_keepalive_connections=0)  # so that any worker
 LIST = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
 
 
+class Issuer:
+    """An authorization server that gives out one key of the gateway; `resources` are those it was asked for."""
+
+    def __init__(self) -> None:
+        self.key = ""
+        self.url = ""
+        self.resources: list[str] = []
+        self.app = web.Application()
+        self.app.router.add_get("/.well-known/oauth-authorization-server", self.describe)
+        self.app.router.add_post("/token", self.give)
+
+    async def describe(self, request: web.Request) -> web.Response:
+        places = {name: f"{self.url}/{name.partition('_')[0]}" for name in ("authorization_endpoint", "token_endpoint")}
+        return web.json_response({"issuer": self.url, "grant_types_supported": ["client_credentials"], **places})
+
+    async def give(self, request: web.Request) -> web.Response:
+        self.resources.append(str((await request.post())["resource"]))
+        return web.json_response({"access_token": self.key, "token_type": "Bearer"})
+
+
+class Tokens(TokenStorage):
+    """A client's tokens, forgotten with it."""
+
+    tokens: OAuthToken | None = None
+
+    async def get_tokens(self) -> OAuthToken | None:
+        return self.tokens
+
+    async def set_tokens(self, tokens: OAuthToken) -> None:
+        self.tokens = tokens
+
+    async def get_client_info(self) -> OAuthClientInformationFull | None:
+        return None
+
+    async def set_client_info(self, client_info: OAuthClientInformationFull) -> None:
+        """The client has its credentials already."""
+
+
 class Twins(NamedTuple):
-    """Two servers, and the gateway before them."""
+    """Two servers, the gateway before them, and who gives out its keys."""
 
     servers: dict[str, ToolServer]
     gateway: Gateway
+    issuer: Issuer
 
     def url(self, name: str) -> str:
         """Return the address of both under one name."""
@@ -47,9 +90,13 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twins]:
         urls = {"twins": [f"http://127.0.0.1:{port}/mcp" for port in now]}
         urls["old"] = [f"http://127.0.0.1:{port}" for port in old]
         blocks = [{"name": name, "protocol": "mcp", "urls": each} for name, each in urls.items()]
-        settings = "".join(toml_table("[[upstreams]]", block) for block in blocks)
+        issuer = Issuer()
+        issuer.url = f"http://127.0.0.1:{stack.enter_context(serve_aiohttp(issuer.app)).port}"
+        settings = toml_table("[mcp]", {"authorization_servers": [issuer.url]})
+        settings += "".join(toml_table("[[upstreams]]", block) for block in blocks)
         gateway = stack.enter_context(running_gateway(tmp_path_factory.mktemp("twins"), settings, {}))
-        yield Twins(servers, gateway)
+        issuer.key = gateway.key
+        yield Twins(servers, gateway, issuer)
 
 
 @asynccontextmanager
@@ -119,6 +166,16 @@ async def test_streams_of_2024_11_05_get_their_answers(twins: Twins) -> None:
     met = await asyncio.gather(*(use() for _ in range(SESSIONS)))
     assert all(len(each) == 1 for each in met), met
     assert set().union(*met) == {"first", "second"}
+
+
+async def test_a_client_without_a_key_gets_one_where_the_gateway_says(twins: Twins) -> None:
+    url, issuer = twins.url("twins"), twins.issuer
+    auth = ClientCredentialsOAuthProvider(url, Tokens(), "client", "secret", issuer=issuer.url)
+    async with httpx2.AsyncClient(auth=auth, timeout=20) as http:
+        transport = streamable_http_client(url, http_client=http)
+        async with Client(transport, mode="legacy") as client:
+            assert await who(client) in ("first", "second")
+    assert set(issuer.resources) == {url}
 
 
 # -- without the SDK ----------------------------------------------------------------------------------------------
