@@ -436,6 +436,8 @@ class Answer:
         collected = self._collected
         assert collected is not None
         if not self._first_byte_ns:
+            if connection.head.status >= 400 and self._is_kept_back(connection, body):
+                return
             self._first_byte_ns = time.monotonic_ns()
             if self._generation >= 0:
                 self._report(connection.head, self._first_byte_ns)

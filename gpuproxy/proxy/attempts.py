@@ -14,6 +14,8 @@ from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
 from gpuproxy.proxy.unasked import is_refusal, without_question
 
+IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))  # RFC 9110 §9.2.2; TRACE is not served
+
 if TYPE_CHECKING:
     from gpuproxy.proxy.destination import Destination
     from gpuproxy.proxy.upstream import UpstreamConnection
@@ -94,6 +96,8 @@ class Attempts(Answer):
         terms = destination.terms
         if reason and (reason not in terms.retry_on or self._attempts >= terms.attempts_max or not self._can_replay()):
             return False
+        if reason and terms.is_idempotent_only and self._sending[0] not in IDEMPOTENT:
+            return False
         endpoint = self._endpoint
         assert endpoint is not None
         assert endpoint.replica is not None
@@ -101,9 +105,12 @@ class Attempts(Answer):
         key = self._affinity_key(destination) if destination.affinity_header else 0
         models = self._grant.models if self._grant is not None else None
         other = destination.another(tried, key, models, any=not reason)
+        if other is not None and self._call is not None and self._call.is_envelope:
+            other = self._as_target(destination, endpoint, other)
         if other is None or (reason and not destination.budget.spend()):
             return False
-        self._fall_back(other)
+        if destination.model:
+            self._fall_back(other)
         if connection is None:
             self._drop_upstream()
             self._end_attempt(has_failed)
@@ -114,6 +121,11 @@ class Attempts(Answer):
         except GatewayError as error:
             self.refuse(error)
         return True
+
+    def _as_target(self, destination: "Destination", endpoint: Endpoint, other: Endpoint) -> Endpoint | None:
+        """Return another URL of the upstream that an envelope's target is one of, if the target's path holds there."""
+        base_path = next(each.base_path for each in destination.endpoints if each.replica is endpoint.replica)
+        return other.at_root(self._patience_s) if other.base_path == base_path else None
 
     def _is_kept_back(self, connection: "UpstreamConnection", body: bytes) -> bool:
         """Tell whether an answer 4xx or 5xx is not for the client: it is tried again, or more of it must come first."""

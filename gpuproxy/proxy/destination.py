@@ -28,7 +28,11 @@ BUSY_RETRY_S = 1
 
 
 class Terms(Struct, frozen=True):
-    """How a destination chooses, tries again and lets wait. The defaults are those of an upstream by its name."""
+    """How a destination chooses, tries again and lets wait.
+
+    With ``is_idempotent_only`` the reasons to try again hold for methods that may be repeated (RFC 9110 §9.2.2): what
+    a call to an upstream by its name means, nobody here knows.
+    """
 
     strategy: str = "round_robin"
     affinity_header: bytes = b""  # lower case
@@ -38,6 +42,7 @@ class Terms(Struct, frozen=True):
     queue_max: int = 0
     queue_s: float = 0.0
     total_s: float = 0.0  # 0: no bound
+    is_idempotent_only: bool = False
 
 
 class Destination:

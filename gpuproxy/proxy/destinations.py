@@ -40,7 +40,7 @@ class Builder:
                 "",
                 self._handler(upstream.protocol),
                 list(self._endpoints(Target(upstream.name))),
-                Terms(),
+                self._plain_terms(len(upstream.urls) > 1),
                 self._replicas,
             )
             for upstream in self._config.upstreams
@@ -55,7 +55,8 @@ class Builder:
         for protocol, each in targets.items():
             endpoints = [endpoint for target in each for endpoint in self._endpoints(target)]
             name = each[0].upstream if len(each) == 1 else ""
-            found[protocol] = Destination(name, "", self._handler(protocol), endpoints, Terms(), self._replicas)
+            terms = self._plain_terms(len(endpoints) > 1)
+            found[protocol] = Destination(name, "", self._handler(protocol), endpoints, terms, self._replicas)
         return found
 
     def models(self) -> dict[str, Destination]:
@@ -86,6 +87,18 @@ class Builder:
             return typical_cost(self._find_price(model.name, endpoint.upstream))
 
         return Destination(name, model.name, self._handler(protocol), endpoints, terms, self._replicas, cost)
+
+    def _plain_terms(self, has_choice: bool) -> Terms:
+        """Return the terms of calls that name no model."""
+        routing = self._config.routing
+        if not has_choice:
+            return Terms()
+        return Terms(
+            retry_on=frozenset(routing.retry_on),
+            attempts_max=routing.attempts_max,
+            budget_percent=routing.retry_budget_percent,
+            is_idempotent_only=True,
+        )
 
     def _terms(self, model: Model, has_choice: bool) -> Terms:
         routing = self._config.routing

@@ -94,10 +94,11 @@ class Endpoint:
         self.level.weighed(self)
 
     def at_root(self, first_byte_s: float | None) -> "Endpoint":
-        """Return the same place without base path, choice or second try: what an envelope's target names."""
+        """Return the same place without its base path: what an envelope's target names."""
         copy = Endpoint(self.origin, self.host, first_byte_s or self.first_byte_s, self.idle_s, self.replica)
         copy.fixed_fields, copy.fixed_names = self.fixed_fields, self.fixed_names
         copy.preserves_host, copy.connect_s = self.preserves_host, self.connect_s
+        copy.upstream = self.upstream
         return copy
 
     def whole(self) -> "Endpoint":

@@ -342,6 +342,9 @@ class Exchange(Attempts):
             if rented is None:
                 return
             endpoint = self._user_given(rented.outside(target))
+        elif endpoint.destination is not None:
+            self._destination = endpoint.destination
+            self._destination.budget.earn()
         endpoint = endpoint.at_root(envelope.timeout_s)  # a target's path is whole
         if not envelopes.wants_stream(envelope):
             limit_bytes = self.plane.limits.envelope_answer_bytes_max

@@ -387,6 +387,22 @@ async def test_a_tunnel_ends_when_its_time_runs_out(serve: Serve) -> None:
     assert (receipt.status, receipt.outcome, receipt.error) == (101, "cut", "INSUFFICIENT_CREDITS")
 
 
+async def test_an_envelope_to_an_upstream_costs_what_the_model_costs_there(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 99, Price("m", "llm", request_nanousd=100))
+    url = f"http://127.0.0.1:{gateway.llm.port}/v1/chat/completions"
+    body = json.dumps({"protocol": "openinference", "target_url": url, "body": {"model": "m"}}).encode()
+    client = await gateway.ask(request(b"POST " + ENVELOPE, body=body))
+    assert (await client.answer()).status == 402
+    bank.rest = 100
+    await client.send(request(b"POST " + ENVELOPE, body=body, id=b"t2"))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    await upstream.send(JSON_OK)
+    assert (await client.answer()).status == 200
+    assert (await gateway.receipt(2)).upstream == "llm"
+    await _back(gateway, bank, 0)
+
+
 async def test_a_price_that_changes_holds_for_calls_that_begin_then(serve: Serve) -> None:
     gateway, bank = await _open(serve, 1_000)
     client = await gateway.ask(request(b"POST " + CHAT, body=BODY))

@@ -1,6 +1,7 @@
 """Second tries: which failures earn one, where it goes, what client and receipt are told, and how many there may be."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -185,16 +186,151 @@ async def test_attempts_have_a_bound(serve: Serve, pair: Pair) -> None:
     await gateway.receipt()
 
 
-async def test_an_upstream_by_its_name_gets_a_call_once(serve: Serve, pair: Pair) -> None:
-    tree = {"upstreams": [{"name": "two", "protocol": "https", "urls": [each.url for each in pair]}]}
-    gateway = await serve(**tree)
-    client = await gateway.ask(request(b"POST /api/v1/gpu/proxy/upstreams/two/x", body=b"abc"))
+NAMED = b"/api/v1/gpu/proxy/upstreams/two/x"
+
+
+def named(pair: Pair, **routing: Any) -> dict[str, Any]:
+    """Return the configuration of an upstream with two URLs."""
+    upstream = {"name": "two", "protocol": "https", "urls": [each.url for each in pair]}
+    return {"upstreams": [upstream], "routing": routing}
+
+
+@pytest.mark.parametrize("how", ["status", "lost", "first_byte"])
+@pytest.mark.parametrize("method", [b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"])
+async def test_an_upstream_by_its_name_is_tried_at_its_other_url_where_that_does_no_harm(
+    serve: Serve, pair: Pair, method: bytes, how: str
+) -> None:
+    gateway = await serve(**named(pair))
+    body = b"abc" if method == b"PUT" else None
+    client = await gateway.ask(request(method + b" " + NAMED, body=body))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.expect(body or b"")
+    if how == "status":
+        await upstream.send(BUSY)
+    elif how == "lost":
+        upstream.close()
+    else:
+        await gateway.turn()
+        gateway.passes(gateway.config.timeouts.first_byte_s)
+    second = await pair[1].accept()
+    assert (await second.read_head()).startswith(method + b" /x ")
+    await second.expect(body or b"")
+    await second.send(OK if method != b"HEAD" else b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+    answer = await client.answer(method)
+    assert (answer.status, answer.field(b"x-gpuproxy-attempts")) == (200, b"2")
+    assert told(await gateway.receipt()) == ("two", 200, "ok", "", 2)
+
+
+@pytest.mark.parametrize("how", ["status", "lost", "first_byte"])
+@pytest.mark.parametrize("method", [b"POST", b"PATCH"])
+async def test_what_may_not_be_repeated_goes_to_an_upstream_by_its_name_once(
+    serve: Serve, pair: Pair, method: bytes, how: str
+) -> None:
+    gateway = await serve(**named(pair))
+    client = await gateway.ask(request(method + b" " + NAMED, body=b"abc"))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.expect(b"abc")
+    if how == "status":
+        await upstream.send(BUSY)
+    elif how == "lost":
+        upstream.close()
+    else:
+        await gateway.turn()
+        gateway.passes(gateway.config.timeouts.first_byte_s)
+    status = {"status": 503, "lost": 502, "first_byte": 504}[how]
+    assert (await client.answer()).status == status
+    assert pair[1].is_untouched()
+    assert (await gateway.receipt()).attempts == 1
+
+
+@pytest.mark.parametrize("method", [b"POST", b"GET"])
+async def test_what_nobody_got_goes_to_another_url_whatever_the_method(serve: Serve, pair: Pair, method: bytes) -> None:
+    gateway = await serve(**named(pair))
+    pair[0].close()
+    body = b"abc" if method == b"POST" else None
+    client = await gateway.ask(request(method + b" " + NAMED, body=body))
+    upstream = await pair[1].accept()
+    await upstream.read_head()
+    await upstream.expect(body or b"")
+    await upstream.send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    await gateway.receipt()
+
+
+async def test_an_upload_that_is_not_held_whole_is_not_repeated(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**named(pair))
+    body = b"x" * 100_000
+    client = await gateway.ask(request(b"PUT " + NAMED, body=body))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.expect(body)
+    await upstream.send(BUSY)
+    assert (await client.answer()).status == 503
+    assert pair[1].is_untouched()
+
+
+async def test_the_policy_and_its_budget_hold_for_upstreams_by_name_too(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**named(pair, retry_on=["502"]))
+    client = await gateway.ask(request(b"GET " + NAMED))
     upstream = await pair[0].accept()
     await upstream.read_head()
     await upstream.send(BUSY)
     assert (await client.answer()).status == 503
     assert pair[1].is_untouched()
-    await gateway.receipt()
+    place = gateway.plane.router.upstreams["two"]
+    assert (place.terms.retry_on, place.terms.budget_percent) == (frozenset(("502",)), 20)
+    assert gateway.plane.router.upstreams["llm"].terms.attempts_max == 1, "with one URL there is no choice"
+
+
+def enveloped(url: str, **fields: Any) -> bytes:
+    body = json.dumps({"protocol": "https", "target_url": url, **fields}).encode()
+    return request(b"POST /api/v1/gpu/proxy", body=body)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("how", ["status", "lost", "closed"])
+async def test_an_envelope_to_one_url_of_an_upstream_may_go_to_the_other(
+    serve: Serve, pair: Pair, how: str, is_stream: bool
+) -> None:
+    gateway = await serve(**named(pair))
+    if how == "closed":
+        pair[0].close()
+    client = await gateway.ask(enveloped(pair[0].url + "/deep/x?y=1", stream=is_stream))
+    if how != "closed":
+        upstream = await pair[0].accept()
+        await upstream.read_head()
+        await upstream.send(BUSY) if how == "status" else upstream.close()
+    second = await pair[1].accept()
+    head = await second.read_head()
+    assert head.startswith(b"GET /deep/x?y=1 HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % pair[1].port)
+    await second.send(OK)
+    answer = await client.answer()
+    assert (answer.status, answer.field(b"x-gpuproxy-attempts")) == (200, b"2")
+    assert answer.body == b"ok" if is_stream else answer.json()["status_code"] == 200
+    assert told(await gateway.receipt()) == ("two", 200, "ok", "", 2)
+
+
+async def test_an_envelope_that_may_not_be_repeated_is_answered_as_it_is(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**named(pair))
+    client = await gateway.ask(enveloped(pair[0].url + "/x", body={"a": 1}))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.send(BUSY)
+    assert (await client.answer()).json()["status_code"] == 503
+    assert pair[1].is_untouched()
+
+
+async def test_a_whole_path_is_not_taken_to_where_it_means_something_else(serve: Serve, pair: Pair) -> None:
+    urls = [pair[0].url + "/a", pair[1].url + "/b"]
+    gateway = await serve(upstreams=[{"name": "two", "protocol": "https", "urls": urls}])
+    client = await gateway.ask(enveloped(pair[0].url + "/a/x"))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.send(BUSY)
+    assert (await client.answer()).json()["status_code"] == 503
+    assert pair[1].is_untouched()
 
 
 async def test_retry_after_is_obeyed_towards_the_one_that_said_it(serve: Serve, pair: Pair) -> None:
