@@ -206,6 +206,7 @@ def key() -> None:
 @click.option("--name", default="", help="To tell it from others.")
 @click.option("--expires", "days", type=click.IntRange(1, 36_500), metavar="DAYS", help="Default: never.")
 @click.option("--models", metavar="A,B", help="Allow these models only.")
+@click.option("--tools", metavar="S/T,…", help="Allow these MCP tools only; * is any text: web/*.")
 @click.option("--scopes", metavar="A,B", help="Default: inference,account. Also: read, admin.")
 @click.option("--rpm", type=click.IntRange(0), metavar="N", help="Requests per minute; 0: no limit.")
 @click.option("--rpm-ceiling", type=click.IntRange(0), metavar="N", help="How far a call may raise --rpm by header.")
@@ -223,6 +224,7 @@ def key_create(
     rpm_ceiling: int | None,
     tpm: int | None,
     streams: int | None,
+    tools: str | None,
     config_path: Path | None,
     as_json: bool,
 ) -> None:
@@ -233,9 +235,10 @@ def key_create(
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
     allowed = None if models is None else _names(models)
     may = ALL_SCOPES if scopes is None else _names(scopes)
+    rules = None if tools is None else _names(tools)
     secret, made = _with_store(
         config_path,
-        lambda store: create_key(store, email, name, expires_at, allowed, may, rpm, rpm_ceiling, tpm, streams),
+        lambda store: create_key(store, email, name, expires_at, allowed, may, rpm, rpm_ceiling, tpm, streams, rules),
     )
     _show(_key_fields(made) | {"api_key": secret}, secret, as_json)
 

@@ -21,13 +21,12 @@ NOT_STORED = ("trace",)  # of a receipt: it is for who watches receipts go by
 class Grant(Struct, array_like=True):
     """What a worker may know of one API key.
 
-    ``models`` is None when every model is allowed. ``expires_ns`` is unix time in nanoseconds, 0 for never.
-    ``rpm`` and ``tpm`` are the limits of requests and tokens per minute, 0 for none; those that are shared count
-    for all keys of the user. ``rpm_ceiling`` is how far a call may raise ``rpm``. ``streams`` is how many may be open
-    at once.
-    ``markup_bps``, in hundredths of a percent, is added to what its calls cost. ``budget_key`` names the keys that
-    share a budget of their own; empty: it has none.
-    ``revoked`` is set in place by a push from control, so that whoever still holds the grant sees it.
+    ``models`` is None when every model is allowed, ``tools``, rules of `codec.tools`, when every tool is.
+    ``expires_ns`` is unix time in nanoseconds, 0 for never. ``rpm`` and ``tpm`` are the limits of requests and tokens
+    per minute, 0 for none; those that are shared count for all keys of the user. ``rpm_ceiling`` is how far a call may
+    raise ``rpm``. ``streams`` is how many may be open at once. ``markup_bps``, in hundredths of a percent, is added to
+    what its calls cost. ``budget_key`` names the keys that share a budget of their own; empty: it has none. ``revoked``
+    is set in place by a push from control, so that whoever still holds the grant sees it.
     """
 
     key_id: str
@@ -45,6 +44,7 @@ class Grant(Struct, array_like=True):
     budget_key: str = ""
     streams: int = 0
     is_streams_shared: bool = False
+    tools: tuple[str, ...] | None = None
 
 
 class Usage(Struct, array_like=True, gc=False):

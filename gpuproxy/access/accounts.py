@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.paging import Page, after
 from gpuproxy.codec.key import SHOWN_CHARACTERS, digest_of, generate
+from gpuproxy.codec.tools import RULES_MAX, is_rule
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.cursor import Cursor
 from gpuproxy.store.engine import Store
@@ -56,9 +57,9 @@ class User(Struct, frozen=True):
 class Key(Struct, frozen=True):
     """What may be shown of an API key; `prefix` is its first characters.
 
-    `models` is None when all are allowed; `rpm` and `tpm`, requests and tokens per minute, when the user's hold, 0 for
-    no limit, and so `streams`, how many may be open at once; `rpm_ceiling`, how far a call may raise `rpm`, when none
-    may. `root_id` is the key whose budgets it shares, None for its own.
+    `models` is None when all are allowed, `tools`, which are rules, when all are; `rpm` and `tpm`, requests and tokens
+    per minute, when the user's hold, 0 for no limit, and so `streams`, how many may be open at once; `rpm_ceiling`, how
+    far a call may raise `rpm`, when none may. `root_id` is the key whose budgets it shares, None for its own.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Key(Struct, frozen=True):
     tpm: int | None = None
     streams: int | None = None
     root_id: str | None = None
+    tools: tuple[str, ...] | None = None
 
 
 class KeyTerms(Struct, frozen=True):
@@ -88,6 +90,7 @@ class KeyTerms(Struct, frozen=True):
     rpm_ceiling: int | None = None
     tpm: int | None = None
     streams: int | None = None
+    tools: tuple[str, ...] | None = None
 
 
 KEY_COLUMNS = tuple(api_keys.c[field] for field in Key.__struct_fields__)
@@ -177,13 +180,15 @@ async def create_key(
     rpm_ceiling: int | None = None,
     tpm: int | None = None,
     streams: int | None = None,
+    tools: Sequence[str] | None = None,
 ) -> tuple[str, Key]:
     """Add an API key for the user; return it, the only time it can be seen, and what is kept of it.
 
     Raises GatewayError NOT_FOUND for an unknown user, UNPROCESSABLE for bad terms.
     """
     allowed = None if models is None else tuple(models)
-    terms = KeyTerms(name, tuple(scopes), allowed, expires_at, rpm, rpm_ceiling, tpm, streams)
+    rules = None if tools is None else tuple(tools)
+    terms = KeyTerms(name, tuple(scopes), allowed, expires_at, rpm, rpm_ceiling, tpm, streams, rules)
     async with store.writing() as connection:
         user = await _user(connection, email)
         return await add_key(connection, user.id, terms)
@@ -248,6 +253,7 @@ async def grant_for(store: Store, digest: bytes, rpm: int = 0, tpm: int = 0, str
         budget_key=row.budget_key or "",
         streams=streams if row.streams is None else row.streams,
         is_streams_shared=row.streams is None,
+        tools=None if row.tools is None else tuple(row.tools),
     )
 
 
@@ -331,7 +337,7 @@ def _grant_query() -> Select[Any]:
     markup_bps = select(terms.markup_bps).where(terms.user_id == key.user_id).scalar_subquery().label("markup_bps")
     shared = and_(budget.user_id == key.user_id, budget.key_id == func.coalesce(key.root_id, key.id))
     budget_key = select(func.min(budget.key_id)).where(shared).scalar_subquery().label("budget_key")
-    bounds = (key.rpm, key.rpm_ceiling, key.tpm, key.streams, markup_bps, budget_key)
+    bounds = (key.rpm, key.rpm_ceiling, key.tpm, key.streams, key.tools, markup_bps, budget_key)
     shown = select(key.id, key.user_id, key.scopes, key.models, key.expires_at, *bounds)
     return shown.select_from(joined).where(may_call)
 
@@ -353,12 +359,22 @@ def _check_terms(terms: KeyTerms, now: datetime) -> None:
         raise _bad_term("scopes", f"no scope {unknown[0]!r}" if unknown else "the list of scopes is empty")
     if terms.models is not None and not all(terms.models):
         raise _bad_term("models", "the list of models has an empty name")
+    if terms.tools is not None:
+        _check_rules(terms.tools)
     if terms.expires_at is not None and terms.expires_at <= now:
         raise _bad_term("expires_at", f"the key would expire in the past, {terms.expires_at}")
     for name in ("rpm", "rpm_ceiling", "tpm", "streams"):
         limit = getattr(terms, name)
         if limit is not None and not 0 <= limit <= RPM_MAX:
             raise _bad_term(name, f"{name}={limit} is out of range; 0 (no limit) to {RPM_MAX}")
+
+
+def _check_rules(rules: Sequence[str]) -> None:
+    wrong = [rule for rule in rules if not is_rule(rule)]
+    if wrong:
+        raise _bad_term("tools", f"{wrong[0][:60]!r} is no rule; write server/tool, with * for any text in either half")
+    if not 0 < len(rules) <= RULES_MAX:
+        raise _bad_term("tools", f"a key has 1 to {RULES_MAX} rules of tools; there are {len(rules)}")
 
 
 def _bad_term(param: str, message: str) -> GatewayError:
@@ -374,7 +390,8 @@ def key_from(row: Row[Any]) -> Key:
     """Return the key of a row of KEY_COLUMNS."""
     fields = dict(row._mapping)
     fields["scopes"] = tuple(fields["scopes"])
-    fields["models"] = None if fields["models"] is None else tuple(fields["models"])
+    for name in ("models", "tools"):
+        fields[name] = None if fields[name] is None else tuple(fields[name])
     return Key(**fields)
 
 

@@ -19,8 +19,8 @@ IDS_MAX = 500  # in one statement
 class Caller(Struct, frozen=True):
     """Who calls. `key_id` or `session_id` is set, by the kind of the credential.
 
-    `models`, `expires_at` and the limits are the bounds of a key; None where there is none. Its budgets are those of
-    the key `root_id`.
+    `models`, `tools`, `expires_at` and the limits are the bounds of a key; None where there is none. Its budgets are
+    those of the key `root_id`.
     """
 
     user_id: str
@@ -35,6 +35,7 @@ class Caller(Struct, frozen=True):
     tpm: int | None = None
     streams: int | None = None
     root_id: str = ""
+    tools: tuple[str, ...] | None = None
 
     @property
     def is_admin(self) -> bool:
@@ -57,7 +58,9 @@ async def caller_by_key(store: Store, digest: bytes) -> Caller | None:
     scopes = tuple(scope for scope in row.scopes if scope != ADMIN_SCOPE or row.is_admin)
     models = None if row.models is None else tuple(row.models)
     limits = (row.rpm, row.rpm_ceiling, row.tpm, row.streams)
-    return Caller(row.user_id, row.email, scopes, row.id, "", models, row.expires_at, *limits, row.root_id or row.id)
+    tools = None if row.tools is None else tuple(row.tools)
+    bounds = (models, row.expires_at, *limits)
+    return Caller(row.user_id, row.email, scopes, row.id, "", *bounds, row.root_id or row.id, tools)
 
 
 async def caller_by_token(store: Store, claims: Claims) -> Caller | None:

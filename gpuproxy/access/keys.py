@@ -19,6 +19,7 @@ from gpuproxy.access.accounts import (
 )
 from gpuproxy.access.callers import Caller
 from gpuproxy.access.paging import Page, after
+from gpuproxy.codec.tools import EVERY, covers
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import api_keys, budgets
@@ -42,6 +43,7 @@ def terms_for(caller: Caller, wished: KeyTerms, has_scopes: bool) -> KeyTerms:
         rpm_ceiling=caller.rpm_ceiling if wished.rpm_ceiling is None else wished.rpm_ceiling,
         tpm=caller.tpm if wished.tpm is None else wished.tpm,
         streams=caller.streams if wished.streams is None else wished.streams,
+        tools=caller.tools if wished.tools is None else wished.tools,
     )
     _check_within(caller, terms)
     return terms
@@ -84,7 +86,7 @@ async def rotate_key(connection: AsyncConnection, caller: Caller, key_id: str, o
     if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
         raise GatewayError("CONFLICT", f"key {key_id} has ended; make a new one")
     limits = (key.rpm, key.rpm_ceiling, key.tpm, key.streams)
-    terms = KeyTerms(key.name, key.scopes, key.models, key.expires_at, *limits)
+    terms = KeyTerms(key.name, key.scopes, key.models, key.expires_at, *limits, key.tools)
     if caller.key_id != key_id:  # the limits were given to the old one and go over to the new
         own = {"rpm": caller.rpm, "rpm_ceiling": None, "tpm": caller.tpm, "streams": caller.streams}
         _check_within(caller, msgspec.structs.replace(terms, **own))
@@ -168,6 +170,7 @@ def _excess(caller: Caller, terms: KeyTerms) -> dict[str, bool]:
         "rpm_ceiling": not caller.is_admin and (terms.rpm_ceiling or 0) > (caller.rpm_ceiling or 0),
         "tpm": not caller.is_admin and terms.tpm != caller.tpm,
         "streams": not caller.is_admin and terms.streams != caller.streams,
+        "tools": caller.tools is not None and not all(covers(caller.tools, rule) for rule in terms.tools or (EVERY,)),
     }
 
 

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gpuproxy.access.accounts import NAME_CHARACTERS_MAX, RPM_MAX, Key, KeyTerms
 from gpuproxy.access.callers import Caller
 from gpuproxy.access.keys import issue_key, list_own_keys, own_key, revoke_own_key, rotate_key, terms_for
+from gpuproxy.codec.tools import RULE_CHARACTERS_MAX, RULES_MAX
 from gpuproxy.control.budgets import BudgetInfo, KeyBudget, add_key_budget, budget_info
 from gpuproxy.control.once import once
 from gpuproxy.control.parts import CALLER, STORE
@@ -23,6 +24,9 @@ MODELS_MAX = 256
 OVERLAP_S_MAX = 604_800
 
 Model = Annotated[str, Meta(min_length=1, max_length=256)]
+Rule = Annotated[
+    str, Meta(max_length=RULE_CHARACTERS_MAX, description="server/tool; * is any text", examples=["web/*"])
+]
 Scope = Annotated[str, Meta(max_length=32)]
 
 
@@ -43,6 +47,7 @@ class NewKey(Struct, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=0, le=RPM_MAX, description="streams open at once; 0: no limit; by admins")] | None
     ) = None
     budget: KeyBudget | None = None
+    tools: Annotated[tuple[Rule, ...], Meta(min_length=1, max_length=RULES_MAX)] | None = None
 
 
 class Rotation(Struct, forbid_unknown_fields=True):
@@ -68,6 +73,7 @@ class KeyInfo(Struct):
     expires_at: datetime | None
     revoked_at: datetime | None
     created_at: datetime
+    tools: tuple[str, ...] | None
     budgets: list[BudgetInfo] | UnsetType = UNSET
 
 
@@ -143,7 +149,7 @@ def _terms(body: NewKey) -> KeyTerms:
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
     scopes = ALL_SCOPES if body.scopes is UNSET else body.scopes
     limits = (body.rpm, body.rpm_ceiling, body.tpm, body.streams)
-    return KeyTerms(body.name, scopes, body.models, expires_at, *limits)
+    return KeyTerms(body.name, scopes, body.models, expires_at, *limits, body.tools)
 
 
 def key_info(key: Key, budgets: Sequence[Budget] | None = None) -> KeyInfo:

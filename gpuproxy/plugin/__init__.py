@@ -7,6 +7,7 @@ and nothing else of gpuproxy. A wrong one stops the start with its name and the 
 
 from gpuproxy.codec.seal import Seal
 from gpuproxy.codec.sse import EVENT_BYTES_MAX, TAIL_BYTES, EventFilter, event_payloads
+from gpuproxy.codec.tools import may_use
 from gpuproxy.errors import CODES, Code, GatewayError, PluginError
 from gpuproxy.plugin.models import ModelLister, ModelOffer, ModelRenamer
 from gpuproxy.plugin.offers import best_offers, is_fitting, is_same_model, short_model
@@ -130,6 +131,7 @@ __all__ = [
     "is_fitting",
     "is_same_model",
     "load_plugins",
+    "may_use",
     "routing_faults",
     "short_model",
 ]

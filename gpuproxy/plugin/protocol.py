@@ -20,6 +20,9 @@ class Call(Struct, gc=False):
     order, names as sent. ``body`` is the whole body, or None while (or because) it is streamed.
     ``body_bytes`` is its size also when it is not kept any more. ``is_envelope`` tells that the answer will be wrapped
     in JSON. ``note`` is the handler's own: what it wants to know again when it is asked for a reader or to collapse.
+
+    ``tools`` are the rules a key is bound to (see `may_use`), None for most; then ``upstream`` is whose tools the call
+    would use. Only a handler with a true ``binds_tools`` is shown such a call of an upstream of its own.
     """
 
     method: bytes
@@ -30,6 +33,8 @@ class Call(Struct, gc=False):
     body_bytes: int = 0
     may_ask_usage: bool = False
     note: Any = None
+    tools: tuple[str, ...] | None = None
+    upstream: str = ""
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of the field `name` (lower case), or None."""
@@ -78,11 +83,11 @@ class AnswerEditor(Protocol):
 class UpstreamRequest(Struct, gc=False):
     """What to send upstream instead of what the client sent; the defaults change nothing.
 
-    ``path`` replaces the target (origin form, below no base path), ``body`` the body. ``headers`` replace the
-    client's fields of the same name; an empty value takes them out. ``identity`` asks the upstream for an uncompressed
-    answer so that usage can be read. ``editor`` is shown a streamed answer of status 200 before the client is; one that
-    is a `HeadEditor` is shown the head of any answer instead. ``asks_usage`` tells that ``body`` and ``editor`` are
-    there for usage alone: upstreams not to be asked get what the client sent.
+    ``path`` replaces the target (origin form, below no base path), ``body`` the body. ``headers`` replace the client's
+    fields of the same name; an empty value takes them out. ``identity`` asks the upstream for an uncompressed answer so
+    that usage can be read. ``editor`` is shown a streamed answer of status 200 before the client is (and one in JSON,
+    if it has a true ``edits_json``); one that is a `HeadEditor` is shown the head of any answer instead. ``asks_usage``
+    tells that ``body`` and ``editor`` are there for usage alone: upstreams not to be asked get what the client sent.
     """
 
     path: bytes | None = None

@@ -1,10 +1,12 @@
-"""What an exchange asks about a call before it goes: whether its body is needed whole, and what it may cost."""
+"""What an exchange asks about a call before it goes: whether its body is needed whole, which tools it may use, and what
+it may cost.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.plugin import HeaderList, Intent, ProtocolHandler
+from gpuproxy.plugin import Call, HeaderList, Intent, ProtocolHandler
 from gpuproxy.pricing import Price
 from gpuproxy.proxy.heads import RequestHead
 from gpuproxy.proxy.offers import highest
@@ -24,6 +26,26 @@ def needs_whole(handler: ProtocolHandler, head: RequestHead, path: bytes, prices
         return False
     spares_body: Callable[[HeaderList], bool] | None = getattr(handler, "spares_body", None)  # see BodySparer
     return spares_body is None or prices.has_tools or not spares_body(head.fields)
+
+
+def bind_tools(
+    call: Call,
+    head: RequestHead,
+    rules: tuple[str, ...],
+    handler: ProtocolHandler,
+    own_handler: ProtocolHandler,
+    upstream: str,
+) -> None:
+    """Bind a call of a key that may use some tools only; `own_handler` is that of the upstream it goes to.
+
+    Raises GatewayError FORBIDDEN for one that would reach tools in a way in which the gateway cannot see which.
+    """
+    if not getattr(own_handler, "binds_tools", False):
+        return
+    if handler is not own_handler or head.is_upgrade:
+        message = f"this API key is bound to tools; call {upstream!r} as protocol {own_handler.name!r}, by HTTP"
+        raise GatewayError("FORBIDDEN", message)
+    call.tools, call.upstream = rules, upstream
 
 
 def price_of_call(plane: "Plane", destination: "Destination | None", intent: Intent, started_ns: int) -> Price | None:

@@ -34,7 +34,7 @@ from gpuproxy.proxy.answer import (
     VIA_HOPS_MAX,
 )
 from gpuproxy.proxy.attempts import Attempts
-from gpuproxy.proxy.calls import needs_whole, price_of_call
+from gpuproxy.proxy.calls import bind_tools, needs_whole, price_of_call
 from gpuproxy.proxy.credit import price_for, unknown_credit
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.headers import (
@@ -135,7 +135,7 @@ class Exchange(Attempts):
                 if needs_body is None:
                     needs_body = handler is None or needs_whole(handler, self.head, self.route.path, plane.prices)
                     self.head.needs_body = needs_body
-                self._needs_body = needs_body or grant.models is not None
+                self._needs_body = needs_body or grant.models is not None or grant.tools is not None
                 limits = plane.limits
                 limit_bytes = limits.buffered_body_bytes_max if self._needs_body else limits.body_bytes_max
                 if self.content_length > limit_bytes or self.request_bytes > limit_bytes:
@@ -293,6 +293,8 @@ class Exchange(Attempts):
             if destination.model:
                 intent.model = destination.model  # the caller may have used another name of it
             call.may_ask_usage = destination.may_ask_usage
+            if grant.tools is not None:  # type: ignore[union-attr]  # admitted
+                bind_tools(call, self.head, grant.tools, handler, destination.handler, destination.upstream)  # type: ignore[union-attr]
             request = handler.prepare(call, intent)
             self._editor = request.editor  # type: ignore[assignment]  # see `edited`
             call.body = None
@@ -335,8 +337,13 @@ class Exchange(Attempts):
         )
         intent = self._intent = handler.describe(call)
         self._check_model(intent.model)
-        request = handler.prepare(call, intent)
         endpoint = router.endpoint_at(target.scheme, target.host, target.port)
+        tools = self._grant.tools  # type: ignore[union-attr]  # admitted
+        if tools is not None:
+            place = endpoint.destination if endpoint is not None else None
+            names = (handler, place.handler, place.upstream) if place is not None else (handler, handler, target.host)
+            bind_tools(call, self.head, tools, *names)
+        request = handler.prepare(call, intent)
         if endpoint is None:
             rented = self._rented()
             if rented is None:
@@ -349,6 +356,8 @@ class Exchange(Attempts):
         if not envelopes.wants_stream(envelope):
             limit_bytes = self.plane.limits.envelope_answer_bytes_max
             self._collected = envelopes.Collected(limit_bytes, envelope.timeout_s, self._started_ns)
+        else:
+            self._editor = request.editor  # type: ignore[assignment]  # see `edited`
         self._handler = handler
         self.held_body = []
         self.content_length = -1 if content is None else len(content)

@@ -62,6 +62,12 @@ def edited(
             start = status_line(head.status) + join_fields(fields)
     else:
         follower = editor
-    if head.status != 200 or head.kind[:17] != b"text/event-stream" or head.is_encoded:
+    if follower is not None and (head.status != 200 or head.is_encoded or not _is_edited(follower, head.kind)):
         follower = None
     return start, follower
+
+
+def _is_edited(editor: AnswerEditor, kind: bytes) -> bool:
+    if kind[:17] == b"text/event-stream":
+        return True
+    return kind[:16] == b"application/json" and getattr(editor, "edits_json", False)

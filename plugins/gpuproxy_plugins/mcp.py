@@ -28,6 +28,7 @@ from gpuproxy.plugin import (
 from gpuproxy_plugins.mcp_completion import completed
 from gpuproxy_plugins.mcp_meter import JsonOutcome, RpcError, StreamOutcome, asked_for, mirrored, shown
 from gpuproxy_plugins.mcp_origins import Origins, origin_of, readable
+from gpuproxy_plugins.mcp_tools import ToolLists, bound, kept
 from gpuproxy_plugins.mcp_transit import ADDRESS, MOUNT, Transits
 
 METADATA = b"/.well-known/oauth-protected-resource"  # RFC 9728 §3
@@ -67,6 +68,7 @@ class Mcp:
 
     name: str = "mcp"
     mounts: tuple[str, ...] = ("mcp",)
+    binds_tools: bool = True
 
     def __init__(self) -> None:
         self.attach(Station(Seal()))
@@ -116,12 +118,13 @@ class Mcp:
     def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
         """Complete an envelope's message, headers and path; of other calls send the session as its server knows it."""
         if not call.is_envelope:
-            return intent.note or UpstreamRequest()
+            request = intent.note or UpstreamRequest()
+            return request if call.tools is None else bound(call, request)
         path = DEFAULT_PATH + call.path if call.path[:1] != b"/" else None
-        if call.method != b"POST" or not call.body:
-            return UpstreamRequest(path=path)
-        body, headers = completed(call)
-        return UpstreamRequest(path=path, body=body, headers=headers)
+        request = UpstreamRequest(path=path)
+        if call.method == b"POST" and call.body:
+            request.body, request.headers = completed(call)
+        return request if call.tools is None else bound(call, request)
 
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
         """Return what reads the outcome of a request; no answer tells tokens."""
@@ -133,6 +136,8 @@ class Mcp:
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
         """Turn a stream into the JSON-RPC response in it; a stream without one stays."""
+        if call.tools is not None:
+            body = ToolLists(kept(call)).edit(body, is_last=True)
         if content_type[:17].lower() != b"text/event-stream":
             return content_type, body
         responses = [payload for payload in event_payloads(body) if _is_response(payload)]
@@ -143,7 +148,7 @@ class Mcp:
         code = RPC_CODES.get(error.code, _INVALID_REQUEST if error.status < 500 else _INTERNAL)
         rpc_id = None
         if isinstance(error, RpcError):
-            code, rpc_id = error.rpc_code, msgspec.Raw(error.rpc_id or b"null")
+            code, rpc_id = error.rpc_code or code, msgspec.Raw(error.rpc_id or b"null")
         detail: dict[str, Any] = {"code": code, "message": error.message}
         detail["data"] = {"code": error.code, "request_id": request_id}
         return msgspec.json.encode({"jsonrpc": "2.0", "id": rpc_id, "error": detail})

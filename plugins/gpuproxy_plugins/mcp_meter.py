@@ -40,10 +40,10 @@ UNREADABLE = (ValueError, RecursionError)
 class RpcError(GatewayError):
     """A refusal with a JSON-RPC code and the id of the request it answers."""
 
-    def __init__(self, code: str, message: str, rpc_code: int, rpc_id: bytes) -> None:
+    def __init__(self, code: str, message: str, rpc_id: bytes, rpc_code: int = 0) -> None:
         super().__init__(code, message)
-        self.rpc_code = rpc_code
         self.rpc_id = rpc_id
+        self.rpc_code = rpc_code  # 0: that of the gateway's own code
 
 
 class Message(Struct, gc=False):
@@ -62,13 +62,16 @@ class Params(Struct, gc=False):
 
 
 class Rpc(Struct, gc=False):
-    """What a call asks for: its only message, or a batch. `tools` are those it calls, by their whole names."""
+    """What a call asks for: its only message, or a batch. `tools` are those it calls, by their whole names; `may_list`
+    tells that it asks for a list of tools.
+    """
 
     method: str
     name: str = ""
     id: bytes = b""
     tools: tuple[str, ...] = ()
     is_request: bool = True
+    may_list: bool = False
 
 
 class _Fault(Struct, gc=False):
@@ -126,14 +129,14 @@ def _single(message: Message) -> Rpc:
     rpc_id = bytes(message.id)
     is_request = bool(method) and not method.startswith("notifications/")
     tools = (name,) if method == "tools/call" else ()
-    return Rpc(method, name, rpc_id if len(rpc_id) <= ID_BYTES_MAX else b"", tools, is_request)
+    return Rpc(method, name, rpc_id if len(rpc_id) <= ID_BYTES_MAX else b"", tools, is_request, method == "tools/list")
 
 
 def _batch(messages: list[Message]) -> Rpc:
     found = [_single(message) for message in messages]
     names = ", ".join(rpc.name for rpc in found if rpc.name)
     tools = tuple(name for rpc in found for name in rpc.tools)
-    return Rpc(BATCH, names, b"", tools, any(rpc.is_request for rpc in found))
+    return Rpc(BATCH, names, b"", tools, any(rpc.is_request for rpc in found), any(rpc.may_list for rpc in found))
 
 
 def _name(message: Message) -> str:
@@ -182,7 +185,7 @@ def _check_mirrored(fields: HeaderList, rpc: Rpc) -> None:
     if told.method != rpc.method:
         name, header, body = "Mcp-Method", told.method, rpc.method
     message = f"header mismatch: {name} is {header[:100]!r}, the body says {body[:100]!r}"
-    raise RpcError("BAD_REQUEST", message, HEADER_MISMATCH, rpc.id)
+    raise RpcError("BAD_REQUEST", message, rpc.id, HEADER_MISMATCH)
 
 
 def shown(rpc: Rpc) -> tuple[str, str, tuple[str, ...]]:

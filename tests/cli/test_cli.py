@@ -55,9 +55,9 @@ def test_only_the_key_is_printed(run: Run) -> None:
 
 def test_a_key_is_made_with_scopes_and_a_limit(run: Run) -> None:
     run("user", "create", EMAIL, "--admin")
-    words = ("--scopes", "inference, admin", "--rpm", "0", "--json")
+    words = ("--scopes", "inference, admin", "--rpm", "0", "--tools", "web/*, docs/read", "--json")
     made = json.loads(run("key", "create", "--user", EMAIL, *words)[1])
-    assert (made["scopes"], made["rpm"]) == (["inference", "admin"], 0)
+    assert (made["scopes"], made["rpm"], made["tools"]) == (["inference", "admin"], 0, ["web/*", "docs/read"])
     code, _, err = run("key", "create", "--user", EMAIL, "--scopes", "all")
     assert (code, err) == (1, "error: no scope 'all'; known: inference, account, read, admin\n")
 

@@ -62,6 +62,9 @@ async def test_a_key_is_as_it_was_wished(api: Api) -> None:
         ({"scopes": ["admin"]}, 403, "scopes: a key may do no more"),
         ({"models": [""]}, 422, "models"),
         ({"models": []}, 422, "models"),
+        ({"tools": []}, 422, "tools"),
+        ({"tools": ["search"]}, 422, "'search' is no rule; write server/tool"),
+        ({"tools": ["a/b"] * 257}, 422, "tools"),
         ({"expires_days": 0}, 422, "expires_days"),
         ({"expires_days": 1.5}, 400, "expires_days: expected int | null, got float"),
         ({"rpm": 0}, 403, "rpm"),
@@ -92,6 +95,27 @@ async def test_a_key_makes_keys_within_its_own_bounds(api: Api) -> None:
     for wish in ({"models": ["m2"]}, {"expires_days": 2}):
         assert (await api.call("POST", KEYS, wish, by_parent))[0] == 403
     assert (await api.call("POST", f"{KEYS}/{person.key_id}/rotate", {}, by_parent))[0] == 403
+
+
+async def test_a_key_may_be_bound_to_tools_and_binds_those_it_makes(api: Api) -> None:
+    person = await api.person()
+    status, parent = await api.call("POST", KEYS, {"tools": ["web/*", "docs/read"]}, person.by_token)
+    assert (status, parent["tools"]) == (201, ["web/*", "docs/read"])
+    grant = await grant_for(api.store, digest_of(parent["api_key"].encode()))
+    assert grant is not None
+    assert grant.tools == ("web/*", "docs/read")
+    by_parent = {"X-API-Key": parent["api_key"]}
+    _, child = await api.call("POST", KEYS, {}, by_parent)
+    assert child["tools"] == ["web/*", "docs/read"]
+    _, child = await api.call("POST", KEYS, {"tools": ["web/search", "web/read_*"]}, by_parent)
+    assert child["tools"] == ["web/search", "web/read_*"]
+    for wider in (["*/*"], ["docs/*"], ["web/x", "docs/write"]):
+        status, told = await api.call("POST", KEYS, {"tools": wider}, by_parent)
+        assert (status, told["error"].partition(":")[0]) == (403, "tools")
+    _, fresh = await api.call("POST", f"{KEYS}/{parent['id']}/rotate", {}, person.by_token)
+    assert fresh["tools"] == ["web/*", "docs/read"]
+    _, listed = await api.call("GET", f"{KEYS}/{parent['id']}", headers=person.by_token)
+    assert listed["tools"] == ["web/*", "docs/read"]
 
 
 async def test_an_admin_gives_keys_limits_that_rotating_keeps(api: Api) -> None:

@@ -43,6 +43,7 @@ api_keys = Table(
     Column("rpm_ceiling", Integer),  # how far a call may raise it; NULL: not at all
     Column("tpm", BigInteger),  # tokens per minute; 0: no limit; NULL: the default
     Column("streams", Integer),  # open at once; 0: no limit; NULL: the default
+    Column("tools", JSON(none_as_null=True)),  # rules; NULL: every tool
     Column("root_id", Text),  # the key whose budgets it shares: it came from that by rotation; NULL: itself
     # Control asks for what has just expired several times a second; what is revoked must not be in its way.
     Index(None, "expires_at", sqlite_where=text("revoked_at IS NULL"), postgresql_where=text("revoked_at IS NULL")),

@@ -1,0 +1,192 @@
+"""Keys that are bound to tools: calls of other tools are refused, and lists of tools show what the key may use.
+
+What runs is what the server reads in the message, and servers do not all read alike. So a message of such a key is
+refused if it can be read in two ways: a name that stands twice, or in other letters than MCP's. Lists are told by their
+shape, ``result.tools``, for an answer may also come on the stream of another call (revisions with sessions). A server
+that sends a list compressed, though it was asked not to, shows all of it; calls are refused all the same.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from gpuproxy.plugin import (
+    AnswerEditor,
+    Call,
+    HeadEditor,
+    HeaderList,
+    Pin,
+    UpstreamRequest,
+    may_use,
+)
+from gpuproxy_plugins.mcp_meter import UNREADABLE, Rpc, RpcError
+
+HELD_BYTES_MAX = 4 << 20  # of a list, or of one event; a list that is longer is not shown
+_WORDS = ("method", "params", "name")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
+
+Fields = dict[str, Raw]
+Keep = Callable[[str], bool]
+
+
+class _Tool(Struct, gc=False):
+    name: str = ""
+
+
+_encode = msgspec.json.Encoder().encode
+_decode_fields = msgspec.json.Decoder(Fields).decode
+_decode_list = msgspec.json.Decoder(list[Raw]).decode
+_decode_tool = msgspec.json.Decoder(_Tool).decode
+
+
+class _Pairs(tuple[tuple[str, Any], ...]):
+    """An object with all its names, as often as they stand there."""
+
+
+def bound(call: Call, request: UpstreamRequest) -> UpstreamRequest:
+    """Bind a call to the tools its key may use. Raises RpcError FORBIDDEN, BAD_REQUEST."""
+    rpc = call.note
+    if call.body:
+        _check(call, rpc)
+    if rpc is None or rpc.may_list:
+        request.identity = True
+        editor = request.editor
+        assert editor is None or hasattr(editor, "edit_head")
+        request.editor = BoundHead(editor, kept(call))
+    return request
+
+
+def kept(call: Call) -> Keep:
+    """Return what tells whether the key of a call may use a tool of its server."""
+    assert call.tools is not None
+    allowed, server = may_use(call.tools), call.upstream
+    return lambda tool: allowed(server, tool)
+
+
+def _check(call: Call, rpc: Rpc | None) -> None:
+    if rpc is None or not _is_plain(call.body or b""):
+        message = "this API key is bound to tools, and this message cannot be read in one way only; send plain JSON-RPC"
+        raise RpcError("BAD_REQUEST", message, rpc.id if rpc is not None else b"")
+    keep = kept(call)
+    for tool in rpc.tools:
+        if not keep(tool):
+            message = f"this API key may not use tool {call.upstream + '/' + tool[:100]!r}"
+            raise RpcError("FORBIDDEN", message, rpc.id)
+
+
+def _is_plain(body: bytes) -> bool:
+    try:
+        found = json.loads(body, object_pairs_hook=_Pairs)
+    except UNREADABLE:
+        return False
+    messages = found if isinstance(found, list) else [found]
+    return all(isinstance(message, _Pairs) and _says_once(message) for message in messages)
+
+
+def _says_once(message: _Pairs) -> bool:
+    params = [value for name, value in message if name == "params" and isinstance(value, _Pairs)]
+    return all(_names_once(part) for part in (message, *params))
+
+
+def _names_once(pairs: _Pairs) -> bool:
+    names = [name for name, _ in pairs if name.casefold() in _WORDS]
+    return len(set(names)) == len(names) and all(name in _WORDS for name in names)
+
+
+def narrowed(payload: bytes, keep: Keep) -> bytes:
+    """Return a message, or a batch, with the tools left out that are not to be kept; all else as it is."""
+    try:
+        if payload.lstrip()[:1] == b"[":
+            return b"[%b]" % b",".join(narrowed(bytes(each), keep) for each in _decode_list(payload))
+        message = _decode_fields(payload)
+        result = _decode_fields(message["result"])
+        tools = _decode_list(result["tools"])
+        result["tools"] = Raw(_encode([tool for tool in tools if keep(_decode_tool(tool).name)]))
+    except (*UNREADABLE, KeyError):
+        return payload
+    if "cacheScope" in result:
+        result["cacheScope"] = Raw(b'"private"')  # others may use other tools
+    message["result"] = Raw(_encode(result))
+    return _encode(message)
+
+
+def _with_data(event: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """Return an event with its data changed; each other line stays, and so does the event if the data does."""
+    lines = _LINE_END.split(event)
+    payload = b"\n".join([line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")])
+    changed = change(payload)
+    found = _LINE_END.search(event)
+    if changed == payload or found is None:
+        return event
+    first = next(at for at, line in enumerate(lines) if line.startswith(b"data:"))
+    before, behind = lines[:first], [line for line in lines[first:] if not line.startswith(b"data:")]
+    return found[0].join([*before, *(b"data: " + part for part in changed.split(b"\n")), *behind])
+
+
+class BoundHead:
+    """Shows the head of an answer to who edits it, and then edits lists of tools in its body."""
+
+    def __init__(self, inner: Any, keep: Keep) -> None:
+        self._inner: HeadEditor | None = inner
+        self._keep = keep
+
+    def edit_head(self, status: int, fields: HeaderList, pin: Pin) -> tuple[HeaderList, AnswerEditor | None]:
+        """Return the fields for the client and who edits the body."""
+        first = None
+        if self._inner is not None:
+            fields, first = self._inner.edit_head(status, fields, pin)
+        return fields, ToolLists(self._keep, first)
+
+
+class ToolLists:
+    """Takes tools out of the lists in an answer, behind another editor if there is one."""
+
+    edits_json = True
+
+    def __init__(self, keep: Keep, first: AnswerEditor | None = None) -> None:
+        self._keep = keep
+        self._first = first
+        self._held = b""
+        self._is_json: bool | None = None  # until the first byte has come
+        self._is_dropping = False
+
+    def edit(self, data: bytes, is_last: bool) -> bytes:
+        """Return what may be sent now: whole events, or all of a JSON answer at its end."""
+        if self._first is not None:
+            data = self._first.edit(data, is_last)
+        if self._is_json is None and data.strip():
+            self._is_json = data.lstrip()[:1] in b"{["
+        return self._whole(data, is_last) if self._is_json else b"".join(self._events(data, is_last))
+
+    def _whole(self, data: bytes, is_last: bool) -> bytes:
+        self._held += data
+        if len(self._held) > HELD_BYTES_MAX:
+            self._held, self._is_dropping = b"", True
+        if not is_last:
+            return b""
+        return b"" if self._is_dropping else narrowed(self._held, self._keep)
+
+    def _events(self, data: bytes, is_last: bool) -> Iterator[bytes]:
+        held, start = self._held + data, 0
+        for end in _EVENT_END.finditer(held):
+            yield self._edited(held[start : end.end()])
+            start = end.end()
+        self._held = held[start:]
+        if is_last:
+            yield self._edited(self._held)
+        elif len(self._held) > HELD_BYTES_MAX:
+            self._held, self._is_dropping = b"", True
+
+    def _edited(self, event: bytes) -> bytes:
+        is_dropped, self._is_dropping = self._is_dropping, False
+        if is_dropped or b'"tools"' not in event:
+            return b"" if is_dropped else event
+        return _with_data(event, lambda payload: narrowed(payload, self._keep))
+
+
+_: list[type[AnswerEditor]] = [ToolLists]
