@@ -1,9 +1,7 @@
 """The client for code in an event loop, on aiohttp; method for method as the other."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from itertools import count
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -16,24 +14,12 @@ from gpuproxy.client.calls import (
     Call,
     Listing,
     answer_of,
-    call_of,
-    gpus_call,
     own_refusal,
-    proxied,
-    wait_before_retry,
 )
-from gpuproxy.client.errors import GpuproxyError, failed
+from gpuproxy.client.errors import GpuproxyError, no_answer
 from gpuproxy.client.happening import happening
-from gpuproxy.client.instances import (
-    POLL_S,
-    WAIT_S,
-    instance_path,
-    is_up,
-    not_in_time,
-    progress,
-    rental_of,
-    rental_path,
-)
+from gpuproxy.client.instances import POLL_S, WAIT_S
+from gpuproxy.client.steps import Planner, Result, Steps, Wait
 
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -53,7 +39,7 @@ class AsyncProxyStream:
                 async for piece in self._response.content.iter_any():
                     yield piece
             except (aiohttp.ClientError, TimeoutError) as error:
-                raise _transport_failure(error) from error
+                raise no_answer(error, isinstance(error, TimeoutError)) from error
 
     async def __aenter__(self) -> Self:
         """Return the stream; leaving the block closes it."""
@@ -86,9 +72,8 @@ class AsyncClient:
     ) -> None:
         self.api_url = api_url.rstrip("/")
         self._api_key = api_key
-        self._timeout_s = timeout_s
-        self._retries = retries
         self._sleep = sleep
+        self._plan = Planner(timeout_s, retries)
         self._opened: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -117,26 +102,26 @@ class AsyncClient:
 
     async def get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
         """Return what GET `path` (below the API URL) answers, decoded. Raises GpuproxyError."""
-        return await self._call(call_of("GET", path, params=params, wait_s=self._timeout_s))
+        return await self._run(self._plan.call("GET", path, params=params))
 
     async def post(self, path: str, body: Any = None) -> Any:
         """Send `body` as JSON by POST and return the decoded answer. Raises GpuproxyError."""
-        return await self._call(call_of("POST", path, body, wait_s=self._timeout_s))
+        return await self._run(self._plan.call("POST", path, body))
 
     async def put(self, path: str, body: Any = None) -> Any:
         """Send `body` as JSON by PUT and return the decoded answer. Raises GpuproxyError."""
-        return await self._call(call_of("PUT", path, body, wait_s=self._timeout_s))
+        return await self._run(self._plan.call("PUT", path, body))
 
     async def delete(self, path: str) -> Any:
         """Return what DELETE `path` answers, decoded; None when it answers nothing. Raises GpuproxyError."""
-        return await self._call(call_of("DELETE", path, wait_s=self._timeout_s))
+        return await self._run(self._plan.call("DELETE", path))
 
     async def list_gpus(self, provider: str = "all", min_vram: float | None = None, **filters: Any) -> Listing:
         """Return the GPUs that can be rented, each a dict; the list also answers ``["count"]``.
 
         `min_vram` is in GB. `filters` are the other parameters of ``GET /gpu/instances``, such as max_price.
         """
-        return Listing(await self._call(gpus_call(provider, min_vram, filters, self._timeout_s)))
+        return await self._run(self._plan.list_gpus(provider, min_vram, filters))
 
     async def create_instance(
         self,
@@ -151,24 +136,12 @@ class AsyncClient:
 
         Raises InstanceFailedError if it fails, or does not run after `wait_s`; it is still rented then.
         """
-        path = instance_path(provider, instance_id)
-        rental = rental_of(await self._call(call_of("POST", path, config or {}, wait_s=self._timeout_s)))
-        return await self._until_up(rental, wait_s, poll_s) if wait else rental
-
-    async def _until_up(self, rental: dict[str, Any], wait_s: float, poll_s: float) -> dict[str, Any]:
-        until = time.monotonic() + wait_s
-        with progress(rental) as show:
-            while not is_up(rental):
-                if time.monotonic() >= until:
-                    raise not_in_time(rental, wait_s)
-                await self._sleep(poll_s)
-                rental = rental_of(await self.get(rental_path(rental)))
-                show(rental["status"])
-        return rental
+        steps = self._plan.create_instance(provider, instance_id, config or {}, wait_s if wait else None, poll_s)
+        return await self._run(steps)
 
     async def destroy_instance(self, provider: str, contract_id: str) -> Any:
         """End a rented instance; again does nothing."""
-        return await self.delete(instance_path(provider, contract_id))
+        return await self._run(self._plan.destroy_instance(provider, contract_id))
 
     @overload
     async def proxy_request(
@@ -206,11 +179,8 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> dict[str, Any] | AsyncProxyStream:
         """Send one call through the gateway and return its envelope, or its stream; as `Client.proxy_request`."""
-        call = proxied(protocol, target_url, method, headers, body, stream, timeout_s, self._timeout_s)
-        if stream:
-            opened: AsyncProxyStream = await self._repeated(call, self._open_stream)
-            return opened
-        answer: dict[str, Any] = await self._call(call)
+        steps = self._plan.proxy_request(protocol, target_url, method, headers, body, stream, timeout_s)
+        answer: dict[str, Any] | AsyncProxyStream = await self._run(steps)
         return answer
 
     def events(self, channels: Iterable[str], last_event_id: str = "") -> AsyncGenerator[dict[str, Any]]:
@@ -220,19 +190,26 @@ class AsyncClient:
         """
         return happening(self._http, self.api_url, tuple(channels), last_event_id, self._sleep)
 
-    async def _call(self, call: Call) -> Any:
-        return await self._repeated(call, self._once)
+    async def _run(self, steps: Steps[Result]) -> Result:
+        resume: Callable[[Any], Call | Wait] = steps.send
+        came: Any = None
+        try:
+            while True:
+                step = resume(came)
+                try:
+                    resume, came = steps.send, await self._do(step)
+                except GpuproxyError as error:
+                    resume, came = steps.throw, error
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        finally:
+            steps.close()
 
-    async def _repeated(self, call: Call, work: Callable[[Call], Awaitable[Any]]) -> Any:
-        for done in count():
-            try:
-                return await work(call)
-            except GpuproxyError as error:
-                wait_s = wait_before_retry(call, error, done, self._retries)
-                if wait_s is None:
-                    raise
-            await self._sleep(wait_s)
-        raise AssertionError  # the loop above has no end
+    async def _do(self, step: Call | Wait) -> Any:
+        if isinstance(step, Wait):
+            return await self._sleep(step.seconds)
+        return await (self._open_stream(step) if step.is_stream else self._once(step))
 
     async def _once(self, call: Call) -> Any:
         response = await self._send(call)
@@ -259,17 +236,11 @@ class AsyncClient:
                 timeout=bounds,
             )
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise _transport_failure(error) from error
+            raise no_answer(error, isinstance(error, TimeoutError)) from error
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
     try:
         return await response.read()
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise _transport_failure(error) from error
-
-
-def _transport_failure(error: Exception) -> GpuproxyError:
-    if isinstance(error, TimeoutError):
-        return failed(f"no answer in time: {type(error).__name__}", "TIMED_OUT")
-    return failed(f"the connection failed: {error or type(error).__name__}", "CONNECTION_FAILED")
+        raise no_answer(error, isinstance(error, TimeoutError)) from error

@@ -33,7 +33,7 @@ MAY_HAVE_HAPPENED = ("CONNECTION_FAILED", "TIMED_OUT", "INTERNAL", "CONFLICT")
 
 
 class Call(Struct, frozen=True):
-    """One call of the management API; `path` is below the API URL."""
+    """One call; `path` is below the API URL. With `is_stream` its answer is opened, not read."""
 
     method: str
     path: str
@@ -41,6 +41,7 @@ class Call(Struct, frozen=True):
     params: Mapping[str, str] = {}
     headers: Mapping[str, str] = {}
     wait_s: float = DEFAULT_TIMEOUT_S
+    is_stream: bool = False
 
     @property
     def is_repeatable(self) -> bool:
@@ -94,7 +95,8 @@ def proxied(
         UNSET if value is None else value for value in (method, headers, body, stream or None, timeout_s)
     ]
     envelope = Envelope(protocol, target_url, *given)
-    return call_of("POST", "/gpu/proxy", envelope, wait_s=default_s if timeout_s is None else timeout_s + GRACE_S)
+    call = call_of("POST", "/gpu/proxy", envelope, wait_s=default_s if timeout_s is None else timeout_s + GRACE_S)
+    return msgspec.structs.replace(call, is_stream=stream)
 
 
 class _Refusal(Struct):

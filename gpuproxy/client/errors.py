@@ -114,3 +114,10 @@ def failed(
 ) -> GpuproxyError:
     """Return the exception for a failure, of the type that fits it."""
     return error_type(code, status)(message, code, status, request_id, retry_after_s)
+
+
+def no_answer(error: Exception, is_timeout: bool) -> GpuproxyError:
+    """Return the exception for a call whose connection failed, or on which nothing came in time."""
+    if is_timeout:
+        return failed(f"no answer in time: {type(error).__name__}", "TIMED_OUT")
+    return failed(f"the connection failed: {error or type(error).__name__}", "CONNECTION_FAILED")

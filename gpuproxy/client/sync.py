@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import count
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -15,23 +14,11 @@ from gpuproxy.client.calls import (
     Call,
     Listing,
     answer_of,
-    call_of,
-    gpus_call,
     own_refusal,
-    proxied,
-    wait_before_retry,
 )
-from gpuproxy.client.errors import GpuproxyError, failed
-from gpuproxy.client.instances import (
-    POLL_S,
-    WAIT_S,
-    instance_path,
-    is_up,
-    not_in_time,
-    progress,
-    rental_of,
-    rental_path,
-)
+from gpuproxy.client.errors import GpuproxyError, no_answer
+from gpuproxy.client.instances import POLL_S, WAIT_S
+from gpuproxy.client.steps import Planner, Result, Steps, Wait
 
 
 class ProxyStream:
@@ -48,7 +35,7 @@ class ProxyStream:
             try:
                 yield from self._response.iter_bytes()
             except httpx.TransportError as error:
-                raise _transport_failure(error) from error
+                raise no_answer(error, isinstance(error, httpx.TimeoutException)) from error
 
     def __enter__(self) -> Self:
         """Return the stream; leaving the block closes it."""
@@ -85,6 +72,7 @@ class Client:
         self._timeout_s = timeout_s
         self._retries = retries
         self._sleep = sleep
+        self._plan = Planner(timeout_s, retries)
         self._http = httpx.Client(
             headers={"X-API-Key": api_key}, timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         )
@@ -105,26 +93,26 @@ class Client:
 
     def get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
         """Return what GET `path` (below the API URL) answers, decoded. Raises GpuproxyError."""
-        return self._call(call_of("GET", path, params=params, wait_s=self._timeout_s))
+        return self._run(self._plan.call("GET", path, params=params))
 
     def post(self, path: str, body: Any = None) -> Any:
         """Send `body` as JSON by POST and return the decoded answer. Raises GpuproxyError."""
-        return self._call(call_of("POST", path, body, wait_s=self._timeout_s))
+        return self._run(self._plan.call("POST", path, body))
 
     def put(self, path: str, body: Any = None) -> Any:
         """Send `body` as JSON by PUT and return the decoded answer. Raises GpuproxyError."""
-        return self._call(call_of("PUT", path, body, wait_s=self._timeout_s))
+        return self._run(self._plan.call("PUT", path, body))
 
     def delete(self, path: str) -> Any:
         """Return what DELETE `path` answers, decoded; None when it answers nothing. Raises GpuproxyError."""
-        return self._call(call_of("DELETE", path, wait_s=self._timeout_s))
+        return self._run(self._plan.call("DELETE", path))
 
     def list_gpus(self, provider: str = "all", min_vram: float | None = None, **filters: Any) -> Listing:
         """Return the GPUs that can be rented, each a dict; the list also answers ``["count"]``.
 
         `min_vram` is in GB. `filters` are the other parameters of ``GET /gpu/instances``, such as max_price.
         """
-        return Listing(self._call(gpus_call(provider, min_vram, filters, self._timeout_s)))
+        return self._run(self._plan.list_gpus(provider, min_vram, filters))
 
     def create_instance(
         self,
@@ -139,24 +127,12 @@ class Client:
 
         Raises InstanceFailedError if it fails, or does not run after `wait_s`; it is still rented then.
         """
-        path = instance_path(provider, instance_id)
-        rental = rental_of(self._call(call_of("POST", path, config or {}, wait_s=self._timeout_s)))
-        return self._until_up(rental, wait_s, poll_s) if wait else rental
-
-    def _until_up(self, rental: dict[str, Any], wait_s: float, poll_s: float) -> dict[str, Any]:
-        until = time.monotonic() + wait_s
-        with progress(rental) as show:
-            while not is_up(rental):
-                if time.monotonic() >= until:
-                    raise not_in_time(rental, wait_s)
-                self._sleep(poll_s)
-                rental = rental_of(self.get(rental_path(rental)))
-                show(rental["status"])
-        return rental
+        steps = self._plan.create_instance(provider, instance_id, config or {}, wait_s if wait else None, poll_s)
+        return self._run(steps)
 
     def destroy_instance(self, provider: str, contract_id: str) -> Any:
         """End a rented instance; again does nothing."""
-        return self.delete(instance_path(provider, contract_id))
+        return self._run(self._plan.destroy_instance(provider, contract_id))
 
     @overload
     def proxy_request(
@@ -199,11 +175,8 @@ class Client:
         upstream's answer comes as a `ProxyStream` instead. `method` defaults to POST with a body, else GET.
         `timeout_s` bounds the upstream's answer. Raises GpuproxyError for the gateway's own failures.
         """
-        call = proxied(protocol, target_url, method, headers, body, stream, timeout_s, self._timeout_s)
-        if stream:
-            opened: ProxyStream = self._repeated(call, self._open_stream)
-            return opened
-        answer: dict[str, Any] = self._call(call)
+        steps = self._plan.proxy_request(protocol, target_url, method, headers, body, stream, timeout_s)
+        answer: dict[str, Any] | ProxyStream = self._run(steps)
         return answer
 
     def events(self, channels: Iterable[str], last_event_id: str = "") -> Iterator[dict[str, Any]]:
@@ -225,19 +198,26 @@ class Client:
                 runner.run(happening.aclose())
                 runner.run(client.close())
 
-    def _call(self, call: Call) -> Any:
-        return self._repeated(call, self._once)
+    def _run(self, steps: Steps[Result]) -> Result:
+        resume: Callable[[Any], Call | Wait] = steps.send
+        came: Any = None
+        try:
+            while True:
+                step = resume(came)
+                try:
+                    resume, came = steps.send, self._do(step)
+                except GpuproxyError as error:
+                    resume, came = steps.throw, error
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        finally:
+            steps.close()
 
-    def _repeated(self, call: Call, work: Callable[[Call], Any]) -> Any:
-        for done in count():
-            try:
-                return work(call)
-            except GpuproxyError as error:
-                wait_s = wait_before_retry(call, error, done, self._retries)
-                if wait_s is None:
-                    raise
-            self._sleep(wait_s)
-        raise AssertionError  # the loop above has no end
+    def _do(self, step: Call | Wait) -> Any:
+        if isinstance(step, Wait):
+            return self._sleep(step.seconds)
+        return self._open_stream(step) if step.is_stream else self._once(step)
 
     def _once(self, call: Call) -> Any:
         response = self._send(call, stream=False)
@@ -249,7 +229,7 @@ class Client:
             try:
                 content = response.read()
             except httpx.TransportError as error:
-                raise _transport_failure(error) from error
+                raise no_answer(error, isinstance(error, httpx.TimeoutException)) from error
             if refusal := own_refusal(response.status_code, response.headers, content):
                 raise refusal
         return ProxyStream(response)
@@ -266,10 +246,4 @@ class Client:
         try:
             return self._http.send(request, stream=stream)
         except httpx.TransportError as error:
-            raise _transport_failure(error) from error
-
-
-def _transport_failure(error: httpx.TransportError) -> GpuproxyError:
-    if isinstance(error, httpx.TimeoutException):
-        return failed(f"no answer in time: {type(error).__name__}", "TIMED_OUT")
-    return failed(f"the connection failed: {error or type(error).__name__}", "CONNECTION_FAILED")
+            raise no_answer(error, isinstance(error, httpx.TimeoutException)) from error
