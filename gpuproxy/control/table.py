@@ -15,7 +15,6 @@ from gpuproxy.control import (
     docs,
     events,
     export,
-    fleet,
     health,
     keys,
     metrics,
@@ -28,6 +27,7 @@ from gpuproxy.control import (
     webhooks,
 )
 from gpuproxy.control.billing_routes import BILLING_ROUTES
+from gpuproxy.control.gpu_routes import GPU_ROUTES
 from gpuproxy.control.query import PAGE
 from gpuproxy.control.route import Route
 from gpuproxy.events.webhooks import Delivery
@@ -36,7 +36,6 @@ UPSTREAMS = "/api/v1/admin/upstreams"
 MODELS = "/api/v1/admin/models"
 AUTH = "/api/v1/auth"
 HOOKS = "/api/v1/webhooks"
-GPU = "/api/v1/gpu"
 TABLE: tuple[Route, ...] = (
     Route("POST", f"{AUTH}/register", auth.register, "anyone", auth.Credentials, auth.LoggedIn, status=201),
     Route("POST", f"{AUTH}/login", auth.log_in, "anyone", auth.Credentials, auth.LoggedIn),
@@ -190,36 +189,7 @@ TABLE: tuple[Route, ...] = (
     ),
     Route("POST", f"{HOOKS}/deliveries/{{id}}/replay", webhooks.replay_delivery, "account", gives=Delivery, status=202),
     Route("POST", "/api/v1/ws/ticket", events.make_ticket, "read", gives=events.Ticket, status=201),
-    Route("GET", f"{GPU}/instances", fleet.list_offers, "key", None, fleet.OfferInfo, "list", query=fleet.LIST_QUERY),
-    Route(
-        "POST",
-        f"{GPU}/instances/reserve",
-        fleet.reserve,
-        "account",
-        fleet.Reservation,
-        fleet.Reserved,
-        status=201,
-        is_once=True,
-    ),
-    Route("GET", f"{GPU}/instances/{{provider}}/{{id}}", fleet.show_offer, "key", gives=fleet.OfferInfo),
-    Route(
-        "POST",
-        f"{GPU}/instances/{{provider}}/{{id}}",
-        fleet.rent_offer,
-        "account",
-        fleet.NewInstance,
-        fleet.RentalInfo,
-        status=201,
-        is_once=True,
-    ),
-    Route("DELETE", f"{GPU}/instances/{{provider}}/{{id}}", fleet.destroy, "account", gives=fleet.RentalInfo),
-    Route(
-        "GET", f"{GPU}/rentals", fleet.list_rentals, "read", None, fleet.RentalInfo, "list", query=fleet.RENTALS_QUERY
-    ),
-    Route("GET", f"{GPU}/rentals/{{id}}", fleet.show_rental, "read", gives=fleet.RentalInfo),
-    Route("GET", f"{GPU}/rentals/{{id}}/logs", fleet.show_logs, "read", gives=fleet.Logs, query=fleet.LOGS_QUERY),
-    Route("POST", f"{GPU}/rentals/{{id}}/start", fleet.start, "account", gives=fleet.RentalInfo),
-    Route("POST", f"{GPU}/rentals/{{id}}/stop", fleet.stop, "account", gives=fleet.RentalInfo),
+    *GPU_ROUTES,
     Route("GET", UPSTREAMS, admin_routing.list_upstreams, "admin", gives=admin_routing.UpstreamInfo, shape="list"),
     Route("POST", UPSTREAMS, admin_routing.add_upstream, "admin", Upstream, admin_routing.UpstreamInfo, status=201),
     Route("PUT", f"{UPSTREAMS}/{{id}}", admin_routing.put_upstream, "admin", Upstream, admin_routing.UpstreamInfo),

@@ -1,0 +1,151 @@
+"""Renting over the API: ``POST /api/v1/gpu/instances/…``. What it does is in `gpuproxy.fleet.rent`."""
+
+import asyncio
+from hashlib import sha256
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct, structs
+
+from gpuproxy.access.idempotency import claim_of
+from gpuproxy.control.gpu_offers import providers_asked
+from gpuproxy.control.gpu_shapes import (
+    NANOUSD,
+    WAIT_S_MAX,
+    NewInstance,
+    Reservation,
+    Reserved,
+    nanousd,
+    rental_info,
+)
+from gpuproxy.control.once import HEADER
+from gpuproxy.control.parts import CALLER, FLEET, OFFERS
+from gpuproxy.control.respond import success
+from gpuproxy.errors import GatewayError
+from gpuproxy.fleet import rentals
+from gpuproxy.fleet.rent import Wish, rent, reserve_all, wait_until_running
+from gpuproxy.fleet.rentals import Rental
+from gpuproxy.plugin import InstanceSpec, Offer, OfferQuery
+
+_encode = msgspec.json.Encoder(order="deterministic").encode
+NO_OFFER = Offer(id="", provider="", gpu_model="", gpu_count=0, vram_gb=0, price_nanousd_per_hour=0)
+
+
+async def rent_offer(request: web.Request, body: NewInstance) -> web.Response:
+    """Rent an offer; the first hour's money is set aside, and nothing is rented twice."""
+    fleet, offers = request.app[FLEET], request.app[OFFERS]
+    name = fleet.adapter(request.match_info["provider"]).name
+    wish = _wish(request, body, 0)
+    before = await fleet.read(rentals.by_request, wish.request_key) if wish.request_key else None
+    if before is None:  # a repetition needs no offer: it is taken, by us
+        offer = await offers.get(name, request.match_info["id"])
+        most = wish.max_price_nanousd_per_hour
+        others = await offers.like(offer, most) if body.next_best else ()
+        wish = structs.replace(wish, offer=offer, others=others)
+        _check_terms(request, body, offer)
+    try:
+        rental, is_new = await rent(fleet, wish)
+    finally:
+        offers.take(name, wish.offer.id)
+    offers.take(name, rental.offer_id)
+    return await _made(request, body, rental, is_new)
+
+
+async def reserve(request: web.Request, body: Reservation) -> web.Response:
+    """Rent the best offers that fit, all or none."""
+    fleet, offers = request.app[FLEET], request.app[OFFERS]
+    names = providers_asked(request, body.provider)
+    found, _ = await offers.find(names, _query_of(body), "price")
+    if len(found) < body.count:
+        raise GatewayError("CAPACITY_GONE", f"{len(found)} offers fit, {body.count} are wanted; ask for less")
+    spare = tuple(found[body.count :])
+    chosen = [
+        structs.replace(
+            _wish(request, body, at),
+            offer=offer,
+            others=tuple(each for each in spare if each.provider == offer.provider)[at :: body.count],
+        )
+        for at, offer in enumerate(found[: body.count])
+    ]
+    try:
+        got, is_new = await reserve_all(fleet, chosen)
+    finally:
+        for wish in chosen:
+            offers.take(wish.offer.provider, wish.offer.id)
+    wait_s = _wait_s(body)
+    got = list(await asyncio.gather(*(wait_until_running(fleet, rental, wait_s) for rental in got)))
+    reserved = Reserved(got[0].group_id, [rental_info(rental) for rental in got])
+    return _replayed(success(reserved, 201), is_new)
+
+
+async def _made(request: web.Request, body: NewInstance, rental: Rental, is_new: bool) -> web.Response:
+    rental = await wait_until_running(request.app[FLEET], rental, _wait_s(body))
+    return _replayed(success(rental_info(rental), 201), is_new)
+
+
+def _replayed(response: web.Response, is_new: bool) -> web.Response:
+    if not is_new:
+        response.headers["Idempotent-Replayed"] = "true"
+    return response
+
+
+def _wait_s(body: NewInstance) -> float:
+    return WAIT_S_MAX if body.wait is True else float(body.wait)
+
+
+def _wish(request: web.Request, body: NewInstance, at: int) -> Wish:
+    """Return what the body asks for, of an offer that is not chosen yet."""
+    caller = request[CALLER]
+    return Wish(
+        user_id=caller.user_id,
+        key_id=caller.root_id,
+        offer=NO_OFFER,
+        spec=InstanceSpec(
+            image=body.image,
+            env=body.env,
+            ports=tuple(dict.fromkeys(body.ports)),
+            command=("sh", "-c", body.command) if isinstance(body.command, str) else body.command,
+            disk_gb=body.disk_gb,
+            ssh_key=body.ssh_key,
+            label=body.label,
+        ),
+        duration_hours=body.duration_hours,
+        max_price_nanousd_per_hour=nanousd(body.max_price),
+        bid_nanousd_per_hour=nanousd(body.bid),
+        **_request_key(request, body, at),
+    )
+
+
+def _request_key(request: web.Request, body: Struct, at: int) -> dict[str, Any]:
+    """Return by what a repetition is known: the caller's Idempotency-Key on this route, and what was asked."""
+    key = request.headers.get(HEADER)
+    if key is None:
+        return {}
+    caller = request[CALLER]
+    claim = claim_of(caller.user_id, f"{request.method} {request.path}", key, _encode([caller.key_id, body]))
+    name = "\n".join((claim.user_id, claim.route, claim.key, str(at)))
+    return {"request_key": sha256(name.encode()).hexdigest(), "request_hash": claim.request_hash.hex()}
+
+
+def _check_terms(request: web.Request, body: NewInstance, offer: Offer) -> None:
+    if offer.is_spot != (body.bid is not None):
+        message = "a spot offer needs a bid" if offer.is_spot else "a bid belongs to a spot offer; leave it out"
+        raise GatewayError("UNPROCESSABLE", message, param="bid")
+    price = request.app[OFFERS].price(offer)
+    most = nanousd(body.max_price)
+    if most is not None and price > most and not body.next_best:
+        raise GatewayError("CAPACITY_GONE", f"the offer costs {price / NANOUSD} now, over max_price; list offers anew")
+
+
+def _query_of(body: Reservation) -> OfferQuery:
+    return OfferQuery(
+        min_vram_gb=body.min_vram,
+        max_price_nanousd_per_hour=nanousd(body.max_price),
+        gpu_model=body.gpu_model,
+        gpu_count=body.gpu_count,
+        region=body.region,
+        min_reliability=body.min_reliability,
+        min_cuda=body.cuda,
+        is_spot=body.bid is not None,
+    )
