@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 import uvloop
 from aiohttp import web
@@ -50,7 +49,6 @@ from gpuproxy.control.parts import (
     NODES,
     OFFERS,
     ROUTING,
-    SOCKETS,
     STOPPING,
     STORE,
     STREAM,
@@ -327,7 +325,6 @@ def application(
     app[FLEET] = fleet or Fleet(store, {}, app[CONFIG].fleet)
     app[OFFERS] = Offers(app[FLEET])
     app[STOPPING] = stopping
-    app[SOCKETS] = WeakSet()
     add_payments(app, store, providers or {})
     app[LISTENERS] = set()
     app[HUB] = Hub()

@@ -5,21 +5,22 @@ from contextlib import suppress
 from datetime import datetime
 from functools import partial
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import web
 from msgspec import Struct
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.callers import invalid_credentials
 from gpuproxy.access.tickets import issue_ticket
+from gpuproxy.control.frames import GOING_AWAY
 from gpuproxy.control.listener import Listener
-from gpuproxy.control.parts import CALLER, CONFIG, LISTENERS, SOCKETS, STORE, USAGE_WANTED
+from gpuproxy.control.parts import CALLER, CONFIG, LISTENERS, STORE, USAGE_WANTED
 from gpuproxy.control.respond import success
+from gpuproxy.control.web_socket import CLOSE_S, check_handshake
 from gpuproxy.errors import GatewayError
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.store.rounds import rounds
+from gpuproxy.store.rounds import pause, rounds
 
 HEARTBEAT_S = 30.0  # half of what common load balancers leave an idle connection
-MESSAGE_BYTES_MAX = 65_536
 WATCH_S = 2.0  # between two looks whether credentials are still good; 5 s is the promise
 
 logger = get_logger(__name__)
@@ -47,39 +48,28 @@ async def events(request: web.Request) -> web.StreamResponse:
     app = request.app
     if len(app[LISTENERS]) >= app[CONFIG].events.sockets_max:
         raise GatewayError("UNAVAILABLE", f"all {len(app[LISTENERS])} places at /ws are taken", retry_after_s=5)
-    # No deflate: it costs 90 kB for each client.
-    socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=MESSAGE_BYTES_MAX, compress=False)
-    listener = Listener(app, socket)
+    head, listener = check_handshake(request), Listener(app)
     if "X-API-Key" in request.headers or "Authorization" in request.headers:
         await listener.identify_request(request)
     else:
         await listener.identify_cookie(request)
-    await socket.prepare(request)
-    app[SOCKETS].add(socket)
-    app[LISTENERS].add(listener)
-    try:
-        if ticket := request.query.get("ticket"):
-            await listener.show_credential(ticket)
-        await _listen(socket, listener)
-    finally:
-        app[LISTENERS].discard(listener)
-        await listener.leave()
-    return socket
-
-
-async def _listen(socket: web.WebSocketResponse, listener: Listener) -> None:
-    async for message in socket:
-        if message.type is not WSMsgType.TEXT:
-            await socket.close(code=WSCloseCode.UNSUPPORTED_DATA, message=b"send JSON as text")
-            return
-        with suppress(ConnectionError):  # it has left; the loop will hear of it
-            await listener.hear(message.data)
+    if listener.accept(request, head):
+        listener.begin(request.query.get("ticket", ""))
+    return web.Response(status=101)  # goes nowhere: the connection is aiohttp's no more
 
 
 async def watch(app: web.Application, stopping: asyncio.Event) -> None:
-    """Take from listeners what their credential no longer opens, until `stopping` is set."""
+    """Take from listeners what their credential no longer opens, and ask who lives, until `stopping` is set."""
     complain = partial(logger.error, "credentials of listeners cannot be checked, they go on")
-    await rounds(partial(watch_once, app), WATCH_S, stopping, complain)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(rounds(partial(watch_once, app), WATCH_S, stopping, complain))
+        group.create_task(_beat_on(app, stopping))
+
+
+async def _beat_on(app: web.Application, stopping: asyncio.Event) -> None:
+    while not stopping.is_set():
+        await pause(HEARTBEAT_S, stopping)
+        beat(app)
 
 
 async def watch_once(app: web.Application) -> None:
@@ -96,7 +86,16 @@ async def watch_once(app: web.Application) -> None:
             listener.revoke()
 
 
+def beat(app: web.Application) -> None:
+    """Ask all clients whether they live, and end those that did not answer the last time."""
+    for listener in (*app[LISTENERS],):
+        listener.socket.beat()
+
+
 async def close_all(app: web.Application) -> None:
-    """Tell every client that the gateway goes away."""
-    closing = [socket.close(code=WSCloseCode.GOING_AWAY, message=b"the gateway is stopping") for socket in app[SOCKETS]]
-    await asyncio.gather(*closing, return_exceptions=True)
+    """Tell every client that the gateway goes away, and wait until they have left."""
+    for listener in (*app[LISTENERS],):
+        listener.socket.close(GOING_AWAY, "the gateway is stopping")
+    with suppress(TimeoutError):
+        async with asyncio.timeout(2 * CLOSE_S):  # each has its bound
+            await asyncio.gather(*(listener.socket.closed() for listener in (*app[LISTENERS],)))

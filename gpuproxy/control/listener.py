@@ -5,21 +5,21 @@ A client sends ``auth`` with a token, ``subscribe`` and ``unsubscribe`` with cha
 happened since. Nothing but a full queue, a revoked credential or noise closes it from this side.
 """
 
-import asyncio
 import time
-from contextlib import suppress
 from typing import Annotated, Any
 
 import msgspec
-from aiohttp import WSCloseCode, web
+from aiohttp import web
 from msgspec import Meta, Struct
 
 from gpuproxy.access.callers import Caller, invalid_credentials
 from gpuproxy.access.tickets import PREFIX, Holder, redeem_ticket
 from gpuproxy.control.cookie import caller_by_cookie, is_same_origin
+from gpuproxy.control.frames import POLICY, TRY_AGAIN_LATER
 from gpuproxy.control.identify import caller_of, identify
-from gpuproxy.control.parts import CONFIG, HUB, STORE, STREAM, USAGE_WANTED
+from gpuproxy.control.parts import CONFIG, HUB, LISTENERS, STORE, STREAM, USAGE_WANTED
 from gpuproxy.control.wanting import USAGE_CHANNEL
+from gpuproxy.control.web_socket import Owner, WebSocket, take_over
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.catalogue import CHANNELS, EVENTS, PUBLIC_CHANNEL
 from gpuproxy.events.hub import Consumer, text_of
@@ -30,7 +30,6 @@ from gpuproxy.store.engine import fault_of
 CHANNELS_MAX = 32  # in one message: each is answered
 MESSAGES_PER_SECOND_MAX = 20
 SHOWN_CHARACTERS = 60
-CLOSE_S = 5.0  # for a client to take the word that it is cut off
 
 logger = get_logger(__name__)
 
@@ -51,16 +50,33 @@ _encode = msgspec.json.Encoder().encode
 class Listener:
     """A connected client. `holder` says by which credential it hears what is private."""
 
-    def __init__(self, app: web.Application, socket: web.WebSocketResponse) -> None:
+    __slots__ = ("_app", "_consumer", "_count", "_is_held", "_second", "_socket", "holder")
+
+    def __init__(self, app: web.Application) -> None:
         self.holder: Holder | None = None
         self._app = app
-        self._socket = socket
-        self._consumer = Consumer(self._ready)
+        self._socket: WebSocket | None = None
+        self._consumer = Consumer(self)
         self._is_held = False  # while events of the past are sent
-        self._is_closing = False
-        self._task: asyncio.Task[None] | None = None
         self._second = 0
         self._count = 0
+
+    def accept(self, request: web.Request, head: bytes) -> bool:
+        """Take the connection of a request; False if it has gone. Nothing is heard before `begin`."""
+        self._socket = take_over(request, head, self)
+        if self._socket is not None:
+            self._app[LISTENERS].add(self)
+        return self._socket is not None
+
+    def begin(self, ticket: str) -> None:
+        """Listen to what the client says, after it has shown the ticket if there is one."""
+        self.socket.begin(self._obey(Message("auth", token=ticket)) if ticket else None)
+
+    @property
+    def socket(self) -> WebSocket:
+        """Return the connection; there is one once it was accepted."""
+        assert self._socket is not None
+        return self._socket
 
     async def identify_request(self, request: web.Request) -> None:
         """Take the credential of the request's header. Raises GatewayError, which refuses the connection."""
@@ -79,10 +95,10 @@ class Listener:
             else:
                 self._accept(await caller_of(self._app, token))
         except GatewayError as error:
-            await self._refuse(error.code, error.message)
+            self._refuse(error.code, error.message)
         else:
             assert self.holder is not None
-            await self._say("authenticated", {"user_id": self.holder.user_id})
+            self._say("authenticated", {"user_id": self.holder.user_id})
 
     def _accept(self, caller: Caller) -> None:
         if "read" not in caller.scopes and "account" not in caller.scopes:
@@ -110,24 +126,27 @@ class Listener:
         self._count = self._count + 1 if second == self._second else 1
         self._second = second
         if self._count > MESSAGES_PER_SECOND_MAX:
-            await self._socket.close(code=WSCloseCode.POLICY_VIOLATION, message=b"too many messages a second")
+            self.socket.close(POLICY, "too many messages a second")
             return
         try:
             message = _decode(text)
         except (msgspec.MsgspecError, RecursionError) as error:
-            await self._refuse("INVALID_JSON", str(error)[:200])
-            return
+            self._refuse("INVALID_JSON", str(error)[:200])
+        else:
+            await self._obey(message)
+
+    async def _obey(self, message: Message) -> None:
         try:
             await self._do(message)
         except ConnectionError:
             raise
         except Exception as error:  # the store is away: the client may try again
             logger.error("message at /ws failed", type=message.type[:SHOWN_CHARACTERS], error=fault_of(error))
-            await self._refuse("UNAVAILABLE", "the store is away; try again")
+            self._refuse("UNAVAILABLE", "the store is away; try again")
 
     async def _do(self, message: Message) -> None:
         if message.type == "ping":
-            await self._say("pong", {})
+            self._say("pong", {})
         elif message.type == "auth":
             await self.show_credential(message.token)
         elif message.type == "subscribe":
@@ -135,20 +154,20 @@ class Listener:
         elif message.type == "unsubscribe":
             for channel in message.channels:
                 self._app[HUB].unsubscribe(self._consumer, channel)
-            await self._say("unsubscribed", {"channels": message.channels})
+            self._say("unsubscribed", {"channels": message.channels})
         else:
             known = "auth, ping, subscribe, unsubscribe"
-            await self._refuse("UNPROCESSABLE", f"no message type {_shown(message.type)}; known: {known}")
+            self._refuse("UNPROCESSABLE", f"no message type {_shown(message.type)}; known: {known}")
 
     async def _subscribe(self, message: Message) -> None:
         accepted = []
         for channel in dict.fromkeys(message.channels):
             if channel not in CHANNELS:
                 known = ", ".join(CHANNELS)
-                await self._refuse("UNKNOWN_CHANNEL", f"no channel {_shown(channel)}; known: {known}")
+                self._refuse("UNKNOWN_CHANNEL", f"no channel {_shown(channel)}; known: {known}")
             elif not self._may_hear(channel):
                 remedy = 'send {"type": "auth", "token": …}, X-API-Key or ?ticket='
-                await self._refuse("UNAUTHORIZED", f"{channel} is private; {remedy}")
+                self._refuse("UNAUTHORIZED", f"{channel} is private; {remedy}")
             else:
                 accepted.append(channel)
         if not accepted:
@@ -159,12 +178,12 @@ class Listener:
         try:
             if USAGE_CHANNEL in accepted:
                 await self._app[USAGE_WANTED].note(self.wants_usage_of)
-            await self._say("subscribed", {"channels": accepted})
+            self._say("subscribed", {"channels": accepted})
             if message.last_event_id:
                 await self._replay(message.last_event_id, accepted)
         finally:
             self._is_held = False
-            self._ready()
+            self.go_on()
 
     @property
     def wants_usage_of(self) -> list[str]:
@@ -181,7 +200,7 @@ class Listener:
         place, mark = await stream.place_of(event_id, user_id), stream.seq
         if place is None:
             message = f"no event {_shown(event_id)} is kept; you hear of what happens from now on"
-            await self._refuse("NOT_FOUND", message)
+            self._refuse("NOT_FOUND", message)
             return
         names = [name for name, kind in EVENTS.items() if kind.channel in channels]
         await self._send(await stream.missed(place, user_id, names))
@@ -196,68 +215,40 @@ class Listener:
 
     async def _send(self, found: list[Event]) -> None:
         for event in found:
-            await self._socket.send_str(text_of(event))
+            self.socket.send(text_of(event))
+            await self.socket.drain()
 
-    def _ready(self) -> None:
-        """Begin to write what waits, or to cut off who reads too slowly."""
-        if self._is_closing:
+    def go_on(self) -> None:
+        """Write what waits as far as the client reads, or cut off who reads too slowly."""
+        consumer, socket = self._consumer, self.socket
+        if consumer.is_over:
+            socket.close(TRY_AGAIN_LATER, "read faster")
             return
-        if self._consumer.is_over:
-            self._begin_closing(self._cut(WSCloseCode.TRY_AGAIN_LATER, b"read faster"))
-        elif self._task is None and not self._is_held and self._consumer.queue:
-            self._begin(self._write())
-
-    def _begin_closing(self, work: Any) -> None:
-        self._is_closing = True
-        if self._task is not None:
-            self._task.cancel()
-        self._begin(work)
-
-    def _begin(self, work: Any) -> None:
-        task = self._task = asyncio.create_task(work)
-        task.add_done_callback(self._end)
-
-    def _end(self, task: "asyncio.Task[None]") -> None:
-        if task is self._task:
-            self._task = None
-
-    async def _write(self) -> None:
-        with suppress(ConnectionError):
-            while self._consumer.queue:
-                await self._socket.send_str(self._consumer.pop()[1])
-
-    async def _cut(self, code: WSCloseCode, reason: bytes) -> None:
-        with suppress(ConnectionError, TimeoutError):
-            async with asyncio.timeout(CLOSE_S):
-                await self._socket.close(code=code, message=reason, drain=False)
+        while not self._is_held and socket.is_writable and not socket.is_closing and consumer.queue:
+            socket.send(consumer.pop()[1])
 
     def revoke(self) -> None:
         """End the stream: its credential is good no more."""
         self._app[HUB].remove(self._consumer)
-        self._consumer.queue.clear()
+        self._consumer.clear()
         self.holder = None
-        self._begin_closing(self._farewell())
+        self._refuse("UNAUTHORIZED", "the credential has expired or was revoked")
+        self.socket.close(POLICY, "the credential was revoked")
 
-    async def _farewell(self) -> None:
-        with suppress(ConnectionError, TimeoutError):
-            async with asyncio.timeout(CLOSE_S):
-                await self._refuse("UNAUTHORIZED", "the credential has expired or was revoked")
-        await self._cut(WSCloseCode.POLICY_VIOLATION, b"the credential was revoked")
-
-    async def leave(self) -> None:
-        """Forget the client; one that is being told why it is cut off hears that first, within its bound."""
+    def leave(self) -> None:
+        """Forget the client."""
         self._app[HUB].remove(self._consumer)
-        if self._task is not None and self._is_closing:
-            await asyncio.wait({self._task})
-        elif self._task is not None:
-            self._task.cancel()
+        self._app[LISTENERS].discard(self)
 
-    async def _refuse(self, code: str, message: str) -> None:
-        await self._say("error", {"code": code, "error": message})
+    def _refuse(self, code: str, message: str) -> None:
+        self._say("error", {"code": code, "error": message})
 
-    async def _say(self, kind: str, payload: dict[str, Any]) -> None:
-        await self._socket.send_str(_encode({"type": kind, "payload": payload}).decode())
+    def _say(self, kind: str, payload: dict[str, Any]) -> None:
+        self.socket.send(_encode({"type": kind, "payload": payload}).decode())
 
 
 def _shown(text: str) -> str:
     return repr(text[:SHOWN_CHARACTERS])
+
+
+_: type[Owner] = Listener

@@ -2,7 +2,6 @@
 
 import asyncio
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 from aiohttp import web
 
@@ -44,6 +43,5 @@ HUB = web.AppKey("hub", Hub)
 STREAM = web.AppKey("stream", Stream)
 USAGE_WANTED = web.AppKey("usage_wanted", UsageWanted)
 LISTENERS: "web.AppKey[set[Listener]]" = web.AppKey("listeners")
-SOCKETS: web.AppKey[WeakSet[web.WebSocketResponse]] = web.AppKey("sockets")
 
 CALLER = web.RequestKey("caller", Caller)  # set on every route that asks for a credential

@@ -1,11 +1,13 @@
 """Who listens to events now: each event is encoded once and put into the bounded queues of those it concerns.
 
-No task waits for an event: a queue that gets its first text calls `on_ready`, and whoever owns it begins to write.
+No task waits for an event: who owns a queue is told to go on, and writes. One that only listens holds next to nothing.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from datetime import UTC
+from functools import lru_cache
+from typing import Protocol
 
 import msgspec
 
@@ -18,17 +20,24 @@ QUEUE_BYTES_MAX = 262_144
 _encode = msgspec.json.Encoder().encode
 
 
+class Writer(Protocol):
+    """Who owns a queue."""
+
+    def go_on(self) -> None:
+        """Write what waits, as far as that is possible now."""
+
+
 class Consumer:
     """One listener. `user_id` is None until it has shown a credential. `is_over` when it read too slowly."""
 
-    __slots__ = ("_bytes", "channels", "is_over", "on_ready", "queue", "user_id")
+    __slots__ = ("_bytes", "_writer", "channels", "is_over", "queue", "user_id")
 
-    def __init__(self, on_ready: Callable[[], None]) -> None:
+    def __init__(self, writer: Writer) -> None:
         self.user_id: str | None = None
-        self.channels: set[str] = set()
-        self.queue: deque[tuple[int, str]] = deque()
-        self.on_ready = on_ready
+        self.channels: frozenset[str] = frozenset()
+        self.queue: deque[tuple[int, str]] | None = None  # None: empty; an empty deque has 760 bytes
         self.is_over = False
+        self._writer = writer
         self._bytes = 0
 
     def push(self, seq: int, text: str) -> None:
@@ -36,25 +45,31 @@ class Consumer:
         if self.is_over:
             return
         self._bytes += len(text)
-        if len(self.queue) >= QUEUE_TEXTS_MAX or self._bytes > QUEUE_BYTES_MAX:
+        waiting = self.queue = self.queue or deque()
+        if len(waiting) >= QUEUE_TEXTS_MAX or self._bytes > QUEUE_BYTES_MAX:
             self.is_over = True
-            self.queue.clear()
+            self.clear()
         else:
-            self.queue.append((seq, text))
-        self.on_ready()
+            waiting.append((seq, text))
+        self._writer.go_on()
 
     def pop(self) -> tuple[int, str]:
-        """Take the text that waits longest."""
+        """Take the text that waits longest; there must be one."""
+        assert self.queue is not None
         seq, text = self.queue.popleft()
         self._bytes -= len(text)
+        self.queue = self.queue or None
         return seq, text
 
     def drop(self, seqs: Collection[int]) -> None:
         """Take out of what waits the events that were sent otherwise."""
-        if seqs:
-            kept = [each for each in self.queue if each[0] not in seqs]
-            self.queue = deque(kept)
-            self._bytes = sum(len(text) for _, text in kept)
+        if seqs and self.queue:
+            self.queue = deque(each for each in self.queue if each[0] not in seqs) or None
+            self._bytes = sum(len(text) for _, text in self.queue or ())
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self.queue, self._bytes = None, 0
 
 
 class Hub:
@@ -76,12 +91,12 @@ class Hub:
 
     def subscribe(self, consumer: Consumer, channel: str) -> None:
         """Let a consumer hear of a channel."""
-        consumer.channels.add(channel)
+        consumer.channels = _shared(consumer.channels | {channel})
         self._by_channel.setdefault(channel, set()).add(consumer)
 
     def unsubscribe(self, consumer: Consumer, channel: str) -> None:
         """Let it hear no more."""
-        consumer.channels.discard(channel)
+        consumer.channels = _shared(consumer.channels - {channel})
         _discard(self._by_channel, channel, consumer)
 
     def identify(self, consumer: Consumer, user_id: str | None) -> None:
@@ -104,6 +119,12 @@ def text_of(event: Event) -> str:
     timestamp = event.at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     fields = {"type": socket_type(event.name), "payload": event.data, "id": event.id, "timestamp": timestamp}
     return _encode(fields).decode()
+
+
+@lru_cache(maxsize=256)
+def _shared(channels: frozenset[str]) -> frozenset[str]:
+    """Return one object for all that are equal: there are few sets of channels and thousands of consumers."""
+    return channels
 
 
 def _discard(sets: dict[str, set[Consumer]], name: str, consumer: Consumer) -> None:

@@ -67,8 +67,6 @@ sessions = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("expires_at", UtcTime, nullable=False, index=True),
     Column("revoked_at", UtcTime),
-    Column("cookie_digest", LargeBinary(32)),  # of what a browser holds in its cookie; NULL: there is none
-    Index("uq_sessions_cookie_digest", "cookie_digest", unique=True),
 )
 
 # Used ones stay until they expire, so that a second use is seen.

@@ -1,4 +1,4 @@
-"""What events need: sums of charges, thresholds of credit, receivers that asked for a pause, sessions of browsers."""
+"""What events need: sums of charges, thresholds of credit, receivers that asked for a pause."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -16,8 +16,6 @@ def upgrade() -> None:
     op.add_column("accounts", sa.Column("low_nanousd", sa.BigInteger))
     op.add_column("accounts", sa.Column("is_low_told", sa.Boolean, nullable=False, server_default=sa.false()))
     op.add_column("webhooks", sa.Column("rests_until", UtcTime))
-    op.add_column("sessions", sa.Column("cookie_digest", sa.LargeBinary(32)))
-    op.create_index("uq_sessions_cookie_digest", "sessions", ["cookie_digest"], unique=True)
     op.create_table(
         "usage_sums",
         sa.Column("user_id", sa.Text, nullable=False),
