@@ -149,6 +149,17 @@ def test_all_faults_are_told_at_once_each_with_its_line(tmp_path: Path) -> None:
     ]
 
 
+def test_credit_of_a_lost_machine_is_not_free_while_it_may_be_spent(tmp_path: Path) -> None:
+    text = "[auth]\nstale_grant_s = 300.0\n[ledger]\nlost_node_s = {}\n"
+    assert faults(tmp_path, text.format(599.0)) == [
+        "config.toml:4: ledger.lost_node_s: 599 is less than twice auth.stale_grant_s (300), for so long a machine "
+        "that is cut off spends what it has leased; raise it or lower that"
+    ]
+    path = tmp_path / "config.toml"
+    path.write_text(text.format(600.0))
+    assert load(path, {}).ledger.lost_node_s == 600
+
+
 def test_a_fault_in_a_list_over_several_lines_names_the_line_of_the_item(tmp_path: Path) -> None:
     text = SAMPLE + '[[upstreams]]\nname = "x"\nprotocol = "mcp"\nurls = [\n  "http://a",\n  "http:///x",\n]\n'
     assert faults(tmp_path, text) == [

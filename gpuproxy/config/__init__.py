@@ -125,6 +125,17 @@ class Journal(Struct, forbid_unknown_fields=True, frozen=True):
     ingest_s: PositiveSeconds = 0.1
 
 
+class Ledger(Struct, forbid_unknown_fields=True, frozen=True):
+    """How long receipts are kept one by one, and when credit that a lost machine had leased is free again.
+
+    ``retention_days`` 0 keeps them for ever. ``lost_node_s`` is at least twice `Auth.stale_grant_s`: for so long a
+    machine that is only cut off spends what it has leased, and nobody else can know what.
+    """
+
+    retention_days: Annotated[int, Meta(ge=0, le=36_500)] = 0
+    lost_node_s: PositiveSeconds = 7_200.0
+
+
 class Events(Struct, forbid_unknown_fields=True, frozen=True):
     """What happened: how soon ``/ws`` tells it, how long it is kept, who may hear what all may hear.
 
@@ -288,6 +299,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     rates: Rates = Rates()
     credit: Credit = Credit()
     journal: Journal = Journal()
+    ledger: Ledger = Ledger()
     events: Events = Events()
     webhooks: Webhooks = Webhooks()
     egress: Egress = Egress()
@@ -333,6 +345,8 @@ def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
     _check_names_differ("providers", tree.get("providers"), faults)
     _check_names_differ("payments", tree.get("payments"), faults)
     _check_prices_differ(tree.get("prices"), faults)
+    if config is not None:
+        _check_lost_node(config, faults)
     faults.raise_if_any()
     assert config is not None  # a reader that returns None has noted a fault
     return config
@@ -433,6 +447,13 @@ def _from_text(kind: Any, text: str) -> Any:
         return msgspec.convert(text, inner, strict=False)
     except msgspec.ValidationError:
         return text  # refused by the reader, which names the variable
+
+
+def _check_lost_node(config: Config, faults: Faults) -> None:
+    lost_s, stale_s = config.ledger.lost_node_s, config.auth.stale_grant_s
+    if lost_s < 2 * stale_s:
+        complaint = f"{lost_s:g} is less than twice auth.stale_grant_s ({stale_s:g}), for so long a machine that is cut"
+        faults.add(("ledger", "lost_node_s"), f"{complaint} off spends what it has leased; raise it or lower that")
 
 
 def _check_names_differ(block: str, items: Any, faults: Faults) -> None:

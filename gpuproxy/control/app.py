@@ -74,7 +74,8 @@ from gpuproxy.fleet.reach import machines_of
 from gpuproxy.guard import Guard
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.keeper import Keeper, limit_per_minute
-from gpuproxy.ledger.leases import Leases, LimitOf, node_id
+from gpuproxy.ledger.leases import Leases, LimitOf, journaled_epochs, node_id
+from gpuproxy.ledger.retention import Retention
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.access_log import access_log
 from gpuproxy.observe.logs import configure_logs, get_logger, is_json
@@ -159,6 +160,7 @@ async def _serve(
         store, node, limits(store, boot.config.rates), link.push, lambda: ingest.pass_count, nodes.windows, nodes.peers
     )
     leases.limit_stale_s = auth.stale_grant_s
+    leases.expiry_s = boot.config.ledger.lost_node_s
     keeper = Keeper(
         store, ingest, leases, link.epochs, journal_directory(boot.config), boot.config.prices, link.publish
     )
@@ -191,6 +193,7 @@ async def _serve(
         events.watch(app, stopping),
         webhook_sender(store, boot.config, keyring).run(stopping),
         Teller(store, boot.config, nodes.leader.confirm).run(stopping),
+        Retention(store, boot.config.ledger.retention_days, nodes.leader.confirm).run(stopping),
         FleetKeeper(fleet, app[OFFERS], nodes.leader.confirm).run(stopping),
         *([exporter.run(stopping)] if exporter is not None else ()),
     )
@@ -207,7 +210,7 @@ async def _serve(
         await asyncio.gather(*tasks, return_exceptions=True)
         await app[OFFERS].close()
         await fleet.close()
-        await _last_pass(ingest)
+        await _last_pass(ingest, leases, journal_directory(boot.config))
         if exporter is not None:
             await exporter.close()
 
@@ -245,9 +248,11 @@ async def _first(stopping: asyncio.Event, *tasks: "asyncio.Task[None]") -> None:
         task.result()
 
 
-async def _last_pass(ingest: Ingest) -> None:
+async def _last_pass(ingest: Ingest, leases: Leases, journal: Path) -> None:
+    """Read the journal to its end; then what workers that are gone had leased is for others."""
     try:
         await ingest.ingest_once()
+        await leases.close(lambda: journaled_epochs(journal))
     except Exception as error:
         logger.error("journal is left for the next start", error=f"{type(error).__name__}: {error}")
     ingest.close()

@@ -9,17 +9,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from msgspec import Struct
-from sqlalchemy import Select, select, tuple_
+from sqlalchemy import Select, not_, select, tuple_
 
 from gpuproxy.ledger.statement import Transaction, transactions_of
 from gpuproxy.store.engine import Store
-from gpuproxy.store.schema import receipts, rentals
+from gpuproxy.store.schema import receipt_days, receipts, rentals
 from gpuproxy.types import TOOL_CALL
 
 ROWS_AT_ONCE = 500
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _call = receipts.c
+_day = receipt_days.c
 _rental = rentals.c
 
 
@@ -40,7 +41,13 @@ class Use(Struct, frozen=True):
 
 
 async def use_pages(store: Store, user_id: str) -> AsyncIterator[list[Use]]:
-    """Yield all calls of a user, oldest first, but those refused; then all rentals."""
+    """Yield all calls of a user, oldest first, but those refused; then all rentals.
+
+    Calls whose receipts have gone, see `retention`, are told first, as what each day of them adds up to.
+    """
+    gone = select(receipt_days).where(_day.user_id == user_id, not_(_day.is_refused))
+    async for rows in _pages(store, gone, _day.day, _day.key_id, _day.upstream, _day.model, _day.tool):
+        yield [_day_use(row) for row in rows]
     shown = (_call.id, _call.upstream, _call.model, _call.key_id, _call.started_ns, _call.duration_us)
     calls = select(*shown, _call.cost_nanousd, _call.rpc_method, _call.rpc_name).where(
         _call.user_id == user_id, _call.outcome != "refused"
@@ -82,6 +89,13 @@ def _call_use(row: Any) -> Use:
     told = (row.model, row.key_id, start_time, end_time, row.duration_us, row.cost_nanousd)
     tool = row.rpc_name if row.rpc_method == TOOL_CALL else ""
     return Use(row.id, "inference", row.upstream, "", *told, tool)
+
+
+def _day_use(row: Any) -> Use:
+    start_time = EPOCH + timedelta(days=row.day)
+    told = (row.model, row.key_id, start_time, start_time + timedelta(days=1), row.duration_us, row.cost_nanousd)
+    name = f"{row.day}/{row.key_id}/{row.upstream}/{row.model}/{row.tool}"  # as in the view
+    return Use(name, "inference", row.upstream, "", *told, row.tool)
 
 
 def _rental_use(row: Any) -> Use:

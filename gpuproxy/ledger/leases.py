@@ -35,7 +35,8 @@ from gpuproxy.store.schema import holds as table
 
 SHARE = 8  # a lease is at most this part of the free credit
 EXPIRY_S = 7_200.0  # a lease whose node is gone for so long is given back; its receipts then meet free credit
-RENEW_S = 600.0  # between two times that living workers' leases are prolonged
+RENEWALS = 12  # of living workers' leases, until they would expire
+MOMENT_S = 0.05  # longer than a worker has no segment between two
 RECALL_S = 0.25  # how long a worker may take to give back what another needs
 LIMIT_TTL_S = 1.0  # a changed limit holds after this long
 LIMIT_ANSWER_S = 1.0  # half of what a worker waits
@@ -72,6 +73,7 @@ class Leases:
     ) -> None:
         self.now_ns: Callable[[], int] = time.monotonic_ns
         self.limit_stale_s = 3_600.0  # how long a limit holds that cannot be read again
+        self.expiry_s = EXPIRY_S
         self._store = store
         self._node = node
         self._limit_of = limit_of
@@ -88,7 +90,7 @@ class Leases:
         self._recalls: dict[int, tuple[set[str], asyncio.Event]] = {}
         self._recall_ids = count(1)
         self._suspects: set[str] = set()
-        self._renewed_s = -RENEW_S
+        self._renewed_s = -math.inf
         if peers is not None:
             peers.give_back = self.give_back
 
@@ -170,10 +172,22 @@ class Leases:
             found = await connection.run_sync(_owners, lease_owner(self._node, ""))
         dead = {owner for owner in found if worker_of(owner) not in living}
         ended, self._suspects = dead & self._suspects, dead
-        if time.monotonic() - self._renewed_s >= RENEW_S:
+        if time.monotonic() - self._renewed_s >= self.expiry_s / RENEWALS:
             await self._renew(found - dead)
             self._renewed_s = time.monotonic()
         return await self._end(ended) if ended else 0
+
+    async def close(self, journaled: Callable[[], set[str]]) -> int:
+        """End the leases of the workers of this node that are gone, at once; return how many. Raises as `sweep`.
+
+        For a node that is stopped: its journal has been read to the end. A worker that lives has a segment there, but
+        for a moment.
+        """
+        living = journaled()
+        await asyncio.sleep(MOMENT_S)
+        self._suspects = set()
+        await self.sweep((), living | journaled())
+        return await self.sweep((), living | journaled())
 
     async def _end(self, owners: set[str]) -> int:
         """Resolve the leases of workers that are gone, whose receipts are all settled."""
@@ -187,7 +201,7 @@ class Leases:
 
     async def _renew(self, owners: set[str]) -> None:
         async with self._store.writing() as connection:
-            await connection.run_sync(_renew, owners)
+            await connection.run_sync(_renew, owners, self.expiry_s)
             await connection.run_sync(holds.expire, datetime.now(UTC))
 
     async def _grant(
@@ -202,7 +216,7 @@ class Leases:
         owed = {key: amount for key, amount in self._owed.items() if key[1] == ask.user_id}
         async with self._store.writing() as connection:
             await connection.run_sync(_give_back, owed, ())
-            amount, budget = await connection.run_sync(_hold, owner, ask, is_last)
+            amount, budget = await connection.run_sync(_hold, owner, ask, is_last, self.expiry_s)
         self._forget(owed)
         if amount:
             self._idle.pop((owner, ask.user_id), None)
@@ -337,7 +351,7 @@ def worker_of(owner: str) -> str:
     return owner.partition(KEY_MARK)[0]
 
 
-def _hold(connection: Connection, owner: str, ask: Lease, is_last: bool) -> tuple[int, Budget | None]:
+def _hold(connection: Connection, owner: str, ask: Lease, is_last: bool, expiry_s: float) -> tuple[int, Budget | None]:
     """Hold a part of the customer's free credit for a worker; return how much, and the budget that refused more.
 
     `is_last` tells that the call is refused now if this refuses.
@@ -352,7 +366,7 @@ def _hold(connection: Connection, owner: str, ask: Lease, is_last: bool) -> tupl
         if budget is not None and is_last:
             refused(connection, budget)
         return 0, budget
-    expires_at = datetime.now(UTC) + timedelta(seconds=EXPIRY_S)
+    expires_at = datetime.now(UTC) + timedelta(seconds=expiry_s)
     hold = _of(connection, owner, account_id)
     if hold is None:
         holds.place(connection, ask.user_id, amount, f"{owner}:{uuid4()}", owner, expires_at)
@@ -391,7 +405,7 @@ def _end(connection: Connection, owner: str) -> int:
     return len(found)
 
 
-def _renew(connection: Connection, owners: set[str]) -> None:
-    expires_at = datetime.now(UTC) + timedelta(seconds=EXPIRY_S)
+def _renew(connection: Connection, owners: set[str], expiry_s: float) -> None:
+    expires_at = datetime.now(UTC) + timedelta(seconds=expiry_s)
     chosen = (table.c.state == "pending") & table.c.owner.in_(sorted(owners))
     connection.execute(update(table).where(chosen).values(expires_at=expires_at))

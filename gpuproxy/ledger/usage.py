@@ -2,26 +2,21 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import BigInteger, ColumnElement, case, cast, func, select
+from sqlalchemy import BigInteger, ColumnElement, Connection, case, cast, func, select
 
 from gpuproxy.store.engine import Store
-from gpuproxy.store.schema import receipts
+from gpuproxy.store.schema import receipt_days, receipts
 from gpuproxy.types import TOOL_CALL
 
 GroupBy = Literal["day", "model", "key", "upstream", "tool"]
 DAY_NS = 86_400 * 10**9
 CALLS_MAX = 1_000
+SUMS = ("requests", "input_tokens", "cached_tokens", "output_tokens", "request_bytes", "response_bytes")
 
 _column = receipts.c
-_groups: dict[str, ColumnElement[Any]] = {
-    "day": _column.started_ns // DAY_NS,
-    "model": _column.model,
-    "key": _column.key_id,
-    "upstream": _column.upstream,
-    "tool": _column.upstream + "/" + _column.rpc_name,
-}
+_day = receipt_days.c
 
 
 def _sum(column: ColumnElement[int]) -> ColumnElement[int]:
@@ -29,11 +24,42 @@ def _sum(column: ColumnElement[int]) -> ColumnElement[int]:
     return cast(func.coalesce(func.sum(case((column > 0, column), else_=0)), 0), BigInteger)
 
 
-_sums = (
-    func.count().label("requests"),
-    *(
-        _sum(_column[name]).label(name)
-        for name in ("input_tokens", "cached_tokens", "output_tokens", "request_bytes", "response_bytes")
+class _Source(NamedTuple):
+    """Where calls are: those that are kept one by one, or the days of those that have gone."""
+
+    user_id: ColumnElement[str]
+    started_ns: ColumnElement[int]
+    is_tool_call: ColumnElement[bool]
+    sums: Sequence[ColumnElement[int]]
+    groups: dict[str, ColumnElement[Any]]
+
+
+_SOURCES = (
+    _Source(
+        _column.user_id,
+        _column.started_ns,
+        _column.rpc_method == TOOL_CALL,
+        (func.count(), *(_sum(_column[name]) for name in SUMS[1:])),
+        {
+            "day": _column.started_ns // DAY_NS,
+            "model": _column.model,
+            "key": _column.key_id,
+            "upstream": _column.upstream,
+            "tool": _column.upstream + "/" + _column.rpc_name,
+        },
+    ),
+    _Source(
+        _day.user_id,
+        _day.day * DAY_NS,
+        _day.tool != "",
+        tuple(_sum(_day[name]) for name in SUMS),
+        {
+            "day": _day.day,
+            "model": _day.model,
+            "key": _day.key_id,
+            "upstream": _day.upstream,
+            "tool": _day.upstream + "/" + _day.tool,
+        },
     ),
 )
 
@@ -48,22 +74,39 @@ async def usage_summary(
     """Return the sums over a user's calls started in [since, until), in all and by model.
 
     With `group_by` also ``groups``, one entry for each day (UTC), model, key or upstream, or for each tool that was
-    called, as ``server/tool``. Tokens of answers
-    that told no usage count as 0.
+    called, as ``server/tool``. Tokens of answers that told no usage count as 0. A day whose receipts have gone, see
+    `retention`, counts whole if it begins in that time.
     """
-    chosen = _chosen(user_id, since, until)
     async with store.reading() as connection:
-        total = (await connection.execute(select(*_sums).where(*chosen))).one()
-        answer: dict[str, Any] = dict(total._mapping)
-        for name, group in {"by_model": "model", "groups": group_by}.items():
-            if group is not None:
-                value = _groups[group].label(group)
-                query = select(value, *_sums).where(*chosen).group_by(value).order_by(value)
-                if group == "tool":
-                    query = query.where(_column.rpc_method == TOOL_CALL)
-                rows = await connection.execute(query)
-                answer[name] = [_readable(dict(row._mapping)) for row in rows]
+        by_model = await connection.run_sync(_summed, user_id, since, until, "model")
+        groups = await connection.run_sync(_summed, user_id, since, until, group_by) if group_by else {}
+    total = [sum(column) for column in zip([0] * len(SUMS), *by_model.values(), strict=True)]
+    answer: dict[str, Any] = dict(zip(SUMS, total, strict=True))
+    answer["by_model"] = _shown("model", by_model)
+    if group_by is not None:
+        answer["groups"] = _shown(group_by, groups)
     return answer
+
+
+def _summed(
+    connection: Connection, user_id: str, since: datetime | None, until: datetime | None, group_by: GroupBy
+) -> dict[Any, list[int]]:
+    """Return the sums by the value that calls are grouped by."""
+    found: dict[Any, list[int]] = {}
+    for source in _SOURCES:
+        query = select(source.groups[group_by], *source.sums).where(*_chosen(source, user_id, since, until))
+        if group_by == "tool":
+            query = query.where(source.is_tool_call)
+        for value, *sums in connection.execute(query.group_by(source.groups[group_by])):
+            found[value] = [a + b for a, b in zip(found.get(value, [0] * len(SUMS)), sums, strict=True)]
+    return found
+
+
+def _shown(group_by: GroupBy, groups: dict[Any, list[int]]) -> list[dict[str, Any]]:
+    return [
+        {group_by: _date(value) if group_by == "day" else value, **dict(zip(SUMS, sums, strict=True))}
+        for value, sums in sorted(groups.items())
+    ]
 
 
 async def newest_calls(store: Store, user_id: str, limit: int = 100) -> list[dict[str, Any]]:
@@ -78,12 +121,14 @@ async def newest_calls(store: Store, user_id: str, limit: int = 100) -> list[dic
         return [dict(row._mapping) for row in await connection.execute(query)]
 
 
-def _chosen(user_id: str, since: datetime | None, until: datetime | None) -> Sequence[ColumnElement[bool]]:
-    chosen = [_column.user_id == user_id]
+def _chosen(
+    source: _Source, user_id: str, since: datetime | None, until: datetime | None
+) -> Sequence[ColumnElement[bool]]:
+    chosen = [source.user_id == user_id]
     if since is not None:
-        chosen.append(_column.started_ns >= unix_ns(since))
+        chosen.append(source.started_ns >= unix_ns(since))
     if until is not None:
-        chosen.append(_column.started_ns < unix_ns(until))
+        chosen.append(source.started_ns < unix_ns(until))
     return chosen
 
 
@@ -92,7 +137,5 @@ def unix_ns(time: datetime) -> int:
     return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) * 1_000
 
 
-def _readable(group: dict[str, Any]) -> dict[str, Any]:
-    if "day" in group:
-        group["day"] = (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(days=group["day"])).date().isoformat()
-    return group
+def _date(day: int) -> str:
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(days=day)).date().isoformat()

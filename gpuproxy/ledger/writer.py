@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, cast
 
-from sqlalchemy import Connection, create_engine, event, select
+from sqlalchemy import Connection, create_engine, event, select, tuple_
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -28,7 +28,9 @@ from gpuproxy.store.engine import Store, connect_plain, fault_of
 from gpuproxy.store.schema import journal_segments, receipts
 
 NAMES = receipts.c.keys()  # a receipt's fields, what it cost, its charge id
-IDS_AT_ONCE = 1_000  # parameters of one query
+KEYS_AT_ONCE = 500  # two parameters of one query each
+
+_ID, _STARTED_NS = (NAMES.index(name) for name in ("id", "started_ns"))
 
 logger = get_logger(__name__)
 
@@ -64,9 +66,10 @@ async def write_storable(writer: Writer, batch: Batch) -> None:
 
 def _known(connection: Connection, rows: Sequence[Row]) -> set[str]:
     """Return the ids of those of the receipts that are stored."""
-    ids = [row[0] for row in rows]
-    starts = range(0, len(ids), IDS_AT_ONCE)
-    queries = (select(receipts.c.id).where(receipts.c.id.in_(ids[at : at + IDS_AT_ONCE])) for at in starts)
+    keys = [(row[_STARTED_NS], row[_ID]) for row in rows]
+    key = tuple_(receipts.c.started_ns, receipts.c.id)
+    starts = range(0, len(keys), KEYS_AT_ONCE)
+    queries = (select(receipts.c.id).where(key.in_(keys[at : at + KEYS_AT_ONCE])) for at in starts)
     return {receipt_id for query in queries for receipt_id in connection.scalars(query)}
 
 

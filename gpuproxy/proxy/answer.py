@@ -94,6 +94,7 @@ class Answer:
         "_tokens",
         "_tried",
         "_unpaid",
+        "_wall_offset_ns",
         "content_length",
         "downstream",
         "has_body",
@@ -160,6 +161,7 @@ class Answer:
         self._slots: Slots | None = None  # where it has one
         self._bill: Bill | None = None
         self._receipt_id = ""  # made early for checkpoints
+        self._wall_offset_ns = 0  # kept for them: a receipt is known by its id and start
         self._checkpoint_ns = 0
         self._look_at_bytes = NEVER_BYTES
 
@@ -688,6 +690,7 @@ class Answer:
             self.request_bytes, self._response_bytes = ends[0].byte_count, ends[1].byte_count
         if not self._receipt_id:
             self._receipt_id = plane.new_id() if self.head.request_id else self.request_id
+            self._wall_offset_ns = plane.wall_offset_ns
         plane.journal.append(self._receipt("open", used_by_now(self._reader) or NO_USAGE, now_ns))
         plane.outbox.schedule()
 
@@ -703,7 +706,7 @@ class Answer:
         return Receipt(
             self._receipt_id or (plane.new_id() if self.head.request_id else request_id),
             request_id,
-            plane.wall_offset_ns + started_ns,
+            (self._wall_offset_ns or plane.wall_offset_ns) + started_ns,
             (now_ns - started_ns) // 1000,
             (first_byte_ns - started_ns) // 1000 if first_byte_ns else -1,
             grant.user_id,

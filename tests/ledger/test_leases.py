@@ -1,6 +1,7 @@
 """Leases: exact limits and balances without a question for every call."""
 
 import asyncio
+import time
 from collections import deque
 from pathlib import Path
 
@@ -161,6 +162,47 @@ async def test_the_leases_of_a_dead_worker_are_given_back(store: Store, site: Si
     assert await balance(store, user_id) == 780
     assert await Site(store, "another").leases.sweep([], []) == 0
     assert await verify(store) == []
+
+
+async def test_a_node_that_stops_gives_back_at_once_what_its_dead_workers_had(
+    store: Store, site: Site, user_id: str
+) -> None:
+    for epoch in ("journaled", "dead"):
+        await site.ask(epoch, user_id, 10)
+    await site.ask("between", user_id, 10)
+    looks = iter([{"journaled"}, {"journaled", "between"}, {"journaled", "between"}])
+    assert await site.leases.close(lambda: next(looks)) == 1
+    assert await balance(store, user_id) == 780
+    assert await verify(store) == []
+
+
+async def test_what_a_lost_node_had_is_free_after_its_time_and_not_before(
+    store: Store, site: Site, user_id: str
+) -> None:
+    lost, other = Site(store, "lost"), site
+    lost.leases.expiry_s = other.leases.expiry_s = 0.2
+    await lost.ask("w", user_id, 700)
+    assert await other.ask("v", user_id, 200) == 0
+    await other.leases.sweep(["v"], [])
+    assert await balance(store, user_id) == 100
+    async with asyncio.timeout(10):
+        while await balance(store, user_id) < 800:
+            await other.leases.sweep(["v"], [])
+            await asyncio.sleep(0.02)
+    assert await other.ask("v", user_id, 700) == 700
+    assert await verify(store) == []
+
+
+async def test_a_node_that_lives_keeps_its_leases_for_longer_than_one_is_kept_without_it(
+    store: Store, site: Site, user_id: str
+) -> None:
+    site.leases.expiry_s = 0.3
+    await site.ask("w", user_id, 700)
+    ends_s = time.monotonic() + 3 * site.leases.expiry_s
+    while time.monotonic() < ends_s:
+        await site.leases.sweep(["w"], [])
+        await asyncio.sleep(0.02)
+    assert await balance(store, user_id) == 100
 
 
 async def test_a_worker_that_was_missed_once_keeps_its_leases(store: Store, site: Site, user_id: str) -> None:

@@ -33,12 +33,14 @@ async def test_a_stream_that_lasts_notes_what_it_has_used(gateway: Gateway, monk
     gateway.plane.sweep()
     (noted,) = gateway.receipts()
     assert (noted.outcome, noted.status, noted.output_tokens, noted.model) == ("open", 200, 2, "m")
+    gateway.plane.wall_offset_ns += 1_000  # the clock was set; by id and start the store knows a receipt
     usage = b"data: " + json.dumps({"usage": {"prompt_tokens": 5, "completion_tokens": 9}}).encode() + b"\n\n"
     await upstream.send(_chunk(usage) + b"0\r\n\r\n")
     await client.expect(_chunk(usage))
     await until(lambda: len(gateway.receipts()) == 2, "the receipt")
     last = gateway.receipts()[-1]
-    assert (last.id, last.outcome, last.output_tokens) == (noted.id, "ok", 9)
+    assert (last.id, last.started_ns) == (noted.id, noted.started_ns)
+    assert (last.outcome, last.output_tokens) == ("ok", 9)
 
 
 async def test_a_tunnel_notes_itself_too(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,11 @@ def test_the_newest_revision_is_the_last_file() -> None:
 
 async def test_migrations_make_the_schema_the_code_uses(store: Store) -> None:
     def differences(connection: Connection) -> list[object]:
-        return list(compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), metadata))
+        options = {"compare_type": True, "include_name": lambda name, kind, _: not is_part(name, kind)}
+        return list(compare_metadata(MigrationContext.configure(connection, opts=options), metadata))
+
+    def is_part(name: str | None, kind: str) -> bool:
+        return kind == "table" and (name or "").startswith("receipts_")  # of the receipts on PostgreSQL
 
     async with store.reading() as connection:
         assert await connection.run_sync(differences) == []

@@ -25,13 +25,24 @@ from gpuproxy.store.schema.billing import (
 )
 from gpuproxy.store.schema.events import events, usage_sums
 from gpuproxy.store.schema.fleet import installations, rentals
-from gpuproxy.store.schema.ledger import accounts, holds, journal_segments, open_calls, prices, receipts, transfers
+from gpuproxy.store.schema.ledger import (
+    RECEIPT_SUMS,
+    accounts,
+    holds,
+    journal_segments,
+    open_calls,
+    prices,
+    receipt_days,
+    receipts,
+    transfers,
+)
 from gpuproxy.store.schema.routing import routing_blocks
 from gpuproxy.store.schema.terms import account_terms, budgets
 from gpuproxy.store.schema.webhooks import deliveries, webhook_events, webhooks
 
 __all__ = [
     "NAMES",
+    "RECEIPT_SUMS",
     "Sequence",
     "UtcTime",
     "account_terms",
@@ -55,6 +66,7 @@ __all__ = [
     "payment_reversals",
     "payments",
     "prices",
+    "receipt_days",
     "receipts",
     "refresh_tokens",
     "rentals",

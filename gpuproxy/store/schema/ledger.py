@@ -3,29 +3,70 @@
 from typing import Any
 
 import msgspec
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, LargeBinary, Table, Text, false
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    false,
+)
 from sqlalchemy.types import TypeEngine
 
 from gpuproxy.store.schema.base import UtcTime, metadata
 from gpuproxy.types import NOT_STORED, Receipt
 
+RECEIPT_SUMS = (
+    "requests",
+    "input_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "request_bytes",
+    "response_bytes",
+    "duration_us",
+    "cost_nanousd",
+)
+
 
 def _receipt_columns() -> list[Column[Any]]:
     kinds: dict[Any, TypeEngine[Any]] = {int: BigInteger(), bool: Boolean()}
     return [
-        Column(field.name, kinds.get(field.type, Text()), nullable=False, primary_key=field.name == "id")
+        Column(field.name, kinds.get(field.type, Text()), nullable=False)
         for field in msgspec.structs.fields(Receipt)
         if field.name not in NOT_STORED
     ]
 
 
+# A receipt is known by its id; its start stands before that in the key, so that what is new is written side by side,
+# what is old is found without an index of its own, and PostgreSQL can part the table by the day. See ledger.days.
 receipts = Table(
     "receipts",
     metadata,
     *_receipt_columns(),
     Column("cost_nanousd", BigInteger, nullable=False, server_default="0"),
     Column("charge_id", Text, nullable=False, server_default=""),  # named by the transfers that pay it
+    PrimaryKeyConstraint("started_ns", "id"),
     Index(None, "user_id", "started_ns"),
+    sqlite_with_rowid=False,
+)
+
+# What receipts that have gone add up to, by the day (UTC, from 1970) their calls started.
+receipt_days = Table(
+    "receipt_days",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("day", BigInteger, primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("upstream", Text, primary_key=True),
+    Column("model", Text, primary_key=True),
+    Column("tool", Text, primary_key=True),
+    Column("is_refused", Boolean, primary_key=True),
+    *(Column(name, BigInteger, nullable=False) for name in RECEIPT_SUMS),
 )
 
 # How far each journal segment has been read; moves in the transaction that stores its receipts.
