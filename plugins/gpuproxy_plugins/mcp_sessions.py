@@ -27,6 +27,10 @@ class Sealed:
         self._seal = seal
         self._known: dict[tuple[bytes, bytes], tuple[Pin, bytes]] = {}
 
+    def prepare(self) -> None:
+        """See to it that texts can be made. Raises GatewayError UNAVAILABLE."""
+        self._seal.warm()
+
     def session(self, pin: Pin, server_id: bytes) -> bytes:
         """Return the client's id for a session that the server at `pin` calls `server_id`."""
         return self._seal.seal(_encode((pin, server_id)), _SESSION)

@@ -74,11 +74,13 @@ class Transits:
             intent.pin, server_id = self.sealed.read_session(text)
             request.headers = [(SESSION_FIELD, server_id)]
             transit.session = text, server_id
-        elif call.method == b"POST":
-            transit.may_begin = _initializes(call.body)
+        elif call.method == b"POST" and _initializes(call.body):
+            transit.may_begin = True
+            self.sealed.prepare()  # while the call can still be refused
         elif call.method == b"GET":
             request.identity = transit.may_name_address = True
             transit.path = call.path if intent.path is None else intent.path
+            self.sealed.prepare()
         return intent
 
 
@@ -121,11 +123,19 @@ class Transit:
 
     def _relocated(self, field: tuple[bytes, bytes], pin: Pin) -> tuple[bytes, bytes]:
         name, value = field
-        return (name, self._through(value, pin)) if name.lower() == b"location" else field
+        if name.lower() != b"location":
+            return field
+        try:
+            return name, self._through(value, pin)
+        except (ValueError, GatewayError):  # no URL; or without the secrets a client can be led nowhere
+            return field
 
     def _address(self, address: bytes, pin: Pin) -> bytes:
         base = self.base or pin.url.rstrip("/") + self.path.partition(b"?")[0].decode("latin-1")
-        return self._sealed_path(_target(address, base), pin)
+        try:
+            return self._sealed_path(_target(address, base), pin)
+        except ValueError:  # no URL: for the client to complain of
+            return address
 
     def _through(self, location: bytes, pin: Pin) -> bytes:
         # to the same place, but through the gateway; one to elsewhere stays as it is

@@ -114,6 +114,13 @@ async def test_the_address_reaches_the_client_while_the_stream_goes_on(serve: Se
         assert await client.receive()
 
 
+async def test_what_is_no_address_is_left_to_the_client(serve: Serve, pair: Pair) -> None:
+    gateway = await two(serve, pair)
+    events = b"event: endpoint\ndata: http://[::1/m\n\n"
+    seen = await call(gateway, pair[0], STREAM + events, line=b"GET " + MCP + b"/sse")
+    assert seen.answer.body == events
+
+
 # -- redirects ----------------------------------------------------------------------------------------------------
 
 
@@ -129,8 +136,9 @@ async def test_the_address_reaches_the_client_while_the_stream_goes_on(serve: Se
         (b"https://ORIGIN/mcp", b"https://ORIGIN/mcp"),
         (b"sub", b"sub"),
         (b"?x=1", b"?x=1"),
+        (b"http://[::1/mcp", b"http://[::1/mcp"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 async def test_a_redirect_leads_through_the_gateway(serve: Serve, pair: Pair, location: bytes, seen_as: bytes) -> None:
     gateway = await two(serve, pair)

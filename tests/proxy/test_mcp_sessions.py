@@ -9,7 +9,7 @@ from gpuproxy.config import build
 from gpuproxy.link.messages import Routing
 
 from .conftest import Serve
-from .harness import KEY, PREFIX, Gateway, until
+from .harness import KEY, PREFIX, Gateway, request, until
 from .mcp_calls import BEGUN, INITIALIZE, LIST, MCP, SERVER_ID, Pair, begin, call, refused, result, take, two
 from .wire import Listener
 
@@ -152,6 +152,17 @@ async def test_without_the_secrets_nobody_is_told_that_a_session_is_gone(serve: 
     gateway.plane.seal.take(())
     assert (await call(gateway, pair[0], BEGUN, session)).answer.status == 200, "what is known stays known"
     assert (await refused(gateway, session + b"x")).status == 503
+
+
+@pytest.mark.parametrize("line", [b"POST " + MCP, b"GET " + MCP], ids=["post", "get"])
+async def test_without_the_secrets_no_session_begins(serve: Serve, pair: Pair, line: bytes) -> None:
+    gateway = await two(serve, pair)
+    gateway.plane.seal.take(())
+    client = await gateway.ask(request(line, body=INITIALIZE if line.startswith(b"POST") else None))
+    assert (await client.answer()).status == 503
+    assert all(each.is_untouched() for each in pair)
+    seen = await call(gateway, pair[0], result(b"Mcp-Session-Id: x"))
+    assert seen.answer.status == 200, "calls that begin none pass"
 
 
 # -- servers that go --------------------------------------------------------------------------------------------
