@@ -5,7 +5,8 @@ that it alone knows (a session, an address), the handler gives `UpstreamRequest.
 `Pin` of the server that answered and may hand it to the client inside a sealed text. When the client brings the text
 back, the handler puts the pin into `Intent.pin`. Then the call goes to that server or to none: no strategy, breaker or
 second try moves it. One of another account, and one of a server that is not configured any more, is refused with
-SESSION_GONE. No table is kept, so any worker of any node can read what another one has sealed.
+SESSION_GONE. No table is kept, so any worker of any node can read what another one has sealed. The target of an
+envelope names its server already: there any pin means that no other URL of the upstream may stand in for it.
 
 Calls without a pin or an editor pay nothing for this.
 """

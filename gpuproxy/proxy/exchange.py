@@ -350,7 +350,8 @@ class Exchange(Attempts):
                 return
             endpoint = self._user_given(rented.outside(target))
         elif endpoint.destination is not None:
-            self._destination = endpoint.destination
+            place = endpoint.destination
+            self._destination = place if intent.pin is None else place.narrowed(endpoint)
             self._destination.budget.earn()
         endpoint = endpoint.at_root(envelope.timeout_s)  # a target's path is whole
         if not envelopes.wants_stream(envelope):

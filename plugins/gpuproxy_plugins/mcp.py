@@ -29,7 +29,7 @@ from gpuproxy_plugins.mcp_completion import completed
 from gpuproxy_plugins.mcp_meter import JsonOutcome, RpcError, StreamOutcome, asked_for, mirrored, shown
 from gpuproxy_plugins.mcp_origins import Origins, origin_of, readable
 from gpuproxy_plugins.mcp_tools import ToolLists, bound, kept
-from gpuproxy_plugins.mcp_transit import ADDRESS, MOUNT, Transits
+from gpuproxy_plugins.mcp_transit import ADDRESS, MOUNT, Transits, at_target
 
 METADATA = b"/.well-known/oauth-protected-resource"  # RFC 9728 §3
 DEFAULT_PATH = b"/mcp"  # where both official SDKs' servers listen; used when a target URL has no path
@@ -113,7 +113,7 @@ class Mcp:
 
     def describe(self, call: Call) -> Intent:
         """Return what the call asks for, and the session's server, if there is one."""
-        return _metered(call, Intent() if call.is_envelope else self._transits.bound(call, Intent()))
+        return _metered(call, at_target(call) if call.is_envelope else self._transits.bound(call, Intent()))
 
     def prepare(self, call: Call, intent: Intent) -> UpstreamRequest:
         """Complete an envelope's message, headers and path; of other calls send the session as its server knows it."""

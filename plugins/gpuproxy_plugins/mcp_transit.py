@@ -155,6 +155,13 @@ class Transit:
         return self._mount + pin.upstream.encode() + ADDRESS + self._sealed.address(pin, target)
 
 
+def at_target(call: Call) -> Intent:
+    """Return the intent of an envelope: what has a session, or begins one, stays at the URL that the caller names."""
+    text, version, _ = _said(call.headers)
+    has_session = version < STATELESS_SINCE and bool(text or _initializes(call.body))
+    return Intent(pin=Pin("", "", "")) if has_session else Intent()
+
+
 def _target(address: bytes, url: str) -> bytes:
     """Return path and query of an address a server has named."""
     parts = urlsplit(urljoin(url, address.decode("latin-1")))

@@ -89,7 +89,7 @@ async def test_the_receipt_does_not_tell_the_address(serve: Serve, pair: Pair) -
 
 @pytest.mark.parametrize("status", [b"404 Not Found", b"503 Service Unavailable"])
 async def test_an_answer_that_opens_no_stream_is_not_looked_at(serve: Serve, pair: Pair, status: bytes) -> None:
-    gateway = await two(serve, pair)
+    gateway = await two(serve, pair, routing={"attempts_max": 1})
     body = b"event: endpoint\ndata: /m\n\n"
     seen = await call(gateway, pair[0], result(status=status, body=body), line=b"GET " + MCP + b"/sse")
     assert seen.answer.body == body

@@ -1,6 +1,7 @@
 """MCP sessions over a server with two URLs: each call of a session meets the server that began it, or none."""
 
 import contextlib
+import json
 from typing import Any
 
 import pytest
@@ -234,13 +235,41 @@ async def test_a_legacy_call_without_a_session_goes_to_all_in_turn(serve: Serve,
         await call(gateway, listener, result(), b"MCP-Protocol-Version: 2025-11-25")
 
 
+# -- envelopes ----------------------------------------------------------------------------------------------------
+
+
+def enveloped(url: str, **fields: Any) -> bytes:
+    body = json.dumps({"protocol": "mcp", "target_url": url + "/mcp", **fields}).encode()
+    return request(b"POST " + PREFIX, body=body)
+
+
 async def test_an_envelope_keeps_the_id_as_the_server_gave_it(gateway: Gateway) -> None:
-    body: Any = b'{"protocol":"mcp","target_url":"%b/mcp","headers":{"Mcp-Session-Id":"a1"},"body":{"method":"x"}}'
-    client = await gateway.ask(
-        b"POST %b HTTP/1.1\r\nHost: gw\r\nX-API-Key: %b\r\nContent-Length: %d\r\n\r\n%b"
-        % (PREFIX, KEY, len(body := body % gateway.tools.url.encode()), body)
-    )
+    client = await gateway.ask(enveloped(gateway.tools.url, headers={"Mcp-Session-Id": "a1"}, body={"method": "x"}))
     wire, _, fields = await take(gateway.tools)
     assert fields[b"mcp-session-id"] == b"a1"
     await wire.send(BEGUN)
     assert (await client.answer()).json()["headers"]["mcp-session-id"] == SERVER_ID.decode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "stays"),
+    [
+        ({"headers": {"Mcp-Session-Id": "a1"}, "body": {"method": "tools/list"}}, True),
+        ({"headers": {"Mcp-Session-Id": "a1"}, "method": "DELETE"}, True),
+        ({"body": json.loads(INITIALIZE)}, True),
+        ({"body": {"method": "tools/list"}}, False),
+    ],
+    ids=["post", "delete", "initialize", "stateless"],
+)
+async def test_the_session_of_an_envelope_stays_at_its_target(
+    serve: Serve, pair: Pair, fields: dict[str, Any], stays: bool
+) -> None:
+    gateway = await two(serve, pair)
+    pair[0].close()
+    client = await gateway.ask(enveloped(pair[0].url, **fields))
+    if not stays:
+        wire, _, _ = await take(pair[1])
+        await wire.send(result())
+    answer = await client.answer()
+    assert answer.status == (502 if stays else 200)
+    assert pair[1].is_untouched()
