@@ -7,8 +7,7 @@ calls: the machine as it is now, where it can be had, what it costs, the deploy.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -26,12 +25,11 @@ from gpuproxy.plugin import (
     Phase,
     ProviderAdapter,
     ProviderCharge,
+    ProviderError,
     ProviderInstance,
     ProviderSettings,
-    RateLimited,
     Registry,
     SpecRefused,
-    Unauthorized,
     best_offers,
 )
 from gpuproxy_plugins.ionet_errors import failure, words_of
@@ -51,7 +49,8 @@ from gpuproxy_plugins.ionet_wire import (
     read_offer,
     read_time_ns,
 )
-from gpuproxy_plugins.provider_http import Answer, ProviderHttp, Spacing
+from gpuproxy_plugins.provider_account import ProviderAccount
+from gpuproxy_plugins.provider_http import Answer
 from gpuproxy_plugins.provider_money import nanousd, usd_text
 
 BASE_URL = "https://api.io.solutions"
@@ -79,24 +78,15 @@ class IoNet:
     basis: Basis = "prepaid"
 
     def __init__(self, settings: ProviderSettings) -> None:
-        if settings.options:
-            raise ValueError(f"options: io.net knows none; take out {', '.join(sorted(settings.options))}")
-        headers = {"x-api-key": settings.api_key} if settings.api_key else {}
-        self._http = ProviderHttp(NAME, settings.base_url or BASE_URL, headers, settings)
-        least = SPACING_S if settings.spacing_s is None else dict.fromkeys(SPACING_S, settings.spacing_s)
-        self._spacing = Spacing(least)
-        self._has_key = bool(settings.api_key)
+        headers = {"x-api-key": settings.api_key}
+        self._http = ProviderAccount(NAME, BASE_URL, headers, settings, SPACING_S, self._failure, ROOT)
         self._tags: dict[str, str] = {}  # id to name, which only the list tells
 
     async def offers(self, query: OfferQuery) -> Sequence[Offer]:
         """Return what the catalogue has; there is nothing interruptible."""
         if query.is_spot:
             return []
-        rows = await self._catalogue("search")
-        read = [_offer(row) for row in rows]
-        if rows and all(isinstance(each, ValueError) for each in read):
-            raise InvalidAnswer(NAME, "search", f"no row makes sense ({self._http.shown(str(read[0]))}); try later")
-        return best_offers([each for each in read if isinstance(each, Offer)], query)
+        return best_offers(self._http.offers(await self._catalogue("search"), _offer), query)
 
     async def create(self, offer_id: str, spec: InstanceSpec, tag: str) -> ProviderInstance:
         """Pay for `duration_hours` and deploy one container."""
@@ -104,7 +94,9 @@ class IoNet:
         row = await self._machine(offer_id, spec)
         place = await self._place(row)
         paid = await self._quote(row, place, spec)
-        answer = await self._call("change", "create", "POST", "/caas/deploy", body=deploy_body(spec, tag, row, place))
+        answer = await self._http.ask(
+            "change", "create", "POST", "/caas/deploy", body=deploy_body(spec, tag, row, place)
+        )
         made = self._http.decode(answer, Deployed)
         if not _is_id(made.deployment_id):
             message = f"it names a deployment {self._http.shown(made.deployment_id)!r}; look for it in its console"
@@ -124,7 +116,7 @@ class IoNet:
         except InstanceGone:
             return None
         workers = await self._workers("read", id) if row.status == "running" else Workers([])
-        with self._meaning("read", f"deployment {id}"):
+        with self._http.meaning("read", f"deployment {id}"):
             return read_deployment(row, workers.workers, await self._tag(id))
 
     async def list(self) -> Sequence[ProviderInstance]:
@@ -148,7 +140,7 @@ class IoNet:
         if not _is_id(id):
             return
         try:
-            await self._call("change", "destroy", "DELETE", f"/caas/deployment/{id}")
+            await self._http.ask("change", "destroy", "DELETE", f"/caas/deployment/{id}")
         except InstanceGone:
             return
         except InvalidAnswer:
@@ -163,9 +155,9 @@ class IoNet:
         workers = (await self._workers("logs", id)).workers
         if not workers:
             return ""
-        with self._meaning("logs", f"deployment {id}"):
+        with self._http.meaning("logs", f"deployment {id}"):
             path = f"/caas/deployment/{id}/log/{_word(workers[0].container_id)}"
-        answer = await self._call("read", "logs", "GET", path, query={"stream": "stdout"})
+        answer = await self._http.ask("read", "logs", "GET", path, query={"stream": "stdout"})
         return "".join(answer.body.decode(errors="replace").splitlines(keepends=True)[-tail:])
 
     async def charges(self, since_ns: int, until_ns: int) -> Sequence[ProviderCharge]:
@@ -173,7 +165,7 @@ class IoNet:
         found = []
         for each in await self._listed("charges"):
             row = await self._deployment("charges", each.id)
-            with self._meaning("charges", f"deployment {each.id}"):
+            with self._http.meaning("charges", f"deployment {each.id}"):
                 made_ns, paid = read_time_ns(row.created_at), row.amount_paid
                 if paid and since_ns <= made_ns < until_ns:
                     found.append(_charge(each.id, nanousd(paid), made_ns, read_time_ns(row.finished_at) or until_ns))
@@ -181,9 +173,10 @@ class IoNet:
 
     async def check(self) -> None:
         """Ask for one row of the list. The balance cannot be asked for with a key."""
-        if not self._has_key:
-            raise Unauthorized(NAME, "check", "there is no credential; name its variable in api_key_env and export it")
-        answer = await self._call("read", "check", "GET", "/caas/deployments", query={"page": "0", "page_size": "1"})
+        self._http.need_key("check")
+        answer = await self._http.ask(
+            "read", "check", "GET", "/caas/deployments", query={"page": "0", "page_size": "1"}
+        )
         self._http.decode(answer, Data[Listing])
 
     async def close(self) -> None:
@@ -191,7 +184,7 @@ class IoNet:
         await self._http.close()
 
     async def _catalogue(self, phase: Phase) -> Sequence[msgspec.Raw]:
-        answer = await self._call("read", phase, "GET", "/vmaas/hardware")
+        answer = await self._http.ask("read", phase, "GET", "/vmaas/hardware")
         return self._http.decode(answer, Data[Catalogue]).data.hardware
 
     async def _machine(self, offer_id: str, spec: InstanceSpec) -> Hardware:
@@ -208,7 +201,7 @@ class IoNet:
     async def _place(self, row: Hardware) -> Place:
         """Return where it can be had, in the country of the offer. Raises CapacityGone."""
         query = {"hardware_id": str(row.deploy_id), "hardware_qty": str(row.num_cards)}
-        answer = await self._call("read", "search", "GET", "/caas/available-replicas", query=query)
+        answer = await self._http.ask("read", "search", "GET", "/caas/available-replicas", query=query)
         places = self._http.decode(answer, Data[tuple[Place, ...]]).data
         here = [place for place in places if place.available_replicas > 0 and place.iso2 == row.location]
         if not here:
@@ -224,8 +217,8 @@ class IoNet:
             "gpus_per_container": str(row.num_cards),
             "replica_count": "1",
         }
-        answer = await self._call("read", "search", "GET", "/caas/price", query=query)
-        with self._meaning("search", f"the price of {row.id}"):
+        answer = await self._http.ask("read", "search", "GET", "/caas/price", query=query)
+        with self._http.meaning("search", f"the price of {row.id}"):
             paid = nanousd(self._http.decode(answer, Data[Quote]).data.total_cost_usdc)
         most = spec.max_price_nanousd_per_hour
         if most is not None and paid > most * spec.duration_hours:
@@ -236,7 +229,7 @@ class IoNet:
         return paid
 
     async def _deployment(self, phase: Phase, id: str) -> Deployment:
-        answer = await self._call("read", phase, "GET", f"/caas/deployment/{id}")
+        answer = await self._http.ask("read", phase, "GET", f"/caas/deployment/{id}")
         row = self._http.decode(answer, Data[Deployment]).data
         if row.id != id:
             shown = self._http.shown(row.id)
@@ -244,7 +237,7 @@ class IoNet:
         return row
 
     async def _workers(self, phase: Phase, id: str) -> Workers:
-        answer = await self._call("read", phase, "GET", f"/caas/deployment/{id}/containers")
+        answer = await self._http.ask("read", phase, "GET", f"/caas/deployment/{id}/containers")
         return self._http.decode(answer, Data[Workers]).data
 
     async def _tag(self, id: str) -> str:
@@ -258,9 +251,9 @@ class IoNet:
         found: dict[str, ProviderInstance] = {}
         for number in range(PAGES_MAX):
             query = {"page": str(number), "page_size": str(PAGE)}
-            answer = await self._call("read", phase, "GET", "/caas/deployments", query=query)
+            answer = await self._http.ask("read", phase, "GET", "/caas/deployments", query=query)
             page = self._http.decode(answer, Data[Listing]).data
-            with self._meaning(phase, "its list"):
+            with self._http.meaning(phase, "its list"):
                 found.update((row.id, read_listed(row)) for row in page.deployments)
             if len(found) >= page.total:
                 self._tags = {each.id: each.tag for each in found.values()}
@@ -270,34 +263,11 @@ class IoNet:
                 raise InvalidAnswer(NAME, phase, message)
         raise InvalidAnswer(NAME, phase, f"its list does not end within {PAGES_MAX} pages; try later")
 
-    async def _call(
-        self,
-        kind: str,
-        phase: Phase,
-        method: str,
-        path: str,
-        *,
-        query: dict[str, str] | None = None,
-        body: object = None,
-    ) -> Answer:
-        """Make one call in its turn; raise what an unsuccessful answer stands for."""
-        await self._http.wait_turn(self._spacing, kind, phase)
-        answer = await self._http.call(phase, method, ROOT + path, query=query, body=body)
+    def _failure(self, answer: Answer, path: str) -> ProviderError | None:
         if 200 <= answer.status < 300:
-            return answer
+            return None
         words = words_of(answer.body)
-        error = failure(NAME, answer, words, self._http.shown(words), is_of_one="/deployment/" in path)
-        if isinstance(error, RateLimited):
-            self._spacing.hold(kind, error.retry_after_s or 0.0)
-        raise error
-
-    @contextmanager
-    def _meaning(self, phase: Phase, what: str) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, ArithmeticError) as error:
-            message = f"{what} makes no sense ({self._http.shown(str(error))}); look at it in io.net's console"
-            raise InvalidAnswer(NAME, phase, message) from error
+        return failure(NAME, answer, words, self._http.shown(words), is_of_one="/deployment/" in path)
 
 
 def refuse(spec: InstanceSpec) -> None:

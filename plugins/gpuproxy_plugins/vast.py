@@ -8,8 +8,8 @@ idempotency key: the tag is the instance's ``label``.
 import asyncio
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 from msgspec import Struct
@@ -26,16 +26,16 @@ from gpuproxy.plugin import (
     Phase,
     ProviderAdapter,
     ProviderCharge,
+    ProviderError,
     ProviderInstance,
     ProviderSettings,
-    RateLimited,
     Registry,
     SpecRefused,
-    Unauthorized,
     best_offers,
     is_same_model,
 )
-from gpuproxy_plugins.provider_http import Answer, ProviderHttp, Spacing
+from gpuproxy_plugins.provider_account import ProviderAccount
+from gpuproxy_plugins.provider_http import Answer
 from gpuproxy_plugins.provider_money import usd_text
 from gpuproxy_plugins.vast_errors import Told, failure, is_success, read_told
 from gpuproxy_plugins.vast_wire import (
@@ -122,13 +122,8 @@ class Vast:
     basis: Basis = "per_second"
 
     def __init__(self, settings: ProviderSettings, now_s: Callable[[], float] = time.time) -> None:
-        if settings.options:
-            raise ValueError(f"options: vast.ai knows none; take out {', '.join(sorted(settings.options))}")
-        headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-        self._http = ProviderHttp(NAME, settings.base_url or BASE_URL, headers, settings)
-        least = SPACING_S if settings.spacing_s is None else dict.fromkeys(SPACING_S, settings.spacing_s)
-        self._spacing = Spacing(least)
-        self._has_key = bool(settings.api_key)
+        headers = {"Authorization": f"Bearer {settings.api_key}"}
+        self._http = ProviderAccount(NAME, BASE_URL, headers, settings, SPACING_S, self._failure)
         self._now_s = now_s
         self._names: tuple[str, ...] = ()
         self._names_until_s = 0.0
@@ -150,7 +145,7 @@ class Vast:
             raise CapacityGone(NAME, "create", f"there is no offer {offer_id!r}; ask for offers")
         body = create_body(spec, tag, is_spot=offer_id.endswith(SPOT))
         price = spec.bid_nanousd_per_hour or await self._quote(native, spec)
-        answer = await self._call("create", "create", "PUT", f"/api/v0/asks/{native}/", body=body)
+        answer = await self._http.ask("create", "create", "PUT", f"/api/v0/asks/{native}/", body=body)
         made = self._http.decode(answer, Created)
         return ProviderInstance(id=str(made.new_contract), tag=tag, state="pending", price_nanousd_per_hour=price)
 
@@ -159,7 +154,7 @@ class Vast:
         if not _is_id(id):
             return None
         try:
-            answer = await self._call("one", "read", "GET", f"/api/v0/instances/{id}/", query={"owner": "me"})
+            answer = await self._http.ask("one", "read", "GET", f"/api/v0/instances/{id}/", query={"owner": "me"})
         except InstanceGone:
             return None
         row = self._http.decode(answer, One).instances
@@ -188,7 +183,7 @@ class Vast:
         if not _is_id(id):
             return
         try:
-            await self._call("destroy", "destroy", "DELETE", f"/api/v0/instances/{id}/", body={})
+            await self._http.ask("destroy", "destroy", "DELETE", f"/api/v0/instances/{id}/", body={})
         except InstanceGone:
             return
 
@@ -197,7 +192,7 @@ class Vast:
         self._need_id("logs", id)
         path = f"/api/v0/instances/request_logs/{id}/"
         url = self._http.decode(
-            await self._call("other", "logs", "PUT", path, body={"tail": str(tail)}), Log
+            await self._http.ask("other", "logs", "PUT", path, body={"tail": str(tail)}), Log
         ).result_url
         for _ in range(LOG_TRIES):
             answer = await self._http.fetch("logs", url)
@@ -212,9 +207,9 @@ class Vast:
         query = {"select_filters": _json(days), "limit": str(CHARGES_PAGE), "format": "table", "latest_first": "false"}
         found: list[ProviderCharge] = []
         for _ in range(PAGES_MAX):
-            answer = await self._call("other", "charges", "GET", "/api/v0/charges/", query=query)
+            answer = await self._http.ask("other", "charges", "GET", "/api/v0/charges/", query=query)
             page = self._http.decode(answer, Charges)
-            with self._meaning("charges", "a charge"):
+            with self._http.meaning("charges", "a charge"):
                 found += [part for row in page.results for part in read_charges(row, since_ns, until_ns)]
             if not page.next_token or page.next_token == query.get("after_token"):
                 return found
@@ -223,9 +218,8 @@ class Vast:
 
     async def check(self) -> None:
         """Ask for our account. Raises Unauthorized without a key, InsufficientFunds without credit."""
-        if not self._has_key:
-            raise Unauthorized(NAME, "check", "there is no credential; name its variable in api_key_env and export it")
-        answer = await self._call("other", "check", "GET", "/api/v0/users/current/")
+        self._http.need_key("check")
+        answer = await self._http.ask("other", "check", "GET", "/api/v0/users/current/")
         user = self._http.decode(answer, User)
         if user.credit is not None and user.credit <= 0:
             raise InsufficientFunds(NAME, "check", f"the account's credit is {user.credit:g} dollars; add credit")
@@ -235,12 +229,8 @@ class Vast:
         await self._http.close()
 
     async def _search(self, body: dict[str, object], is_spot: bool) -> Sequence[Offer]:
-        answer = await self._call("search", "search", "POST", "/api/v0/bundles/", body=body)
-        rows = self._http.decode(answer, Offers).offers
-        read = [_offer(row, is_spot) for row in rows]
-        if rows and all(isinstance(each, ValueError) for each in read):
-            raise InvalidAnswer(NAME, "search", f"no row makes sense ({self._http.shown(str(read[0]))}); try later")
-        return [each for each in read if isinstance(each, Offer)]
+        answer = await self._http.ask("search", "search", "POST", "/api/v0/bundles/", body=body)
+        return self._http.offers(self._http.decode(answer, Offers).offers, partial(_offer, is_spot=is_spot))
 
     async def _quote(self, native: str, spec: InstanceSpec) -> int:
         """Return the price the offer has now, 0 if nobody cares. Raises CapacityGone if it is over the most allowed."""
@@ -261,7 +251,7 @@ class Vast:
     async def _gpu_names(self) -> tuple[str, ...]:
         """Return how vast.ai spells its GPUs, for a search takes exact names only."""
         if self._now_s() >= self._names_until_s:
-            answer = await self._call("other", "search", "GET", "/api/v0/gpu_names/unique/")
+            answer = await self._http.ask("other", "search", "GET", "/api/v0/gpu_names/unique/")
             self._names = tuple(self._http.decode(answer, Names).gpu_names)
             self._names_until_s = self._now_s() + NAMES_S
         return self._names
@@ -271,7 +261,8 @@ class Vast:
         query = {"limit": str(PAGE), "select_filters": _json(filters), "order_by": '[{"col":"id","dir":"asc"}]'}
         rows: dict[int, InstanceRow] = {}
         for _ in range(PAGES_MAX):
-            page = self._http.decode(await self._call("list", "read", "GET", "/api/v1/instances/", query=query), Page)
+            answer = await self._http.ask("list", "read", "GET", "/api/v1/instances/", query=query)
+            page = self._http.decode(answer, Page)
             rows.update((row.id, row) for row in page.instances)
             if not page.next_token:
                 if page.total_instances is not None and len(rows) < page.total_instances:
@@ -283,28 +274,13 @@ class Vast:
 
     async def _change(self, phase: Phase, id: str, body: dict[str, object]) -> None:
         self._need_id(phase, id)
-        await self._call("state", phase, "PUT", f"/api/v0/instances/{id}/", body=body)
+        await self._http.ask("state", phase, "PUT", f"/api/v0/instances/{id}/", body=body)
 
-    async def _call(
-        self,
-        kind: str,
-        phase: Phase,
-        method: str,
-        path: str,
-        *,
-        query: dict[str, str] | None = None,
-        body: object = None,
-    ) -> Answer:
-        """Make one call in its turn; raise what an unsuccessful answer stands for."""
-        await self._http.wait_turn(self._spacing, kind, phase)
-        answer = await self._http.call(phase, method, path, query=query, body=body)
+    def _failure(self, answer: Answer, path: str) -> ProviderError | None:
         told = read_told(answer.body)
         if is_success(answer, told):
-            return answer
-        error = failure(NAME, answer, told, self._shown(answer, told), self._now_s())
-        if isinstance(error, RateLimited):
-            self._spacing.hold(kind, error.retry_after_s or 0.0)
-        raise error
+            return None
+        return failure(NAME, answer, told, self._shown(answer, told), self._now_s())
 
     def _shown(self, answer: Answer, told: Told) -> str:
         words = ": ".join(str(part) for part in (told.error, told.msg or told.detail) if part)
@@ -312,16 +288,8 @@ class Vast:
         return self._http.shown(words or ("a web page" if is_html else answer.body[:500].decode(errors="replace")))
 
     def _instance(self, row: InstanceRow) -> ProviderInstance:
-        with self._meaning("read", f"instance {row.id}"):
+        with self._http.meaning("read", f"instance {row.id}"):
             return read_instance(row)
-
-    @contextmanager
-    def _meaning(self, phase: Phase, what: str) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, ArithmeticError) as error:
-            message = f"{what} makes no sense ({self._http.shown(str(error))}); look at it in vast.ai's console"
-            raise InvalidAnswer(NAME, phase, message) from error
 
     def _need_id(self, phase: Phase, id: str) -> None:
         if not _is_id(id):

@@ -1,5 +1,9 @@
 """The worlds the provider contract is tried in: an adapter, the market it speaks to, and that market's clock."""
 
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import pytest
 from gpuproxy_plugins.ionet import IoNet
 from gpuproxy_plugins.simulated import Simulated
 from gpuproxy_plugins.vast import Vast
@@ -8,7 +12,15 @@ from simulators.ionet import IoNetSimulator
 from simulators.vast import KEY as VAST_KEY
 from simulators.vast import VastSimulator
 
-from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderAdapter, ProviderInstance, ProviderSettings
+from gpuproxy.plugin import (
+    InstanceSpec,
+    OfferQuery,
+    ProviderAdapter,
+    ProviderError,
+    ProviderInstance,
+    ProviderSettings,
+    Unauthorized,
+)
 
 START_S = 1_790_000_000.0
 HOUR_S = 3_600.0
@@ -56,9 +68,14 @@ class World:
         """Rent and wait until it runs."""
         made = await self.rented(tag, **fields)
         self.clock.now_s += self.boot_s
+        seen = await self.seen(made)
+        assert seen.state == "running"
+        return seen
+
+    async def seen(self, made: ProviderInstance) -> ProviderInstance:
+        """Return the instance as the provider shows it now."""
         seen = await self.adapter.get(made.id)
         assert seen is not None
-        assert seen.state == "running"
         return seen
 
 
@@ -107,6 +124,41 @@ class IoNetWorld(World):
     async def close(self) -> None:
         await super().close()
         await self.simulator.close()
+
+
+Ask = Callable[[Any, str, str], Awaitable[object]]  # of an adapter, with the ids of an offer and of an instance
+
+
+async def failure(world: "VastWorld | IoNetWorld", operation: str, kind: str, ask: Ask) -> ProviderError:
+    """Return what the adapter raises when one operation goes wrong in one way; it is asked once."""
+    made = await world.running()
+    (offer,) = await world.adapter.offers(OfferQuery(limit=1))
+    world.simulator.faults.add(operation, kind)
+    before = world.simulator.faults.count(operation)
+    with pytest.raises(ProviderError) as raised:
+        await ask(world.adapter, offer.id, made.id)
+    assert world.simulator.faults.count(operation) == before + 1
+    assert raised.value.provider == world.adapter.name
+    assert str(raised.value).startswith(f"{world.adapter.name}: ")
+    return raised.value
+
+
+async def check_faults(
+    make: type["VastWorld | IoNetWorld"],
+    operation: str,
+    ask: Ask,
+    is_changing: bool,
+    faults: Mapping[str, type[ProviderError]],
+) -> None:
+    """Try each fault in a world of its own: it is told for what it is, and what may have been done anyway is told."""
+    for kind, expected in faults.items():
+        world = make()
+        await world.start()
+        error = await failure(world, operation, kind, ask)
+        await world.close()
+        assert type(error) is expected, kind
+        assert error.may_have_worked is (is_changing and expected is not Unauthorized), kind
+        assert error.is_retryable is (expected is not Unauthorized), kind
 
 
 WORLDS: dict[str, type[World]] = {"ionet": IoNetWorld, "simulated": SimulatedWorld, "vast": VastWorld}

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from gpuproxy_plugins.ionet import IoNet
 from gpuproxy_plugins.ionet_wire import read_time_ns
-from provider_worlds import HOUR_S, IONET_KEY, IoNetWorld
+from provider_worlds import HOUR_S, IONET_KEY, IoNetWorld, check_faults, failure
 
 from gpuproxy.plugin import (
     CapacityGone,
@@ -48,20 +48,6 @@ CALLS: dict[str, Callable[[IoNet, str, str], Awaitable[object]]] = {
 CHANGING = ("deploy", "destroy")
 
 
-async def failure(world: IoNetWorld, operation: str, kind: str) -> ProviderError:
-    """Return what the adapter raises when one operation goes wrong in one way; it is asked once."""
-    made = await world.running()
-    (offer,) = await world.adapter.offers(OfferQuery(limit=1))
-    world.simulator.faults.add(operation, kind)
-    before = world.simulator.faults.count(operation)
-    assert isinstance(world.adapter, IoNet)
-    with pytest.raises(ProviderError) as raised:
-        await CALLS[operation](world.adapter, offer.id, made.id)
-    assert world.simulator.faults.count(operation) == before + 1
-    assert str(raised.value).startswith("io.net: ")
-    return raised.value
-
-
 @pytest.mark.parametrize("operation", CALLS)
 async def test_a_fault_is_told_for_what_it_is(operation: str) -> None:
     faults = {
@@ -74,14 +60,7 @@ async def test_a_fault_is_told_for_what_it_is(operation: str) -> None:
         "drop_before": ProviderUnavailable,
         "drop_after": ProviderUnavailable,
     }
-    for kind, expected in faults.items():
-        world = IoNetWorld()
-        await world.start()
-        error = await failure(world, operation, kind)
-        await world.close()
-        assert type(error) is expected, kind
-        assert error.may_have_worked is (operation in CHANGING and expected is not Unauthorized), kind
-        assert error.is_retryable is (expected is not Unauthorized), kind
+    await check_faults(IoNetWorld, operation, CALLS[operation], operation in CHANGING, faults)
 
 
 @pytest.mark.parametrize(
@@ -115,16 +94,16 @@ async def test_a_fault_is_told_for_what_it_is(operation: str) -> None:
 async def test_an_answer_that_is_no_success_is_never_taken_for_one(
     world: IoNetWorld, operation: str, kind: str, expected: type[ProviderError]
 ) -> None:
-    assert type(await failure(world, operation, kind)) is expected
+    assert type(await failure(world, operation, kind, CALLS[operation])) is expected
 
 
 async def test_a_place_in_the_body_is_named(world: IoNetWorld) -> None:
-    error = await failure(world, "deploy", "422")
+    error = await failure(world, "deploy", "422", CALLS["deploy"])
     assert "body.hardware_id: Input should be a valid integer" in str(error)
 
 
 async def test_a_limit_says_when_to_come_back(world: IoNetWorld) -> None:
-    assert (await failure(world, "list", "429_retry_after")).retry_after_s == 7
+    assert (await failure(world, "list", "429_retry_after", CALLS["list"])).retry_after_s == 7
 
 
 @pytest.mark.parametrize("kind", ["drop_after", "hang_after", "html_after"])
@@ -179,8 +158,7 @@ async def test_hours_are_paid_in_advance_and_end(world: IoNetWorld) -> None:
     assert made.paid_nanousd == pytest.approx(paid, abs=2)
     assert made.price_nanousd_per_hour == pytest.approx(paid / 3, rel=1e-6)
     world.clock.now_s += 3 * HOUR_S
-    seen = await world.adapter.get(made.id)
-    assert seen is not None
+    seen = await world.seen(made)
     assert (seen.state, seen.message) == ("gone", "expired")
     assert await world.adapter.list() == []
     (charge,) = await world.adapter.charges(0, world.clock.now_ns())
@@ -190,12 +168,10 @@ async def test_hours_are_paid_in_advance_and_end(world: IoNetWorld) -> None:
 async def test_it_is_pending_until_it_has_an_address_behind_tls(world: IoNetWorld) -> None:
     made = await world.rented()
     world.clock.now_s += 31
-    seen = await world.adapter.get(made.id)
-    assert seen is not None
+    seen = await world.seen(made)
     assert (seen.state, seen.ports) == ("pending", {})
     world.clock.now_s += 10
-    seen = await world.adapter.get(made.id)
-    assert seen is not None
+    seen = await world.seen(made)
     assert (seen.state, seen.ports, seen.is_tls) == ("running", {8000: 443}, True)
     assert seen.ip.endswith(".containers.example.io")
 
@@ -204,8 +180,7 @@ async def test_one_that_never_comes_up_has_failed(world: IoNetWorld) -> None:
     made = await world.rented()
     world.simulator.lives[made.id].is_broken = True
     world.clock.now_s += world.boot_s
-    seen = await world.adapter.get(made.id)
-    assert seen is not None
+    seen = await world.seen(made)
     assert seen.state == "failed"
 
 
@@ -213,8 +188,7 @@ async def test_while_it_is_being_ended_it_is_not_gone(world: IoNetWorld) -> None
     made = await world.running()
     await world.adapter.destroy(made.id)
     await world.adapter.destroy(made.id)  # which io.net refuses
-    seen = await world.adapter.get(made.id)
-    assert seen is not None
+    seen = await world.seen(made)
     assert seen.state == "destroying"
 
 
@@ -222,8 +196,7 @@ async def test_a_destroy_that_did_nothing_leaves_the_instance_to_be_seen(world: 
     made = await world.running()
     world.simulator.faults.add("destroy", "lose")
     await world.adapter.destroy(made.id)
-    seen = await world.adapter.get(made.id)
-    assert seen is not None
+    seen = await world.seen(made)
     assert seen.state == "running"
 
 

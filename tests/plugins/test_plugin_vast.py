@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from gpuproxy_plugins.vast import Vast
-from provider_worlds import VAST_KEY, VastWorld
+from provider_worlds import VAST_KEY, VastWorld, check_faults, failure
 
 from gpuproxy.plugin import (
     CapacityGone,
@@ -48,21 +48,6 @@ CALLS: dict[str, Callable[[Vast, str, str], Awaitable[object]]] = {
 CHANGING = ("create", "change", "destroy")
 
 
-async def failure(world: VastWorld, operation: str, kind: str) -> ProviderError:
-    """Return what the adapter raises when one operation goes wrong in one way; it is asked once."""
-    made = await world.rented()
-    (offer,) = await world.adapter.offers(OfferQuery(limit=1))
-    world.simulator.faults.add(operation, kind)
-    before = world.simulator.faults.count(operation)
-    assert isinstance(world.adapter, Vast)
-    with pytest.raises(ProviderError) as raised:
-        await CALLS[operation](world.adapter, offer.id, made.id)
-    assert world.simulator.faults.count(operation) == before + 1
-    assert raised.value.provider == "vast.ai"
-    assert str(raised.value).startswith("vast.ai: ")
-    return raised.value
-
-
 @pytest.mark.parametrize("operation", CALLS)
 async def test_a_fault_is_told_for_what_it_is(operation: str) -> None:
     faults = {
@@ -81,14 +66,7 @@ async def test_a_fault_is_told_for_what_it_is(operation: str) -> None:
         "drop_before": ProviderUnavailable,
         "drop_after": ProviderUnavailable,
     }
-    for kind, expected in faults.items():
-        world = VastWorld()
-        await world.start()
-        error = await failure(world, operation, kind)
-        await world.close()
-        assert type(error) is expected, kind
-        assert error.may_have_worked is (operation in CHANGING and expected is not Unauthorized), kind
-        assert error.is_retryable is (expected is not Unauthorized), kind
+    await check_faults(VastWorld, operation, CALLS[operation], operation in CHANGING, faults)
 
 
 @pytest.mark.parametrize(
@@ -117,21 +95,21 @@ async def test_a_fault_is_told_for_what_it_is(operation: str) -> None:
 async def test_an_answer_that_is_no_success_is_never_taken_for_one(
     world: VastWorld, operation: str, kind: str, expected: type[ProviderError]
 ) -> None:
-    assert type(await failure(world, operation, kind)) is expected
+    assert type(await failure(world, operation, kind, CALLS[operation])) is expected
 
 
 async def test_a_page_in_the_place_of_an_answer_is_not_shown(world: VastWorld) -> None:
-    assert "a web page" in str(await failure(world, "list", "html_502"))
+    assert "a web page" in str(await failure(world, "list", "html_502", CALLS["list"]))
 
 
 @pytest.mark.parametrize(("kind", "seconds"), [("429_text", 4.5), ("429_detail", 4.5), ("429_retry_after", 12)])
 async def test_a_limit_says_when_to_come_back(world: VastWorld, kind: str, seconds: float) -> None:
-    error = await failure(world, "list", kind)
+    error = await failure(world, "list", kind, CALLS["list"])
     assert error.retry_after_s == seconds
 
 
 async def test_a_call_after_a_limit_waits_or_is_refused_without_being_sent(world: VastWorld) -> None:
-    await failure(world, "search", "quota")
+    await failure(world, "search", "quota", CALLS["search"])
     before = world.simulator.faults.count("search")
     with pytest.raises(RateLimited) as raised:
         await world.adapter.offers(OfferQuery())
@@ -228,8 +206,7 @@ async def test_a_bid_is_sent_in_dollars_and_outbid_it_stops(world: VastWorld) ->
     world.clock.now_s += world.boot_s
     world.simulator.market.outbid(life.ask["machine_id"], 30.0)
     world.clock.now_s += world.boot_s
-    seen = await world.adapter.get(made.id)
-    assert seen is not None
+    seen = await world.seen(made)
     assert (seen.state, seen.is_interrupted, seen.ports) == ("stopped", True, {})
 
 
@@ -248,8 +225,7 @@ async def test_a_container_that_cannot_start_has_failed(world: VastWorld) -> Non
     made = await world.rented()
     world.simulator.market.lives[int(made.id)].is_broken = True
     world.clock.now_s += world.boot_s
-    seen = await world.adapter.get(made.id)
-    assert seen is not None
+    seen = await world.seen(made)
     assert (seen.state, seen.ports) == ("failed", {})
     assert "OCI runtime create failed" in seen.message
 
