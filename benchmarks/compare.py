@@ -19,7 +19,7 @@ from comparison import Figure, Sample, best, figures, is_exact, sample
 from contenders import Contender, fake_upstream, gpuproxy, nginx, receipt_count
 from load import CONNECTION_COUNT, LOADS, Load, Result, call_once, run_wrk
 from proc_cpu import TICK_S, own_cpu_s, tree_cpu_s
-from processes import BenchmarkError, program
+from programs import BenchmarkError, program
 from rich.console import Console
 from rich.table import Table
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from load import JSON, Load, request
 from proc_cpu import children, command_line, tree
-from processes import BenchmarkError, free_port, is_listening, program, started, tail, wait_until
+from programs import BenchmarkError, free_port, is_listening, program, started, tail, wait_until
 
 _GATEWAY = [sys.executable, "-c", "from gpuproxy.cli import main; main()"]
 _COMMAND_S = 30

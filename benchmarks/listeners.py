@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from proc_cpu import children
-from processes import BenchmarkError, free_port, is_listening, started, wait_until
+from programs import BenchmarkError, free_port, is_listening, started, wait_until
 
 GPUPROXY = str(Path(sys.executable).parent / "gpuproxy")
 AT_ONCE = 100

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import BenchmarkError, on_cpu, program
+from programs import BenchmarkError, on_cpu, program
 
 CONNECTION_COUNT = 64
 ANSWER_TIMEOUT_S = 10

@@ -21,7 +21,7 @@ import contenders  # noqa: E402
 import fake_upstream  # noqa: E402
 import load  # noqa: E402
 import proc_cpu  # noqa: E402
-import processes  # noqa: E402
+import programs  # noqa: E402
 
 PATH = "/v1/chat/completions"
 CPU = min(os.sched_getaffinity(0))
@@ -180,7 +180,7 @@ def test_a_command_line_is_read() -> None:
 
 def test_a_started_process_stays_on_its_processor_and_ends_with_the_block(tmp_path: Path) -> None:
     before = os.sched_getaffinity(0)
-    with processes.started([sys.executable, "-c", "input()"], CPU, tmp_path / "log") as process:
+    with programs.started([sys.executable, "-c", "input()"], CPU, tmp_path / "log") as process:
         assert os.sched_getaffinity(process.pid) == {CPU}
         assert os.sched_getaffinity(0) == before
     assert process.returncode is not None
@@ -188,7 +188,7 @@ def test_a_started_process_stays_on_its_processor_and_ends_with_the_block(tmp_pa
 
 def test_what_a_started_process_left_behind_is_ended_too(tmp_path: Path) -> None:
     leave = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid)"
-    with processes.started([sys.executable, "-c", leave], CPU, tmp_path / "log") as process:
+    with programs.started([sys.executable, "-c", leave], CPU, tmp_path / "log") as process:
         assert process.stdout is not None
         left_pid = int(process.stdout.readline())
         process.wait()
@@ -207,10 +207,10 @@ def is_running(pid: int) -> bool:
 def test_a_process_that_dies_at_start_shows_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with (
-        processes.started([sys.executable, "-c", "raise SystemExit('no such port')"], CPU, log) as process,
-        pytest.raises(processes.BenchmarkError, match=r"proxy ended with 1:\nno such port"),
+        programs.started([sys.executable, "-c", "raise SystemExit('no such port')"], CPU, log) as process,
+        pytest.raises(programs.BenchmarkError, match=r"proxy ended with 1:\nno such port"),
     ):
-        processes.wait_until(lambda: False, process, log, "proxy")
+        programs.wait_until(lambda: False, process, log, "proxy")
 
 
 # What wrk tells
@@ -227,14 +227,14 @@ def test_the_last_line_of_wrk_is_the_result() -> None:
 
 @pytest.mark.parametrize("kind", ["connect", "read", "write", "status", "timeout"])
 def test_a_failed_call_fails_the_run(kind: str) -> None:
-    with pytest.raises(processes.BenchmarkError, match=kind):
+    with pytest.raises(programs.BenchmarkError, match=kind):
         load.parse(told(**{kind: 1}))
 
 
 def test_a_run_without_answers_fails() -> None:
-    with pytest.raises(processes.BenchmarkError, match="no complete answer"):
+    with pytest.raises(programs.BenchmarkError, match="no complete answer"):
         load.parse(told(calls=0))
-    with pytest.raises(processes.BenchmarkError, match="no result"):
+    with pytest.raises(programs.BenchmarkError, match="no result"):
         load.parse("unable to connect\n")
 
 
@@ -288,5 +288,5 @@ def test_the_table_shows_ratios() -> None:
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compare.PACKAGES, "no-such-program", "its-package")
-    with pytest.raises(processes.BenchmarkError, match=r"no program named .*; on Debian: apt-get install .*"):
+    with pytest.raises(programs.BenchmarkError, match=r"no program named .*; on Debian: apt-get install .*"):
         compare.check_programs()
