@@ -255,6 +255,8 @@ class Exchange(Attempts):
     def _end_upload(self) -> None:
         if self.head.is_chunked and self.upstream is not None:
             self.plane.outbox.write(self.upstream.transport, b"0\r\n\r\n")
+        if self._call is not None:
+            self._call.body_bytes = self.request_bytes
         if not self.has_sent_head:
             self.downstream.deadline_s = self.plane.now_s + self._patience_s
 

@@ -23,9 +23,11 @@ from gpuproxy.plugin import (
 from gpuproxy_plugins.envelope import content_type_if_absent
 from gpuproxy_plugins.openinference_ask import UsageStripper, asking, asks_usage
 from gpuproxy_plugins.openinference_intent import (
+    OLLAMA_PATHS,
     description,
     intent_of_body,
     intent_of_path,
+    is_ollama,
     refuse_dot_segments,
 )
 from gpuproxy_plugins.openinference_models import asks_for_models, listing
@@ -34,7 +36,7 @@ from gpuproxy_plugins.openinference_refusal import refusal
 from gpuproxy_plugins.openinference_rename import renamed
 from gpuproxy_plugins.openinference_shape import completed_path
 from gpuproxy_plugins.openinference_stream import GENERATE, StreamUsageReader, TgiStreamReader, marker_of
-from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader
+from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader, OllamaStreamReader
 
 _JSON_STARTS = b"{ \t\r\n"  # a form may name a model too
 _PATHS_MAX = 1024  # remembered: nearly all calls have one of a few
@@ -48,8 +50,8 @@ class OpenInference:
     mounts: tuple[str, ...] = ("v1", "v2")
 
     def needs_body(self, method: bytes, path: bytes) -> bool:
-        """Whatever is posted under /v1 names its model in the body."""
-        return method == b"POST" and path.startswith(b"/v1/")
+        """Whatever is posted under /v1 names its model in the body, and so do Ollama's own calls."""
+        return method == b"POST" and _names_model_in_body(path)
 
     def inspect(self, call: Call) -> Intent:
         """Return model and stream. Raises GatewayError INVALID_JSON or BAD_REQUEST."""
@@ -85,7 +87,9 @@ class OpenInference:
             return _stream_reader(call)
         if status == 101:
             return reader_of(call)
-        return LinesUsageReader() if content_type.startswith(_LINES) else None
+        if not content_type.startswith(_LINES):
+            return None
+        return OllamaStreamReader(call.body_bytes) if is_ollama(call.path) else LinesUsageReader()
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
         """Return the answer as it is."""
@@ -130,6 +134,12 @@ def _checked(path: bytes) -> bool:
     if path.find(b"/.") >= 0 or path.find(b"%") >= 0:
         refuse_dot_segments(path)
     return path.startswith(b"/v1/")
+
+
+@lru_cache(_PATHS_MAX)
+def _names_model_in_body(path: bytes) -> bool:
+    route = path.partition(b"?")[0]
+    return b"/v1/" in route or route.endswith(OLLAMA_PATHS)
 
 
 @lru_cache(_PATHS_MAX)

@@ -12,6 +12,8 @@ from gpuproxy_plugins.openinference_realtime import is_socket, model_of_query
 
 _MODEL_CHARS_MAX = 256  # the longest known ids (paths of fine-tunes) are under 150
 _UNREADABLE = (ValueError, RecursionError)
+_OLLAMA_STREAMS = (b"/api/chat", b"/api/generate")
+OLLAMA_PATHS = (*_OLLAMA_STREAMS, b"/api/embed", b"/api/embeddings")  # its own, not OpenAI-shaped ones
 
 
 class _Body(Struct, gc=False):
@@ -176,7 +178,27 @@ def description(call: Call) -> Intent:
         if is_socket(call.method, call.path):
             return Intent(model_of_query(call.path)[:_MODEL_CHARS_MAX], is_stream=True)
         body = _decode_loosely(call.body or b"")
-    except (*_UNREADABLE, GatewayError):
+    except GatewayError:
         return Intent()
+    except _UNREADABLE:
+        return _description_of_form(call)
     model = body.model or body.model_name
-    return _intent(model[:_MODEL_CHARS_MAX], body)
+    intent = _intent(model[:_MODEL_CHARS_MAX], body)
+    if body.stream is None and call.body and is_ollama(call.path):
+        intent.is_stream = True
+    return intent
+
+
+def is_ollama(path: bytes) -> bool:
+    """Tell whether a path is one of Ollama's own that stream unless told not to."""
+    return path.partition(b"?")[0].endswith(_OLLAMA_STREAMS)
+
+
+def _description_of_form(call: Call) -> Intent:
+    content_type = call.header(b"content-type")
+    if not call.body or content_type is None or not is_form(content_type):
+        return Intent()
+    try:
+        return _intent_of_form(call.body, content_type)
+    except GatewayError:
+        return Intent()

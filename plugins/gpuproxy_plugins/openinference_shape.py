@@ -1,6 +1,7 @@
 """Which route an envelope's body is for when its target names none: decided by the fields it has.
 
-First match wins: ``messages``, ``input``, ``prompt``, tensor ``inputs``, ``text_input``, text ``inputs``.
+First match wins: ``messages``, ``input``, ``prompt``, tensor ``inputs``, ``text_input``, text ``inputs``. A chat or a
+prompt with fields that only Ollama has goes to its own route: under /v1 it would not heed them.
 """
 
 from urllib.parse import quote
@@ -15,6 +16,7 @@ Fields = dict[str, Raw]
 _decode_fields = msgspec.json.Decoder(Fields).decode
 _decode_list = msgspec.json.Decoder(list[Fields]).decode
 _decode_string = msgspec.json.Decoder(str).decode
+_OLLAMA = frozenset(("options", "keep_alive", "think", "raw", "template"))
 _KNOWN = "messages, input, prompt, inputs, text_input"
 
 
@@ -48,11 +50,13 @@ def _route(call: Call, body: bytes) -> bytes | None:
     if "input" in fields:
         return _input_route(fields)
     if "prompt" in fields:
-        return b"/v1/completions"
+        return b"/v1/completions" if _OLLAMA.isdisjoint(fields) else b"/api/generate"
     return _v2_route(call, fields)
 
 
 def _chat_route(call: Call, fields: Fields) -> bytes:
+    if not _OLLAMA.isdisjoint(fields):
+        return b"/api/chat"
     is_anthropic = "system" in fields or "anthropic_version" in fields or call.header(b"anthropic-version") is not None
     return b"/v1/messages" if is_anthropic else b"/v1/chat/completions"
 

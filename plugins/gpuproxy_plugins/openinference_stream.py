@@ -11,10 +11,15 @@ from msgspec import Struct
 
 from gpuproxy.plugin import EventFilter, Usage, UsageReader
 from gpuproxy_plugins.openinference_ask import are_events_amid
-from gpuproxy_plugins.openinference_usage import UNREADABLE, WORD, Counts, last_counts, tokens, usage_of
-
-# Four bytes of English make a token as a rule, and about a third of a chat's body is JSON.
-BYTES_PER_INPUT_TOKEN = 6
+from gpuproxy_plugins.openinference_usage import (
+    BYTES_PER_INPUT_TOKEN,
+    UNREADABLE,
+    WORD,
+    Counts,
+    last_counts,
+    tokens,
+    usage_of,
+)
 
 _END_MARKERS = (
     b"data: [DONE]",

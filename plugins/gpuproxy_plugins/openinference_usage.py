@@ -13,6 +13,7 @@ from msgspec import Raw, Struct
 
 from gpuproxy.plugin import TAIL_BYTES, Usage, UsageReader
 
+BYTES_PER_INPUT_TOKEN = 6  # four bytes of English make a token as a rule, and a third of a chat's body is JSON
 _TOKENS_MAX = 1 << 40  # beyond any context window; keeps a babbling upstream out of the ledger
 _CANDIDATES_MAX = 16  # how many "usage" keys of a tail are tried, last first
 WORD = b'"usage"'
@@ -184,4 +185,30 @@ class LinesUsageReader(_TailReader):
         return None
 
 
-_: list[type[UsageReader]] = [JsonUsageReader, LinesUsageReader]
+class OllamaStreamReader(LinesUsageReader):
+    """The same for a stream of Ollama's, metered by its lines when it is cut: each but the last carries a token."""
+
+    __slots__ = ("_line_count", "_request_bytes")
+
+    def __init__(self, request_bytes: int = 0) -> None:
+        super().__init__()
+        self._line_count = 0
+        self._request_bytes = request_bytes
+
+    def feed(self, data: bytes) -> None:
+        """Keep the next bytes and count their lines."""
+        self._line_count += data.count(b"\n")
+        super().feed(data)
+
+    def so_far(self) -> Usage:
+        """Return what was delivered by now."""
+        estimated = self._request_bytes // BYTES_PER_INPUT_TOKEN
+        return Usage(estimated if self._line_count else -1, 0, self._line_count, "estimated")
+
+    def finish(self) -> Usage | None:
+        """Return what the last line tells, what was delivered if the stream was cut before it."""
+        told = super().finish()
+        return told if told is not None or not self._line_count else self.so_far()
+
+
+_: list[type[UsageReader]] = [JsonUsageReader, LinesUsageReader, OllamaStreamReader]

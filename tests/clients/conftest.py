@@ -10,6 +10,8 @@ import pytest
 
 from .files import FileServer
 from .gateway import Gateway, running_gateway, toml_table, upstream
+from .inference import MODELS as NATIVE_MODELS
+from .inference import InferenceServer
 from .mcp_server import ToolServer
 from .servers import LoopThread, serve_aiohttp, serve_asgi
 from .tls import Authority
@@ -124,6 +126,32 @@ def file_way(request: pytest.FixtureRequest, files: Files) -> Way:
     return Way("gateway", f"{gateway.url}/api/v1/gpu/proxy/upstreams/files", gateway.key)
 
 
+class Native(NamedTuple):
+    """The server of the other shapes of inference and the thread it runs in."""
+
+    server: InferenceServer
+    thread: LoopThread
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.thread.port}"
+
+
+@pytest.fixture(scope="session")
+def native() -> Iterator[Native]:
+    server = InferenceServer()
+    with serve_aiohttp(server.app) as thread:
+        yield Native(server, thread)
+
+
+@pytest.fixture(params=["direct", "gateway"])
+def native_way(request: pytest.FixtureRequest, native: Native) -> Way:
+    if request.param == "direct":
+        return Way("direct", native.url, "none")
+    gateway = request.getfixturevalue("gateway")
+    return Way("gateway", f"{gateway.url}/api/v1/gpu/proxy", gateway.key)
+
+
 @pytest.fixture(scope="session")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("ca"))
@@ -156,12 +184,14 @@ def gateway(
     models: Models,
     tools: Tools,
     files: Files,
+    native: Native,
     authority: Authority,
     example_hosts: dict[str, int],
     dead_port: int,
 ) -> Iterator[Gateway]:
     upstreams = [
         upstream("llm", "openinference", models.url, models=MODELS, api_key_env="LLM_KEY"),
+        upstream("native", "openinference", native.url, models=NATIVE_MODELS),
         upstream("files", "https", files.url),
         upstream("nobody", "https", f"http://127.0.0.1:{dead_port}"),
         *(upstream(name, "mcp", tools.url(name)) for name in tools.ports),

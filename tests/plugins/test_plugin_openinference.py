@@ -34,10 +34,13 @@ def envelope(body: object, *headers: tuple[bytes, bytes], path: bytes = b"", met
         (b"POST", b"/v1/messages?beta=true", True),
         (b"GET", b"/v1/models", False),
         (b"POST", b"/v2/models/m/infer", False),
+        (b"POST", b"/openai/v1/chat/completions?x=1", True),
+        (b"POST", b"/api/chat", True),
+        (b"POST", b"/api/blobs/sha256:1", False),
         (b"GET", b"/v2/health/live", False),
     ],
 )
-def test_only_what_is_posted_under_v1_is_read_whole(method: bytes, path: bytes, needs: bool) -> None:
+def test_only_what_names_its_model_in_the_body_is_read_whole(method: bytes, path: bytes, needs: bool) -> None:
     assert OPEN.needs_body(method, path) is needs
 
 
@@ -206,6 +209,9 @@ SHAPES = [
     ({"model": "m", "input": ["x"], "encoding_format": "float"}, b"/v1/embeddings"),
     ({"model": "m", "input": "x"}, b"/v1/responses"),
     ({"model": "m", "prompt": "x"}, b"/v1/completions"),
+    ({"model": "m", "messages": MESSAGES, "options": {"num_ctx": 8}}, b"/api/chat"),
+    ({"model": "m", "messages": MESSAGES, "stream": False, "keep_alive": "5m"}, b"/api/chat"),
+    ({"model": "m", "prompt": "x", "raw": True}, b"/api/generate"),
     ({"model": "a/b", "inputs": TENSORS}, b"/v2/models/a%2Fb/infer"),
     ({"model_name": "m", "text_input": "x"}, b"/v2/models/m/generate"),
     ({"model": "m", "text_input": "x", "stream": True}, b"/v2/models/m/generate_stream"),
@@ -263,6 +269,9 @@ def test_an_envelope_without_body_keeps_its_path() -> None:
         (b"", b'{"model_name":"m"}', Intent("m")),
         (CHAT, b'{"model":5}', Intent()),
         (CHAT, b"junk", Intent()),
+        (b"/api/chat", b'{"model":"m","messages":[]}', Intent("m", is_stream=True)),
+        (b"/api/generate?x", b'{"model":"m","stream":false}', Intent("m")),
+        (b"/api/embed", b'{"model":"m"}', Intent("m")),
         (CHAT, None, Intent()),
     ],
 )
@@ -270,6 +279,13 @@ def test_a_call_that_is_routed_already_is_described_as_far_as_it_tells(
     path: bytes, body: bytes | None, intent: Intent
 ) -> None:
     assert OPEN.describe(Call(b"POST", path, [], body)) == intent
+
+
+def test_a_form_that_is_routed_already_is_described_too() -> None:
+    body = b'--b0\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--b0--\r\n'
+    headers = [(b"Content-Type", FORM)]
+    assert OPEN.describe(Call(b"POST", b"/v1/audio/transcriptions", headers, body)) == Intent("whisper-1")
+    assert OPEN.describe(Call(b"POST", b"/v1/audio/transcriptions", headers, b"--b0--\r\n")) == Intent()
 
 
 def told(path: bytes, code: str, param: str | None = None) -> dict[str, object]:

@@ -258,6 +258,30 @@ def test_json_lines_tell_usage_on_the_last_line_that_has_it() -> None:
     assert read(b"application/x-ndjson", *bytewise(body)) == Usage(4, 0, 6)
 
 
+@pytest.mark.parametrize("path", [b"/api/chat", b"/api/generate?x=1"])
+def test_a_stream_of_ollamas_is_metered_by_its_lines_when_it_is_cut(path: bytes) -> None:
+    line = b'{"model":"m","message":{"content":"x"},"done":false}\n'
+    end = b'{"model":"m","done":true,"prompt_eval_count":4,"eval_count":6}\n'
+    for pieces in ([line * 3], bytewise(line * 3), [line, line * 2 + line[:9]]):
+        cut = OPEN.reader(Call(b"POST", path, [], body_bytes=60), 200, b"application/x-ndjson")
+        assert cut is not None
+        for piece in pieces:
+            cut.feed(piece)
+        assert cut.so_far() == cut.finish() == Usage(10, 0, 3, "estimated")  # type: ignore[attr-defined]
+    whole = OPEN.reader(Call(b"POST", path, []), 200, b"application/x-ndjson")
+    assert whole is not None
+    assert whole.finish() is None
+    whole.feed(line * 3 + end)
+    assert whole.finish() == Usage(4, 0, 6)
+
+
+def test_lines_of_another_kind_are_not_taken_for_tokens() -> None:
+    pulled = OPEN.reader(Call(b"POST", b"/api/pull", []), 200, b"application/x-ndjson")
+    assert pulled is not None
+    pulled.feed(b'{"status":"pulling"}\n' * 9)
+    assert pulled.finish() is None
+
+
 def test_an_answer_of_another_type_is_not_looked_at() -> None:
     assert OPEN.reader(CALL, 200, b"audio/mpeg") is None
     assert OPEN.reader(CALL, 200, b"") is None
