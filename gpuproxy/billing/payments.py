@@ -12,7 +12,7 @@ from msgspec import Struct
 from sqlalchemy import Connection, Row, and_, or_, select, update
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.ledger.transfers import PAYMENTS, WRITE_OFF, Account, credit_account, insert_new, lock, open_accounts
+from gpuproxy.ledger.transfers import PAYMENTS, WRITE_OFF, Account, credit_account, insert_new, lock_made
 from gpuproxy.store.schema import payments
 
 Kind = Literal["checkout", "renewal"]
@@ -93,12 +93,7 @@ def locked(connection: Connection, payment_id: str) -> tuple[Payment, Account]:
 def lock_customer(connection: Connection, user_id: str) -> Account:
     """Lock everything that a payment of this customer touches; return their account."""
     own = credit_account(user_id)
-    wanted = (own, PAYMENTS, WRITE_OFF)
-    found = lock(connection, wanted)
-    if len(found) < len(wanted):
-        open_accounts(connection, wanted)
-        found = lock(connection, wanted)
-    return found[own]
+    return lock_made(connection, (own, PAYMENTS, WRITE_OFF))[own]
 
 
 def move(connection: Connection, payment: Payment, state: State, **values: Any) -> Payment:

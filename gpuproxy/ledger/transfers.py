@@ -69,6 +69,19 @@ def lock(connection: Connection, account_ids: Iterable[str]) -> dict[str, Accoun
     return {row.id: Account(*row) for row in rows}
 
 
+def lock_made(connection: Connection, account_ids: Iterable[str]) -> dict[str, Account]:
+    """Return the accounts, locked, made if they were not there.
+
+    Made before any is locked: who had locked some and then waited for one that another has just made, which comes
+    before those in the order, would wait in a circle.
+    """
+    wanted = set(account_ids)
+    there = connection.scalars(select(accounts.c.id).where(accounts.c.id.in_(sorted(wanted))))
+    if missing := wanted.difference(there):
+        open_accounts(connection, missing)
+    return lock(connection, wanted)
+
+
 def open_accounts(connection: Connection, account_ids: Iterable[str]) -> None:
     """Add accounts with nothing on them, passing over those that exist.
 
@@ -105,12 +118,7 @@ def post_new(connection: Connection, wanted: Sequence[Transfer]) -> None:
 
 def _touched(connection: Connection, wanted: Iterable[Transfer]) -> dict[str, Account]:
     """Return the accounts of transfers, locked, made if they were not there."""
-    touched = {account_id for each in wanted for account_id in (each.debit, each.credit)}
-    found = lock(connection, touched)
-    if len(found) < len(touched):
-        open_accounts(connection, touched - found.keys())
-        found = lock(connection, touched)
-    return found
+    return lock_made(connection, {account_id for each in wanted for account_id in (each.debit, each.credit)})
 
 
 def _move(connection: Connection, found: Mapping[str, Account], posted: Sequence[Transfer]) -> None:
