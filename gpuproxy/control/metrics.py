@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from sqlalchemy import func, select
 
 from gpuproxy.control.parts import STORE
+from gpuproxy.fleet import findings
 from gpuproxy.fleet.states import ENDED
 from gpuproxy.link.messages import EndpointState
 from gpuproxy.observe.series import GAUGES, MANAGEMENT, Labels
@@ -25,6 +27,7 @@ from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import rentals
 
 Reading = dict[Labels, float]
+STORED = ("gpuproxy_active_instances", "gpuproxy_fleet_findings", "gpuproxy_provider_listed_seconds")
 MANAGED_NAME = "gpuproxy_management_seconds"
 LASTING = ("/ws",)  # a WebSocket lasts for hours
 READ_TIMEOUT_S = 1.0  # a store that is away must not hide all other series
@@ -34,14 +37,17 @@ class Gauges(Collector):
     """Values that are read when asked for."""
 
     def __init__(self) -> None:
-        self.instances: Reading = {}
-        self._readers: dict[str, Callable[[], Reading]] = {"gpuproxy_active_instances": lambda: self.instances}
+        self.stored: dict[str, Reading] = {}  # those that are in the store, as they were last read
+        self._readers: dict[str, Callable[[], Reading]] = {name: partial(self._of_store, name) for name in STORED}
 
     def set(self, name: str, read: Callable[[], Reading]) -> None:
         """Let `read` tell the values of a series of GAUGES."""
         if name not in GAUGES:
             raise ValueError(f"no gauge {name!r}; add it to observe/series.py")
         self._readers[name] = read
+
+    def _of_store(self, name: str) -> Reading:
+        return self.stored.get(name, {})
 
     def collect(self) -> Iterator[Metric]:
         """Yield every series, for the registry."""
@@ -75,7 +81,7 @@ async def show(request: web.Request) -> web.Response:
     gauges = request.app[GAUGES_READ]
     with suppress(Exception):
         async with asyncio.timeout(READ_TIMEOUT_S):
-            gauges.instances = await _active_instances(request.app[STORE])
+            gauges.stored = await _stored(request.app[STORE])
     encode, content_type = choose_encoder(request.headers.get("Accept", ""))
     return web.Response(body=encode(request.app[REGISTRY]), headers={"Content-Type": content_type})
 
@@ -108,10 +114,16 @@ def _code_of(response: web.StreamResponse) -> str:
         return ""
 
 
-async def _active_instances(store: Store) -> Reading:
+async def _stored(store: Store) -> dict[str, Reading]:
     query = select(rentals.c.provider, func.count()).where(rentals.c.state.not_in(ENDED)).group_by(rentals.c.provider)
     async with store.reading() as connection:
-        return {(provider,): float(count) for provider, count in (await connection.execute(query)).all()}
+        counted = (await connection.execute(query)).all()
+        found = await connection.run_sync(findings.open_counts)
+        looks = (await connection.run_sync(findings.looks)).values()
+    active: Reading = {(provider,): float(count) for provider, count in counted}
+    amiss: Reading = {labels: float(count) for labels, count in found.items()}
+    listed: Reading = {(look.provider,): look.listed_at.timestamp() for look in looks if look.listed_at}
+    return dict(zip(STORED, (active, amiss, listed), strict=True))
 
 
 def open_breakers(states: Iterable[EndpointState]) -> Reading:

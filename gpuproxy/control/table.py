@@ -6,6 +6,7 @@
 from gpuproxy.access.accounts import User
 from gpuproxy.config import Model, Upstream
 from gpuproxy.control import (
+    admin_fleet,
     admin_routing,
     admin_users,
     auth,
@@ -31,9 +32,11 @@ from gpuproxy.control.gpu_routes import GPU_ROUTES
 from gpuproxy.control.query import PAGE
 from gpuproxy.control.route import Route
 from gpuproxy.events.webhooks import Delivery
+from gpuproxy.fleet.findings import Finding
 
 UPSTREAMS = "/api/v1/admin/upstreams"
 MODELS = "/api/v1/admin/models"
+FLEET = "/api/v1/admin/fleet"
 AUTH = "/api/v1/auth"
 HOOKS = "/api/v1/webhooks"
 TABLE: tuple[Route, ...] = (
@@ -190,6 +193,17 @@ TABLE: tuple[Route, ...] = (
     Route("POST", f"{HOOKS}/deliveries/{{id}}/replay", webhooks.replay_delivery, "account", gives=Delivery, status=202),
     Route("POST", "/api/v1/ws/ticket", events.make_ticket, "read", gives=events.Ticket, status=201),
     *GPU_ROUTES,
+    Route("GET", FLEET, admin_fleet.list_providers, "admin", gives=admin_fleet.ProviderInfo, shape="list"),
+    Route(
+        "GET",
+        f"{FLEET}/findings",
+        admin_fleet.list_findings,
+        "admin",
+        gives=Finding,
+        shape="list",
+        query=admin_fleet.FINDINGS_QUERY,
+    ),
+    Route("POST", f"{FLEET}/findings/{{id}}/acknowledge", admin_fleet.acknowledge, "admin", gives=Finding),
     Route("GET", UPSTREAMS, admin_routing.list_upstreams, "admin", gives=admin_routing.UpstreamInfo, shape="list"),
     Route("POST", UPSTREAMS, admin_routing.add_upstream, "admin", Upstream, admin_routing.UpstreamInfo, status=201),
     Route("PUT", f"{UPSTREAMS}/{{id}}", admin_routing.put_upstream, "admin", Upstream, admin_routing.UpstreamInfo),

@@ -1,6 +1,7 @@
 """Our count of what providers cost against what they say they took, a day at a time.
 
-The difference is reported and nothing is changed: who is right is for a person to find out.
+The difference is noted and nothing is changed: who is right is for a person to find out. Rentals are compared once they
+have ended, an hour later, when the provider has written up everything.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,7 @@ from typing import Any
 from msgspec import Struct, structs
 from sqlalchemy import Connection, Row, select
 
+from gpuproxy.fleet.findings import Look, add, looks, note_comparison, note_no_comparison
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rentals import microseconds
 from gpuproxy.observe.logs import get_logger
@@ -17,8 +19,17 @@ from gpuproxy.store.schema import rentals
 
 TOLERANCE_THOUSANDTHS = 5  # half a percent
 DAY = timedelta(days=1)
+LAG = timedelta(hours=1)
 
 logger = get_logger(__name__)
+
+
+class Difference(Struct, frozen=True):
+    """A rental that has cost other than counted."""
+
+    contract_id: str
+    told_nanousd: int
+    counted_nanousd: int
 
 
 class Comparison(Struct, frozen=True):
@@ -29,7 +40,7 @@ class Comparison(Struct, frozen=True):
     told_nanousd: int = 0
     counted_nanousd: int = 0
     unknown_nanousd: int = 0  # taken for machines that are not ours
-    differing: tuple[str, ...] = ()  # contract ids
+    differing: tuple[Difference, ...] = ()
 
     @property
     def is_off(self) -> bool:
@@ -47,31 +58,45 @@ async def compare(fleet: Fleet, provider: str, since: datetime, until: datetime)
     told: dict[str, int] = {}
     for charge in await fleet.providers[provider].charges(_unix_ns(begin), _unix_ns(fleet.now())):
         told[charge.instance_id] = told.get(charge.instance_id, 0) + charge.amount_nanousd
-    pairs = [(row.id, told.get(row.native_id, 0), row.cost_posted_nanousd) for row in ended]
+    pairs = [Difference(row.id, told.get(row.native_id, 0), row.cost_posted_nanousd) for row in ended]
     return Comparison(
         provider,
         len(pairs),
-        sum(each[1] for each in pairs),
-        sum(each[2] for each in pairs),
+        sum(each.told_nanousd for each in pairs),
+        sum(each.counted_nanousd for each in pairs),
         sum(amount for native, amount in told.items() if native not in known),
-        tuple(id for id, one, other in pairs if _differs(one, other)),
+        tuple(each for each in pairs if _differs(each.told_nanousd, each.counted_nanousd)),
     )
 
 
 async def report(fleet: Fleet) -> list[Comparison]:
-    """Compare the last day with every provider and say what is off."""
-    until = fleet.now()
+    """Compare with each provider what has ended since the last time, if that is a day ago; note what is off."""
+    until = fleet.now() - LAG
+    before = await fleet.read(looks)
     found = []
     for provider in fleet.providers:
+        since = before.get(provider, Look(provider)).compared_until or until - DAY
+        if until - since < DAY:
+            continue
         try:
-            comparison = await compare(fleet, provider, until - DAY, until)
+            comparison = await compare(fleet, provider, since, until)
         except ProviderError as error:
             logger.warning("provider does not say what it took", provider=provider, error=str(error))
+            await fleet.write(note_no_comparison, provider, str(error))
             continue
+        await fleet.write(_note, comparison, until)
         found.append(comparison)
-        say = logger.warning if comparison.is_off else logger.info
-        say("a day of rentals compared with the provider's charges", **structs.asdict(comparison))
     return found
+
+
+def _note(connection: Connection, comparison: Comparison, until: datetime) -> None:
+    facts = {**structs.asdict(comparison), "differing": len(comparison.differing)}
+    note_comparison(connection, comparison.provider, until, facts)
+    for each in comparison.differing:
+        detail = {"told_nanousd": each.told_nanousd, "counted_nanousd": each.counted_nanousd}
+        add(connection, comparison.provider, "difference", each.contract_id, detail, until)
+    say = logger.warning if comparison.is_off else logger.info
+    say("rentals compared with the provider's charges", **facts)
 
 
 def _ended(connection: Connection, provider: str, since: datetime, until: datetime) -> tuple[list[Row[Any]], set[str]]:

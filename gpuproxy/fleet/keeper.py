@@ -14,7 +14,7 @@ from gpuproxy.fleet.reconcile import Reconciler
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.rounds import pause, rounds
 
-DAY_S = 86_400.0
+HOUR_S = 3_600.0  # each provider is compared once a day; a keeper that is started anew must not put it off
 
 logger = get_logger(__name__)
 
@@ -38,7 +38,7 @@ class Keeper:
             group.create_task(self._every(settings.reconcile_s, self._reconciler.cycle, stopping))
             group.create_task(self._every(settings.poll_s, self._reconciler.tend, stopping))
             group.create_task(self._every(settings.offers_s, self._offers.refresh_all, stopping))
-            group.create_task(self._every(DAY_S, self._compare, stopping, DAY_S / 24))
+            group.create_task(self._every(HOUR_S, self._compare, stopping, HOUR_S / 60))
 
     async def _compare(self) -> None:
         await charges.report(self._fleet)

@@ -5,16 +5,18 @@ as we know it is asked for alone, and only the provider's word about that one co
 so that all that runs is proven to, and charged, every minute, or every quarter of an hour where it is much.
 
 What carries our installation's tag and belongs to no living rental is destroyed: a create that was doubled or came up
-late. What carries another tag or none is somebody else's, and is never touched.
+late. What carries another tag or none is somebody else's, and is never touched. Both are noted, see `findings`.
 """
 
 import asyncio
 import math
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from typing import Any
 
 from gpuproxy.fleet import money
 from gpuproxy.fleet.care import advance, look
+from gpuproxy.fleet.findings import Kind, note_failure, note_list
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import IN_FLIGHT_S
 from gpuproxy.fleet.rentals import Rental, find, in_states
@@ -35,7 +37,6 @@ class Reconciler:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._suspects: set[tuple[str, str]] = set()  # provider, native id: seen once with our tag, but no row
-        self._foreign: dict[str, int] = {}
 
     async def cycle(self) -> None:
         """Look at every provider at once, then at every customer's money. Raises what the store raises."""
@@ -79,6 +80,7 @@ class Reconciler:
             listed = [instance for instance in await adapter.list() if instance.state != "gone"]
         except ProviderError as error:
             logger.warning("provider cannot be listed, nothing is changed", provider=name, error=str(error))
+            await self._fleet.write(note_failure, name, self._fleet.now(), str(error))
             return
         for rental in _to_ask(rows, listed, self._fleet.settings.reconcile_s):
             await self._ask(adapter, rental)
@@ -95,20 +97,21 @@ class Reconciler:
 
     async def _look_at_strays(self, adapter: ProviderAdapter, listed: Sequence[ProviderInstance]) -> None:
         suspects = set()
-        foreign = 0
+        found: dict[tuple[Kind, str], dict[str, Any]] = {}
         for instance in listed:
+            detail = {"tag": instance.tag, "gpu_model": instance.gpu_model, "state": instance.state}
             if not instance.tag.startswith(self._fleet.prefix):
-                foreign += 1
+                found["foreign", instance.id] = detail
                 continue
             rental = await self._fleet.read(find, instance.tag)
             if rental is None:
                 suspects.add((adapter.name, instance.id))
-            if _is_stray(rental, instance) and (rental or (adapter.name, instance.id) in self._suspects):
-                await self._destroy_stray(adapter, instance)
-            elif rental is None:
-                logger.error("instance with our tag is unknown", provider=adapter.name, native_id=instance.id)
+            if _is_stray(rental, instance):
+                found["stray", instance.id] = detail
+                if rental or (adapter.name, instance.id) in self._suspects:
+                    await self._destroy_stray(adapter, instance)
         self._suspects = {each for each in self._suspects if each[0] != adapter.name} | suspects
-        self._report_foreign(adapter.name, foreign)
+        await self._fleet.write(note_list, adapter.name, self._fleet.now(), len(listed), found)
 
     async def _destroy_stray(self, adapter: ProviderAdapter, instance: ProviderInstance) -> None:
         logger.error("stray instance is destroyed", provider=adapter.name, native_id=instance.id, tag=instance.tag)
@@ -116,11 +119,6 @@ class Reconciler:
             await adapter.destroy(instance.id)
         except ProviderError as error:
             logger.error("stray instance cannot be destroyed yet", native_id=instance.id, error=str(error))
-
-    def _report_foreign(self, name: str, count: int) -> None:
-        if self._foreign.get(name, 0) != count:
-            logger.info("instances that are not ours", provider=name, instance_count=count)
-        self._foreign[name] = count
 
 
 def _to_ask(rows: Sequence[Rental], listed: Sequence[ProviderInstance], cycle_s: float) -> list[Rental]:

@@ -109,10 +109,10 @@ class ProviderInstance(Struct, frozen=True, kw_only=True):
 
     ``tag`` is what `create` was given, empty for what is not ours. ``ports`` lead from a port inside to the one
     outside on ``ip`` (a name or an address), and are empty until it runs. ``price_nanousd_per_hour`` is what it costs
-    while running, 0 if not told. ``started_ns`` is when it last began to run, 0 before that. ``message`` is the
-    provider's, for people. ``is_tls`` tells that the ports outside speak TLS. ``is_interrupted``: stopped because
-    another bid more. ``is_reachable`` False: the provider has lost sight of it, and ``state`` is the last known.
-    ``paid_nanousd`` is what a prepaid one has cost already.
+    while running, 0 if not told. ``started_ns`` is when it last began to run, after it had loaded and booted; 0 before
+    that, or if not told. ``message`` is the provider's, for people. ``is_tls`` tells that the ports outside speak TLS.
+    ``is_interrupted``: stopped because another bid more. ``is_reachable`` False: the provider has lost sight of it,
+    and ``state`` is the last known. ``paid_nanousd`` is what a prepaid one has cost already.
     """
 
     id: str

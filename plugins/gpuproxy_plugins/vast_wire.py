@@ -67,7 +67,6 @@ class InstanceRow(Struct):
     min_bid: Decimal | None = None
     storage_cost: Decimal | None = None
     disk_space: Decimal | None = None
-    start_date: float | None = None
     is_bid: bool | None = None
 
 
@@ -175,7 +174,6 @@ def read_instance(row: InstanceRow) -> ProviderInstance:
         gpu_model=short_model(row.gpu_name or ""),
         price_nanousd_per_hour=nanousd(row.dph_total or Decimal(0)),
         storage_nanousd_per_hour=nanousd(storage),
-        started_ns=_ns(row.start_date),
         message=(row.status_msg or "").strip()[:500],
         is_interrupted=state == "stopped" and is_outbid(row),
         is_reachable=row.actual_status not in LOST,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from msgspec import structs
 from sqlalchemy import update
 
 from gpuproxy.access.accounts import create_key
+from gpuproxy.access.paging import Page
 from gpuproxy.billing.payments import add, new_payment
 from gpuproxy.billing.settle import complete
 from gpuproxy.control.openapi import Envelope, document
 from gpuproxy.control.route import RULES, Route
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
+from gpuproxy.fleet import findings
 from gpuproxy.fleet.rent import Wish, rent, wait_until_running
 from gpuproxy.ledger.book import credit
 from gpuproxy.ledger.budgets import set_budget
@@ -45,6 +48,7 @@ BODIES: dict[str, Any] = {
     "rent_offer": lambda caller: {"image": "x"},
     "reserve": lambda caller: {"count": 1},
     "add_credits": lambda caller: {"user_id": caller.id, "amount": 100.00},
+    "set_low_threshold": lambda caller: {"threshold": 5},
     "set_own": lambda caller: {"limit": 5, "window_s": 86_400},
     "set_any": lambda caller: {"limit": "5.00", "window_s": 86_400, "user_id": caller.id},
     "change_terms": lambda caller: {"markup_bps": 1_500, "overdraft": 10},
@@ -142,6 +146,8 @@ class World:
             return await self._payment(owner, is_paid=False)
         if "/gpu/" in route.path:
             return await self._machine(route, owner, *others)
+        if "/fleet/findings/" in route.path:
+            return await self._finding()
         if "/admin/upstreams" in route.path or "/admin/models" in route.path:
             return await self._routed(route)
         return owner.id if "/users/" in route.path else owner.key_id
@@ -178,6 +184,11 @@ class World:
         wish = Wish(user_id=owner.id, offer=offer, spec=InstanceSpec(image="x"))
         rental, _ = await rent(self._api.fleet, wish)
         return (await wait_until_running(self._api.fleet, rental, 20, 0)).id
+
+    async def _finding(self) -> str:
+        async with self._api.store.writing() as connection:
+            await connection.run_sync(findings.add, "simulated", "foreign", "77", {"tag": ""}, datetime.now(UTC))
+            return (await connection.run_sync(findings.page, Page(), "", "", True))[0].id
 
     async def _budget(self, person: Person) -> str:
         async with self._api.store.writing() as connection:

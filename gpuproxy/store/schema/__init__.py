@@ -24,7 +24,7 @@ from gpuproxy.store.schema.billing import (
     payments,
 )
 from gpuproxy.store.schema.events import events, usage_sums
-from gpuproxy.store.schema.fleet import installations, rentals
+from gpuproxy.store.schema.fleet import fleet_findings, installations, provider_looks, rentals
 from gpuproxy.store.schema.ledger import (
     RECEIPT_SUMS,
     accounts,
@@ -54,6 +54,7 @@ __all__ = [
     "changes",
     "deliveries",
     "events",
+    "fleet_findings",
     "holds",
     "idempotency",
     "installations",
@@ -66,6 +67,7 @@ __all__ = [
     "payment_reversals",
     "payments",
     "prices",
+    "provider_looks",
     "receipt_days",
     "receipts",
     "refresh_tokens",

@@ -1,6 +1,18 @@
-"""What is rented: one row for each rental, kept for ever, and the name this installation signs its rentals with."""
+"""What is rented: one row for each rental, kept for ever; how providers are, and what is amiss with them."""
 
-from sqlalchemy import JSON, BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, Integer, Table, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 
 from gpuproxy.store.schema.base import UtcTime, metadata
 
@@ -69,4 +81,34 @@ rentals = Table(
     Index(None, "state"),
     Index(None, "provider", "native_id"),
     Index(None, "group_id"),
+)
+
+# One row for each provider: how the last look at its list, and at its charges, went.
+provider_looks = Table(
+    "provider_looks",
+    metadata,
+    Column("provider", Text, primary_key=True),
+    Column("looked_at", UtcTime),
+    Column("listed_at", UtcTime),  # the last look that brought a list
+    Column("error", Text, nullable=False),  # of the last look; empty: it went well
+    Column("instance_count", Integer, nullable=False),  # in the last list
+    Column("compared_until", UtcTime),  # rentals that ended before that are compared with what the provider took
+    Column("compare_error", Text, nullable=False),
+    Column("comparison", JSON),  # the last one
+)
+
+# What a person should look at: instances we did not rent, and rentals that cost us other than counted.
+fleet_findings = Table(
+    "fleet_findings",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("provider", Text, nullable=False),
+    Column("kind", Text, nullable=False),  # stray, foreign, difference
+    Column("subject_id", Text, nullable=False),  # the provider's id of the instance, or the rental's
+    Column("detail", JSON, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("resolved_at", UtcTime),  # it is there no more
+    Column("acknowledged_at", UtcTime),
+    UniqueConstraint("provider", "kind", "subject_id"),
+    Index(None, "created_at"),
 )
