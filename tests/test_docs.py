@@ -117,6 +117,24 @@ def test_the_providers_shown_are_those_there_are(tmp_path: Path) -> None:
         assert ("in advance" in billed) is (kinds[name].basis == "prepaid")
 
 
+FEATURES = re.findall(r"^\| (.+?) \|$", README.partition("## What is proven\n")[2].partition("\n## ")[0], re.MULTILINE)
+
+
+def test_every_cell_of_the_table_of_features_names_a_test_that_exists() -> None:
+    files = (ROOT / "tests").rglob("test_*.py")
+    collected = {
+        name for file in files for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    head, _, *rows = ([cell.strip() for cell in row.split("|")] for row in FEATURES)
+    assert head == ["feature", "https", "openinference", "mcp", "websocket"]
+    assert len(rows) > 20
+    for feature, *cells in rows:
+        assert len(cells) == 4, feature
+        assert any(cell != "–" for cell in cells), feature
+        for cell in cells:
+            assert cell == "–" or cell[1:-1] in collected, f"{feature}: {cell}"
+
+
 @pytest.mark.parametrize("name", [*COUNTERS, *HISTOGRAMS, *GAUGES, *MANAGEMENT])
 def test_every_series_is_explained_with_its_labels(name: str) -> None:
     labels = {**COUNTERS, **HISTOGRAMS}.get(name, ("", *GAUGES.get(name, MANAGEMENT.get(name, ("", ())))[1:]))

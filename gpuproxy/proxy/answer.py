@@ -299,7 +299,7 @@ class Answer:
             if bill is not None and bill.price.output_nanousd_per_million and hasattr(self._reader, "so_far"):
                 self._look_at_bytes = bill.output_max
         if not connection.is_complete:
-            self._idle_s = self._stream_idle_s()
+            self._idle_s = self.stream_idle_s()
         if not self.keeps_alive or not self.is_received or self.plane.is_draining:
             self.keeps_alive = False  # `not is_received`: the rest of an upload that is answered early is not wanted
             framing += b"Connection: close\r\n"
@@ -354,7 +354,8 @@ class Answer:
             if self.upstream is not None and not self.upstream.transport.is_closing():
                 self.upstream.transport.resume_reading()
 
-    def _stream_idle_s(self) -> float:
+    def stream_idle_s(self) -> float:
+        """Return how long the answer, or a tunnel, may be silent."""
         endpoint = self._endpoint
         return self.plane.timeouts.idle_s if endpoint is None else endpoint.idle_s
 
@@ -449,7 +450,7 @@ class Answer:
         elif connection.is_complete:
             self._wrap(connection, collected.whole())
         else:
-            self.downstream.deadline_s = self.plane.now_s + collected.rest_s(self._stream_idle_s())
+            self.downstream.deadline_s = self.plane.now_s + collected.rest_s(self.stream_idle_s())
 
     def _wrap(self, connection: "UpstreamConnection", body: bytes) -> None:
         handler = self._handler

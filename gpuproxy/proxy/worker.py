@@ -216,9 +216,8 @@ class Plane:
             exchange.prolong()
         for exchange in [each for each, until_s in self.bounded.items() if until_s <= now_s]:
             exchange.expire_total()
-        idle_since_s = now_s - self.config.timeouts.idle_s
-        for ends in list(self.tunnels.values()):
-            if max(end.last_byte_s for end in ends) < idle_since_s:
+        for exchange, ends in list(self.tunnels.items()):
+            if max(end.last_byte_s for end in ends) < now_s - exchange.stream_idle_s():
                 ends[0].close()
         self._note_open_calls()
         self.pools.expire(now_s)

@@ -15,7 +15,7 @@ from gpuproxy.proxy import answer, websocket
 from .conftest import Serve
 from .harness import KEY, Gateway, request, until
 from .test_credit import _back, _open
-from .wire import Wire
+from .wire import Listener, Wire
 
 BROWSER = (
     b"Connection: Upgrade",
@@ -151,6 +151,58 @@ async def test_what_may_not_be_is_refused_before_the_upgrade(
     told = await client.answer()
     assert (told.status, "error" in told.json()) == (status, True)
     assert gateway.llm.is_untouched()
+
+
+# -- the way --------------------------------------------------------------------------------------------------
+
+
+def two(pair: tuple[Listener, Listener], **model: Any) -> dict[str, Any]:
+    names = zip("ab", pair, strict=True)
+    upstreams = [{"name": name, "protocol": "openinference", "urls": [each.url]} for name, each in names]
+    return {
+        "upstreams": upstreams,
+        "models": [{"name": "two", "targets": [{"upstream": "a"}, {"upstream": "b", "as": "b-two"}], **model}],
+    }
+
+
+@pytest.mark.parametrize("how", ["closed", "lost", "status"])
+async def test_another_server_stands_in_before_the_upgrade(
+    serve: Serve, pair: tuple[Listener, Listener], how: str
+) -> None:
+    gateway = await serve(**two(pair))
+    if how == "closed":
+        pair[0].close()
+    early = frame(b"{}", key=MASK)
+    client = await gateway.ask(request(b"GET /v1/realtime?model=two", *BROWSER, key=b"") + early)
+    if how != "closed":
+        upstream = await pair[0].accept()
+        assert (await upstream.read_head()).startswith(b"GET /v1/realtime?model=two ")
+        busy = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
+        await upstream.send(busy) if how == "status" else upstream.close()
+    second = await pair[1].accept()
+    assert (await second.read_head()).startswith(b"GET /v1/realtime?model=b-two ")
+    await second.send(SWITCH)
+    assert (await client.answer()).status == 101
+    await second.expect(early)
+    await second.send(done())
+    await client.expect(done())
+    client.close()
+    receipt = await gateway.receipt()
+    assert (receipt.upstream, receipt.status, receipt.attempts, receipt.output_tokens) == ("b", 101, 2, 4)
+
+
+async def test_a_model_may_have_an_idle_time_of_its_own(serve: Serve, pair: tuple[Listener, Listener]) -> None:
+    gateway = await serve(**two(pair, idle_s=3.0))
+    client = await gateway.ask(request(b"GET /v1/realtime?model=two", *BROWSER, key=b""))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.send(SWITCH)
+    assert (await client.answer()).status == 101
+    gateway.passes(0.5)
+    assert len(gateway.plane.tunnels) == 1
+    gateway.passes(3)
+    await client.expect_gone()
+    assert (await gateway.receipt()).outcome == "ok"
 
 
 # -- usage ----------------------------------------------------------------------------------------------------
