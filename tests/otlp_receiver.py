@@ -103,6 +103,8 @@ class Receiver:
         status = self.answers.pop(0) if self.answers else 200
         if status == 200:
             self.bodies.append(body)
-        headers = {"Retry-After": self.retry_after} if self.retry_after else {}
+        headers = {"Location": self.url} if 300 <= status < 400 else {}
+        if self.retry_after:
+            headers["Retry-After"] = self.retry_after
         answer = ExportTraceServiceResponse().SerializeToString()
         return web.Response(status=status, body=answer, headers=headers, content_type="application/x-protobuf")

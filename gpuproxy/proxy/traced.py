@@ -79,6 +79,7 @@ class Note:
         """Note that the call is sent; return the lines that tell the upstream of its trace."""
         if self._began_us >= 0:
             self.attempts.append(self.attempt(now_us, *self.reason))
+            self.reason = (0, "")
         self._began_us = now_us
         self._address = host, port
         inherited = self.inherited
@@ -129,6 +130,11 @@ class TracedExchange(Exchange):
         if self._note is not None:
             self._note.reason = connection.head.status if connection is not None else 0, reason or "unreachable"
         return super()._goes_elsewhere(reason, connection, has_failed)
+
+    def _goes_unasked(self, connection: "UpstreamConnection") -> None:
+        if self._note is not None:
+            self._note.reason = connection.head.status, "usage_refused"
+        super()._goes_unasked(connection)
 
     def _wrap(self, connection: "UpstreamConnection", body: bytes) -> None:
         if self._note is not None:

@@ -110,6 +110,12 @@ def test_a_failure_of_the_upstream_is_an_error_of_both() -> None:
     assert "http.response.status_code" not in attempt.attributes
 
 
+@pytest.mark.parametrize(("outcome", "is_error"), [("cut", True), ("upstream_failed", True), ("client_gone", False)])
+def test_a_stream_that_was_broken_off_is_an_error_though_it_began_well(outcome: str, is_error: bool) -> None:
+    call, _ = sent(traced(ATTEMPT, outcome=outcome))
+    assert (call.is_error, call.attributes["http.response.status_code"]) == (is_error, 200)
+
+
 def test_what_an_upstream_refuses_is_an_error_of_the_client_side_alone() -> None:
     call, attempt = sent(traced(Attempt(0, 500, "10.0.0.5", 8000, 404), status=404))
     assert (call.is_error, "error.type" in call.attributes) == (False, False)

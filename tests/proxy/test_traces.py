@@ -112,11 +112,11 @@ async def test_calls_with_the_same_head_have_spans_of_their_own(serve: Serve) ->
     client, upstream = await gateway.client(), None
     told = []
     for _ in range(3):
-        await client.send(request(b"GET " + RAW + b"/x", SAMPLED, STATE))
+        await client.send(request(b"GET " + RAW + b"/x", SAMPLED, STATE, id=b""))  # else no head is remembered
         upstream = upstream or await gateway.raw.accept()
         head = await upstream.read_head()
         await upstream.send(OK)
-        await client.expect(OK_SENT)
+        assert (await client.answer()).body == b"ok"
         told.append(context(head))
         assert values(head, b"tracestate") == [b"a=1,b=2"]
     assert {each.trace_id for each in told} == {TRACE_ID}
@@ -220,6 +220,22 @@ async def test_an_endpoint_that_takes_no_connection_is_an_attempt(
     trace = trace_of(await gateway.receipt())
     assert [(each.status, each.error) for each in trace.attempts] == [(0, "unreachable"), (200, "")]
     assert context(head).span_id == id_of(trace, 2)
+
+
+async def test_a_question_for_usage_that_is_refused_is_an_attempt(serve: Serve) -> None:
+    gateway = await serve(traces=ON, llm={"include_usage": True})
+    client = await gateway.ask(request(b"POST " + CHAT, SAMPLED, body=b'{"model":"m","messages":[],"stream":true}'))
+    upstream = await gateway.llm.accept()
+    told = []
+    for answer in (b"HTTP/1.1 422 No\r\nContent-Type: text/plain\r\nContent-Length: 14\r\n\r\nstream_options", OK):
+        head = await upstream.read_head()
+        await upstream.read(int(values(head, b"content-length")[0]))
+        await upstream.send(answer)
+        told.append(context(head).span_id)
+    await client.expect(OK_SENT_AGAIN)
+    trace = trace_of(await gateway.receipt())
+    assert told == [id_of(trace, 1), id_of(trace, 2)]
+    assert [(each.status, each.error) for each in trace.attempts] == [(422, "usage_refused"), (200, "")]
 
 
 async def test_a_call_whose_upstream_dies_tells_no_status(serve: Serve) -> None:
