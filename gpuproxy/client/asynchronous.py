@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 import aiohttp
@@ -45,9 +44,7 @@ class AsyncProxyStream:
         """Return the stream; leaving the block closes it."""
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Close the stream; the gateway then aborts the upstream call."""
         self.close()
 
@@ -80,9 +77,7 @@ class AsyncClient:
         """Return the client; leaving the block closes it."""
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Close the client."""
         await self.close()
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 import httpx
@@ -41,9 +40,7 @@ class ProxyStream:
         """Return the stream; leaving the block closes it."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the stream; the gateway then aborts the upstream call."""
         self.close()
 
@@ -81,9 +78,7 @@ class Client:
         """Return the client; leaving the block closes it."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the client."""
         self.close()
 
