@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from gpuproxy.cli import cli
 from gpuproxy.config import Config, Model, Payment, Price, Provider, Upstream, load
+from gpuproxy.control.pages.table import PAGES
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
 from gpuproxy.observe.series import COUNTERS, GAUGES, HISTOGRAMS, MANAGEMENT
@@ -81,6 +82,12 @@ def test_the_readme_names_every_command() -> None:
 def test_the_readme_names_every_path_of_the_control_plane() -> None:
     for route in TABLE:
         assert re.search(rf"`({route.method} )?{re.escape(route.path)}`", README), f"{route.method} {route.path}"
+
+
+def test_the_readme_names_every_page() -> None:
+    for page in PAGES:
+        place = "/".join(page.path.split("/")[:3])
+        assert f"`{place}`" in README or place.rpartition("/")[2] in ("static", "sign-out", "offers"), page.path
 
 
 def test_the_first_commands_are_the_two_a_newcomer_needs() -> None:

@@ -34,6 +34,9 @@ from gpuproxy.control.metrics import (
     open_breakers,
 )
 from gpuproxy.control.nodes import Nodes
+from gpuproxy.control.pages.render import add_templates
+from gpuproxy.control.pages.serve import add_pages, refusals_as_pages
+from gpuproxy.control.pages.table import PAGES
 from gpuproxy.control.parts import (
     ATTEMPTS,
     BUS,
@@ -315,7 +318,7 @@ def application(
 
     `providers` take payments; they are closed with the application. Without a `fleet` nothing can be rented.
     """
-    app = web.Application(middlewares=[counted, errors_in_one_shape])
+    app = web.Application(middlewares=[counted, refusals_as_pages, errors_in_one_shape])
     nodes = nodes or Nodes(store)
     app[STORE] = store
     app[BUS], app[LEADER], app[NODES] = nodes.bus, nodes.leader, nodes
@@ -337,6 +340,8 @@ def application(
     app[STREAM] = Stream(store, app[HUB].publish, app[CONFIG].events)
     add_metrics(app)
     add_routes(app, TABLE)
+    add_templates(app)
+    add_pages(app, PAGES)
     app.on_response_prepare.append(name_server)
     app.on_response_prepare.append(tell_count)
     app.on_shutdown.append(events.close_all)

@@ -12,12 +12,14 @@ from aiohttp import web
 from msgspec import Struct
 
 from gpuproxy import __version__
+from gpuproxy.control.pages import front
 from gpuproxy.control.parts import NODES, OFFERS, STOPPING, STORE
 from gpuproxy.control.respond import answer
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
 
 CHECK_TIMEOUT_S = 1.0
+ABOUT = {"name": "gpuproxy", "version": __version__}
 
 
 class About(Struct):
@@ -43,8 +45,10 @@ class Health(Struct):
 
 
 async def about(request: web.Request) -> web.Response:
-    """Say what this is."""
-    return answer({"name": "gpuproxy", "version": __version__})
+    """Say what this is; browsers get a page."""
+    response = await front.show(request) if front.is_for_people(request) else answer(ABOUT)
+    response.headers["Vary"] = "Accept"
+    return response
 
 
 async def health(request: web.Request) -> web.Response:

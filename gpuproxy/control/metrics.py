@@ -49,6 +49,11 @@ class Gauges(Collector):
     def _of_store(self, name: str) -> Reading:
         return self.stored.get(name, {})
 
+    def total(self, name: str) -> float | None:
+        """Return what a series says now, over all its labels; None if nobody tells it."""
+        read = self._readers.get(name)
+        return None if read is None else sum(read().values())
+
     def collect(self) -> Iterator[Metric]:
         """Yield every series, for the registry."""
         for name, read in self._readers.items():

@@ -71,7 +71,7 @@ def _served(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespons
         if route.rule != "anyone":
             request[CALLER] = await identify(request)
             count_request(request, request[CALLER])
-            _check_scope(route, request)
+            check_scope(route, request)
         arguments: list[Any] = [decode(route.takes, await request.read())] if route.takes else []
         response = await route.handler(request, *arguments)
         if not response.prepared and "Cache-Control" not in response.headers:
@@ -81,7 +81,8 @@ def _served(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespons
     return serve
 
 
-def _check_scope(route: Route, request: web.Request) -> None:
+def check_scope(route: Route, request: web.Request) -> None:
+    """Raise GatewayError FORBIDDEN if the caller may not call `route`."""
     scope = SCOPE_BY_RULE.get(route.rule)
     held = request[CALLER].scopes
     if scope is not None and scope not in held and not (scope == "read" and "account" in held):

@@ -7,6 +7,7 @@ its own. Both end with the demo, and the directory goes with them.
 import asyncio
 import os
 import re
+import secrets
 import select
 import signal
 import socket
@@ -25,6 +26,7 @@ import orjson
 from rich.console import Console
 
 from gpuproxy.access.accounts import create_key, create_user
+from gpuproxy.access.logins import set_password
 from gpuproxy.demo import snippets
 from gpuproxy.demo.upstream import MODELS, running
 from gpuproxy.ledger.book import credit, parse_usd
@@ -32,6 +34,7 @@ from gpuproxy.store.engine import open_store
 from gpuproxy.store.migrate import upgrade
 
 EMAIL, CREDIT_USD = "demo@example.com", "10.00"
+PASSWORD_BYTES = 12
 QUESTION = "Why does streaming make an answer feel fast?"
 HOST = "127.0.0.1"
 START_S, STOP_S, CALL_S, RECEIPT_S = 40.0, 35.0, 30.0, 10.0
@@ -119,11 +122,13 @@ def _tour(screen: Screen, directory: Path, upstream: str, once: bool, port: int)
     config.write_text(
         CONFIG.format(host=HOST, port=port, directory=directory, upstream=upstream, models=models, rented=rented)
     )
-    key = asyncio.run(_open_account(f"sqlite:///{directory}/gpuproxy.db"))
+    password = secrets.token_urlsafe(PASSWORD_BYTES)
+    key = asyncio.run(_open_account(f"sqlite:///{directory}/gpuproxy.db", password))
     screen.say(f"Inference server  {upstream}  ({', '.join(MODELS)}, an MCP server)", "dim")
     with serving(config, directory / "gateway.log") as gateway:
         screen.say(f"Gateway           {gateway.url}", "bold")
-        screen.say(f"Account           {EMAIL}, {CREDIT_USD} USD credit", "dim")
+        screen.say(f"Dashboard         {gateway.url}/dashboard", "dim")
+        screen.say(f"Account           {EMAIL}, password {password}, {CREDIT_USD} USD credit", "dim")
         screen.say(f"API key           {key}\n", "dim")
         _first_call(screen, gateway.url, key)
         if not once:
@@ -138,12 +143,13 @@ def _show_snippets(screen: Screen, url: str, key: str, upstream: str) -> None:
     screen.say("\nThe gateway stays up; its log follows. Ctrl-C stops it.", "bold")
 
 
-async def _open_account(store_url: str) -> str:
-    """Create store, user, credit and key; return the key."""
+async def _open_account(store_url: str, password: str) -> str:
+    """Create store, user, credit and key; return the key. The user is an admin, who sees all of the dashboard."""
     store = open_store(store_url)
     try:
         await upgrade(store)
-        user = await create_user(store, EMAIL)
+        user = await create_user(store, EMAIL, is_admin=True)
+        await set_password(store, EMAIL, password)
         await credit(store, user.id, parse_usd(CREDIT_USD), "demo")
         secret, _ = await create_key(store, EMAIL, "demo", rpm=0)
     finally:

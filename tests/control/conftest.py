@@ -16,7 +16,7 @@ from sqlalchemy import insert
 from gpuproxy.access.accounts import create_key, create_user
 from gpuproxy.access.keyring import fresh_keyring
 from gpuproxy.access.sessions import start_session
-from gpuproxy.access.tokens import claims_for, sign
+from gpuproxy.access.tokens import COOKIE, claims_for, read, sign
 from gpuproxy.config import Config, build
 from gpuproxy.control.app import application
 from gpuproxy.fleet.parts import Fleet
@@ -44,6 +44,13 @@ class Person(NamedTuple):
     @property
     def by_token(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.access_token}"}
+
+    @property
+    def by_cookie(self) -> dict[str, str]:
+        """Return what a browser sends from a page of the gateway."""
+        session_id = read(KEYRING, self.access_token).sid
+        cookie = sign(KEYRING, claims_for(self.id, session_id, 60, COOKIE))
+        return {"Cookie": f"gpuproxy={cookie}", "Sec-Fetch-Site": "same-origin", "Accept": "text/html,*/*"}
 
     @property
     def by_key(self) -> dict[str, str]:

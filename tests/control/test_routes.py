@@ -17,6 +17,7 @@ from gpuproxy.access.paging import Page
 from gpuproxy.billing.payments import add, new_payment
 from gpuproxy.billing.settle import complete
 from gpuproxy.control.openapi import Envelope, document
+from gpuproxy.control.pages.table import PAGES
 from gpuproxy.control.route import RULES, Route
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
@@ -281,15 +282,15 @@ def _declared_for_admins(route: Route) -> set[str]:
     return set(route.takes.__struct_fields__) if route.rule == "admin" else set()
 
 
-async def test_no_route_is_served_that_the_table_does_not_declare(api: Api) -> None:
-    declared = {(route.method, route.path) for route in TABLE}
+async def test_no_route_is_served_that_the_tables_do_not_declare(api: Api) -> None:
+    declared = {(route.method, route.path) for route in (*TABLE, *PAGES)}
     served = {
         ("GET" if route.method == "HEAD" else route.method, route.resource.canonical)
         for route in api.client.app.router.routes()
         if route.resource is not None
     }
     assert served == declared
-    assert len(declared) == len(TABLE)
+    assert len(declared) == len(TABLE) + len(PAGES)
 
 
 def test_every_route_says_what_it_does_and_for_whom() -> None:
