@@ -41,7 +41,7 @@ class Boot(Struct, frozen=True):
 
     ``slot`` is 0..workers-1, or -1 for control. ``listen_fd`` is the TCP listening socket of a worker, the
     Unix listening socket of control. ``link_fd`` is control's listening link socket, -1 for workers, which
-    connect to ``link_path``.
+    connect to ``link_path``. ``address`` is the URL at which this machine reaches the workers.
     """
 
     config: Config
@@ -52,6 +52,7 @@ class Boot(Struct, frozen=True):
     control_path: str
     report_fd: int
     lifeline_fd: int
+    address: str = ""
 
 
 def receive_boot() -> Boot:

@@ -163,6 +163,7 @@ class Supervisor:
             str(self._directory / "control.sock"),
             report_write,
             self._lifeline_read,
+            reachable(self.address),
         )
         inherited = [fd for fd in (boot_read, report_write, self._lifeline_read, listen_fd, link_fd) if fd >= 0]
         process = subprocess.Popen(  # noqa: S603
@@ -258,6 +259,11 @@ def _stop(children: list[Child], deadline_s: float) -> None:
             _log.error("child did not stop in time, killed", child=_name(child.slot))
             child.process.kill()
             child.process.wait()
+
+
+def reachable(address: str) -> str:
+    """Return a URL to connect to: what listens on all addresses is reached on this machine's own."""
+    return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def _name(slot: int) -> str:

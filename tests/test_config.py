@@ -410,3 +410,28 @@ def test_a_price_is_of_a_model_or_of_a_tool(block: dict[str, str], complaint: st
 def test_tools_of_one_name_may_differ_in_price_by_server() -> None:
     one, other = ({"tool": "t", "upstream": name, "per_request_usd": "1"} for name in ("a", "b"))
     assert len(build({"prices": [one, other]}).prices) == 2
+
+
+@pytest.mark.parametrize(
+    ("group", "complaint"),
+    [
+        ({"name": "all", "servers": []}, "name 1 to 16 upstreams, each once"),
+        ({"name": "all", "servers": ["a", "a"]}, "name 1 to 16 upstreams, each once"),
+        ({"name": "all", "servers": [f"s{n}" for n in range(17)]}, "name 1 to 16 upstreams, each once"),
+        ({"name": "all", "servers": ["a__b"]}, "has __ in it"),
+        ({"name": "all", "servers": ["llm"]}, "speaks openinference"),
+        ({"name": "a", "servers": ["a"]}, "is the name of an upstream"),
+        ({"name": "all", "servers": ["a"], "timeout_s": 0}, "timeout_s"),
+    ],
+    ids=["none", "twice", "many", "mark", "protocol", "name", "timeout"],
+)
+def test_a_group_of_servers_must_be_one(group: dict[str, Any], complaint: str) -> None:
+    names = {"a": "mcp", "llm": "openinference"}
+    upstreams = [{"name": name, "protocol": protocol, "urls": ["http://x"]} for name, protocol in names.items()]
+    with pytest.raises(ConfigError, match=complaint):
+        build({"upstreams": upstreams, "mcp_groups": [group]})
+
+
+def test_a_server_that_is_set_while_running_may_be_in_a_group() -> None:
+    config = build({"mcp_groups": [{"name": "all", "servers": ["later"]}]})
+    assert "no upstream 'later' here" in warnings(config, {})[0]

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from gpuproxy.cli import cli
 from gpuproxy.config import Config, Model, Payment, Price, Provider, Upstream, load
+from gpuproxy.config.mcp import McpGroup
 from gpuproxy.control.pages.table import PAGES
 from gpuproxy.control.table import TABLE
 from gpuproxy.errors import CODES
@@ -23,6 +24,7 @@ CONFIG = (ROOT / "config.toml").read_text()
 BLOCKS: dict[str, type[Struct]] = {
     "upstreams": Upstream,
     "models": Model,
+    "mcp_groups": McpGroup,
     "prices": Price,
     "providers": Provider,
     "payments": Payment,

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from gpuproxy.config import checks
 from gpuproxy.config.kinds import Name, Positive, PositiveSeconds, Text, VariableName
-from gpuproxy.config.mcp import Mcp
+from gpuproxy.config.mcp import Mcp, McpGroup, check_groups, unknown_servers
 from gpuproxy.config.models import Model as Model
 from gpuproxy.config.models import Target as Target
 from gpuproxy.config.models import check_models
@@ -309,6 +309,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
     plugins: Plugins = Plugins()
     routing: Routing = Routing()
     mcp: Mcp = Mcp()
+    mcp_groups: tuple[McpGroup, ...] = ()
     upstreams: tuple[Upstream, ...] = ()
     models: tuple[Model, ...] = ()
     prices: tuple[Price, ...] = ()
@@ -318,7 +319,7 @@ class Config(Struct, forbid_unknown_fields=True, frozen=True):
 
 PREFIX = "GPUPROXY_"
 CONVENTIONAL = {"LOG_LEVEL": ("log", "level"), "LOG_FORMAT": ("log", "format")}  # names other programs share
-BLOCKS = ("upstreams", "models", "prices", "providers", "payments")  # of which there may be several
+BLOCKS = ("upstreams", "models", "mcp_groups", "prices", "providers", "payments")  # of which there may be several
 SECTIONS: dict[str, type[Struct]] = {
     field.name: field.type for field in msgspec.structs.fields(Config) if field.name not in BLOCKS
 }
@@ -342,6 +343,8 @@ def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
     config = read_struct(Config, tree, (), faults)
     _check_names_differ("upstreams", tree.get("upstreams"), faults)
     check_models(tree, faults)
+    _check_names_differ("mcp_groups", tree.get("mcp_groups"), faults)
+    check_groups(dict(tree), faults)
     _check_names_differ("providers", tree.get("providers"), faults)
     _check_names_differ("payments", tree.get("payments"), faults)
     _check_prices_differ(tree.get("prices"), faults)
@@ -364,6 +367,7 @@ def warnings(config: Config, environment: Mapping[str, str]) -> list[str]:
             said.append(f"{place}.api_key_env: {variable} is not set, so no credential is sent; export it")
         if not upstream.verify_tls:
             said.append(f"{place}.verify_tls: any certificate is believed; name the right one in ca_file instead")
+    said += unknown_servers(config.mcp_groups, {upstream.name for upstream in config.upstreams})
     for index, model in enumerate(config.models):
         for at, target in enumerate(model.targets):
             variable = target.api_key_env

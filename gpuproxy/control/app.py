@@ -21,9 +21,11 @@ from gpuproxy.access.accounts import grant_for
 from gpuproxy.access.attempts import Attempts
 from gpuproxy.access.keyring import Keyring, fresh_keyring, load_keyring
 from gpuproxy.access.passwords import Hasher
+from gpuproxy.codec.seal import Seal
 from gpuproxy.config import Config, Rates
 from gpuproxy.control import events
 from gpuproxy.control.changes import ChangeFeed
+from gpuproxy.control.mcp_groups import add_groups
 from gpuproxy.control.metrics import (
     GAUGES_READ,
     TRAFFIC,
@@ -180,6 +182,7 @@ async def _serve(
     fleet = await open_fleet(store, boot.config)
     link.machines_of = partial(machines_of, fleet)
     app = application(store, stopping, boot.config, keyring, nodes, providers, fleet, routing, leases)
+    add_groups(app, boot.config, boot.address, Seal(keyring.session_keys()))
     await app[STREAM].start()
     _observe(app, ingest, link, boot.config, exporter)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=boot.config.server.drain_s)

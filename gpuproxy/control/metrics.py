@@ -30,6 +30,7 @@ Reading = dict[Labels, float]
 STORED = ("gpuproxy_active_instances", "gpuproxy_fleet_findings", "gpuproxy_provider_listed_seconds")
 MANAGED_NAME = "gpuproxy_management_seconds"
 LASTING = ("/ws",)  # a WebSocket lasts for hours
+PROXIED = "/api/v1/gpu/proxy/"  # these are calls of their own, with receipts
 READ_TIMEOUT_S = 1.0  # a store that is away must not hide all other series
 
 
@@ -95,6 +96,9 @@ async def show(request: web.Request) -> web.Response:
 async def counted(request: web.Request, handler: Any) -> web.StreamResponse:
     """Count and time each answer of the management API."""
     resource = request.match_info.route.resource
+    if resource is not None and resource.canonical.startswith(PROXIED):
+        proxied: web.StreamResponse = await handler(request)
+        return proxied
     answering = handler(request)
     if resource is not None and resource.canonical not in LASTING:
         answering = time(request.app[MANAGED].labels(resource.canonical), answering)

@@ -5,6 +5,7 @@ A plugin is a module with ``def register(registry: Registry) -> None``, named by
 and nothing else of gpuproxy. A wrong one stops the start with its name and the remedy.
 """
 
+from gpuproxy.codec.events import EventCutter, with_data
 from gpuproxy.codec.seal import Seal
 from gpuproxy.codec.sse import EVENT_BYTES_MAX, TAIL_BYTES, EventFilter, event_payloads
 from gpuproxy.codec.tools import may_use
@@ -79,6 +80,7 @@ __all__ = [
     "ChargeKind",
     "Checkout",
     "Code",
+    "EventCutter",
     "EventFilter",
     "EventKind",
     "GatewayError",
@@ -134,4 +136,5 @@ __all__ = [
     "may_use",
     "routing_faults",
     "short_model",
+    "with_data",
 ]

@@ -287,7 +287,9 @@ class Exchange(Attempts):
             grant = self._grant
             if intent.pin is not None:
                 destination = self._destination = pinned(plane.router, destination, intent.pin, grant)
-            if grant.models is not None:  # type: ignore[union-attr]  # admitted
+            if grant.tools is not None:  # type: ignore[union-attr]  # admitted
+                bind_tools(call, self.head, grant.tools, handler, destination.handler, destination.upstream)  # type: ignore[union-attr]
+            if grant.models is not None and call.tools is None:  # type: ignore[union-attr]  # admitted
                 self._check_model(intent.model, destination.model)
             if not intent.model and route.kind == MOUNT and self._lists_models(call, handler, intent):
                 return
@@ -295,8 +297,6 @@ class Exchange(Attempts):
             if destination.model:
                 intent.model = destination.model  # the caller may have used another name of it
             call.may_ask_usage = destination.may_ask_usage
-            if grant.tools is not None:  # type: ignore[union-attr]  # admitted
-                bind_tools(call, self.head, grant.tools, handler, destination.handler, destination.upstream)  # type: ignore[union-attr]
             request = handler.prepare(call, intent)
             self._editor = request.editor  # type: ignore[assignment]  # see `edited`
             call.body = None
@@ -338,13 +338,14 @@ class Exchange(Attempts):
             method, target.path.encode(), fields, content, is_envelope=True, body_bytes=len(content or b"")
         )
         intent = self._intent = handler.describe(call)
-        self._check_model(intent.model)
         endpoint = router.endpoint_at(target.scheme, target.host, target.port)
         tools = self._grant.tools  # type: ignore[union-attr]  # admitted
         if tools is not None:
             place = endpoint.destination if endpoint is not None else None
             names = (handler, place.handler, place.upstream) if place is not None else (handler, handler, target.host)
             bind_tools(call, self.head, tools, *names)
+        if call.tools is None:
+            self._check_model(intent.model)
         request = handler.prepare(call, intent)
         if endpoint is None:
             rented = self._rented()

@@ -56,6 +56,7 @@ class Router:
         self.config = config
         self.find_price = find_price
         self.routes: dict[bytes, Route] = {}
+        self._groups = {b"/mcp/" + group.name.encode() for group in config.mcp_groups}  # control's work
         replicas = replicas or Replicas(config.routing)
         builder = Builder(config, self.handler, pools, environment, replicas, find_price)
         self.upstreams = builder.upstreams()
@@ -104,6 +105,8 @@ class Router:
                 return self._named(rest, shown)
             if rest.startswith(instances.PREFIX):
                 return self._rented(rest, shown)
+            if self._groups and path[len(PREFIX) :].removesuffix(b"/") in self._groups:
+                return Route(CONTROL, shown=shown)
             return self._mount(rest, shown)
         return Route(CONTROL, shown=shown)
 

@@ -7,7 +7,6 @@ that sends a list compressed, though it was asked not to, shows all of it; calls
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,18 +16,18 @@ from msgspec import Raw, Struct
 from gpuproxy.plugin import (
     AnswerEditor,
     Call,
+    EventCutter,
     HeadEditor,
     HeaderList,
     Pin,
     UpstreamRequest,
     may_use,
+    with_data,
 )
 from gpuproxy_plugins.mcp_meter import UNREADABLE, Rpc, RpcError
 
 HELD_BYTES_MAX = 4 << 20  # of a list, or of one event; a list that is longer is not shown
 _WORDS = ("method", "params", "name")
-_LINE_END = re.compile(rb"\r\n|\n|\r")
-_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 
 Fields = dict[str, Raw]
 Keep = Callable[[str], bool]
@@ -115,19 +114,6 @@ def narrowed(payload: bytes, keep: Keep) -> bytes:
     return _encode(message)
 
 
-def _with_data(event: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """Return an event with its data changed; each other line stays, and so does the event if the data does."""
-    lines = _LINE_END.split(event)
-    payload = b"\n".join([line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")])
-    changed = change(payload)
-    found = _LINE_END.search(event)
-    if changed == payload or found is None:
-        return event
-    first = next(at for at, line in enumerate(lines) if line.startswith(b"data:"))
-    before, behind = lines[:first], [line for line in lines[first:] if not line.startswith(b"data:")]
-    return found[0].join([*before, *(b"data: " + part for part in changed.split(b"\n")), *behind])
-
-
 class BoundHead:
     """Shows the head of an answer to who edits it, and then edits lists of tools in its body."""
 
@@ -151,7 +137,8 @@ class ToolLists:
     def __init__(self, keep: Keep, first: AnswerEditor | None = None) -> None:
         self._keep = keep
         self._first = first
-        self._held = b""
+        self._held = b""  # of a JSON answer
+        self._cutter = EventCutter()
         self._is_json: bool | None = None  # until the first byte has come
         self._is_dropping = False
 
@@ -172,21 +159,19 @@ class ToolLists:
         return b"" if self._is_dropping else narrowed(self._held, self._keep)
 
     def _events(self, data: bytes, is_last: bool) -> Iterator[bytes]:
-        held, start = self._held + data, 0
-        for end in _EVENT_END.finditer(held):
-            yield self._edited(held[start : end.end()])
-            start = end.end()
-        self._held = held[start:]
+        cutter = self._cutter
+        yield from map(self._edited, cutter.feed(data))
         if is_last:
-            yield self._edited(self._held)
-        elif len(self._held) > HELD_BYTES_MAX:
-            self._held, self._is_dropping = b"", True
+            yield self._edited(cutter.spill())
+        elif cutter.held_bytes > HELD_BYTES_MAX:
+            cutter.spill()
+            self._is_dropping = True
 
     def _edited(self, event: bytes) -> bytes:
         is_dropped, self._is_dropping = self._is_dropping, False
         if is_dropped or b'"tools"' not in event:
             return b"" if is_dropped else event
-        return _with_data(event, lambda payload: narrowed(payload, self._keep))
+        return with_data(event, lambda payload: narrowed(payload, self._keep))
 
 
 _: list[type[AnswerEditor]] = [ToolLists]

@@ -150,3 +150,15 @@ async def test_an_enveloped_stream_shows_what_the_key_may_use(serve: Serve) -> N
     await served(gateway, client, b"text/event-stream", b"data: " + LIST + b"\n\n")
     assert json.loads((await client.answer()).body[6:]) == LEFT
     await gateway.receipt()
+
+
+async def test_a_key_bound_to_models_calls_tools_only_if_it_is_bound_to_tools_too(serve: Serve) -> None:
+    gateway = await serve()
+    for rules, status in ((None, 403), (("tools/search",), 200)):
+        key = gateway.keys.add(models=("m",), tools=rules)
+        await gateway.warm(key)
+        client = await gateway.ask(request(b"POST " + TOOLS, body=ALLOWED, key=key))
+        if status == 200:
+            await served(gateway, client, b"application/json", b"{}")
+        assert (await client.answer()).status == status
+    await gateway.receipt(2)

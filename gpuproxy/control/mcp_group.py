@@ -1,0 +1,296 @@
+"""Several MCP servers as one: ``/api/v1/gpu/proxy/mcp/{group}``, for both eras.
+
+Lists are merged under names that tell the server, calls go to the server their name tells, everything else to all. All
+of it are calls through the gateway itself, see `mcp_inner`; nothing is remembered here. In revisions with sessions the
+client's session id is a sealed text of those at the servers, so any node can read it. A server that does not answer is
+left out, and the log says so.
+
+There is no standalone stream: GET is answered 405, as MCP allows, but for resuming a stream that broke off.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from gpuproxy.codec.seal import Seal
+from gpuproxy.config.mcp import McpGroup
+from gpuproxy.control.mcp_answers import RpcError, accepted, in_company, responded, verbatim
+from gpuproxy.control.mcp_inner import Inner, Seat, Told
+from gpuproxy.control.mcp_merge import (
+    LISTS,
+    is_gateways,
+    is_unknown_method,
+    merged_discovery,
+    merged_list,
+    merged_session,
+    next_cursor,
+)
+from gpuproxy.control.mcp_names import (
+    MARK,
+    UNREADABLE,
+    URI_MARK,
+    Fields,
+    decode_fields,
+    encode,
+    inward,
+    mirrored,
+    object_of,
+    raw,
+    split,
+    text_of,
+)
+from gpuproxy.control.mcp_relay import relay, while_there
+from gpuproxy.observe.logs import get_logger
+
+STATELESS_SINCE = "2026-07-28"
+PAGES_MAX = 50  # of one server's list
+NAMED = {"tools/call": ("name", MARK), "prompts/get": ("name", MARK), "resources/read": ("uri", URI_MARK)}
+UNREACHABLE = -32066  # as calls to a single server have it
+COMPLAINT_S = 60.0  # between two log lines about one server
+
+Seats = dict[str, Seat]  # by server
+_encode_seats = msgspec.json.Encoder().encode
+_decode_seats = msgspec.json.Decoder(Seats).decode
+
+logger = get_logger(__name__)
+
+
+class Group:
+    """One group, as a handler of its path."""
+
+    def __init__(self, settings: McpGroup, inner: Inner, seal: Seal, body_bytes_max: int) -> None:
+        self.name = settings.name
+        self._settings = settings
+        self._inner = inner
+        self._seal = seal
+        self._body_bytes_max = body_bytes_max
+        self._complained: dict[str, float] = {}
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer a client."""
+        try:
+            return self._named(await self._answered(request))
+        except RpcError as failure:
+            return self._named(failure.answer(request))
+        except aiohttp.ClientError as error:
+            return RpcError(502, UNREACHABLE, f"the server cannot be reached: {error}").answer(request)
+
+    def _named(self, response: web.StreamResponse) -> web.StreamResponse:
+        """Let a server's word about credentials lead to the group: clients compare it with the URL they call."""
+        challenge = response.headers.get("WWW-Authenticate", "")
+        if challenge and not response.prepared:
+            for server in self._settings.servers:
+                challenge = challenge.replace(f'/mcp/{server}"', f'/mcp/{self.name}"')
+            response.headers["WWW-Authenticate"] = challenge
+        return response
+
+    async def _answered(self, request: web.Request) -> web.StreamResponse:
+        has_key = "X-API-Key" in request.headers or "Authorization" in request.headers
+        if request.method == "POST" and has_key:
+            return await self._posted(request, await self._body(request))
+        if request.method == "GET" and has_key:
+            return await self._resumed(request)
+        if request.method == "DELETE" and has_key:
+            return await self._ended(request)
+        return await self._passed(request, self._settings.servers[0], None, None)  # one says it for all
+
+    # -- messages ---------------------------------------------------------------------------------------------
+
+    async def _posted(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        message = _message(body)
+        method = text_of(message, "method")
+        if _is_stateless(request):
+            seats = dict.fromkeys(self._settings.servers, Seat())
+        elif method == "initialize":
+            return await self._initialized(request, message, body)
+        else:
+            seats = self._seats(request)
+        return await self._sent(Turn(request, message, body, seats), method)
+
+    async def _sent(self, turn: "Turn", method: str) -> web.StreamResponse:
+        if not method:
+            server, answer = inward(turn.message, turn.seats)
+            return await self._passed(turn.request, server, encode(answer), turn.seats) if server else accepted()
+        if method in LISTS:
+            return await self._listed(turn, method)
+        if method in NAMED or method == "completion/complete":
+            return await self._routed(turn, method)
+        if method.startswith("notifications/"):
+            self._check_all(turn, await self._asked(turn, turn.body))
+            return accepted()
+        if method == "server/discover" and _is_stateless(turn.request):
+            return await self._discovered(turn)
+        if method == "logging/setLevel":
+            self._good(turn, method, await self._asked(turn, turn.body))
+        if method in ("ping", "logging/setLevel"):
+            return responded(turn.message, {})
+        status = 404 if _is_stateless(turn.request) else 200
+        raise RpcError(status, -32601, f"Method not found: {method[:100]}", turn.message.get("id"))
+
+    async def _initialized(self, request: web.Request, message: Fields, body: bytes) -> web.StreamResponse:
+        turn = Turn(request, message, body, dict.fromkeys(self._settings.servers, Seat()))
+        agreed = self._good(turn, "initialize", await self._asked(turn, body))
+        seats = {each.server: _seat_of(each) for each in agreed}
+        response = in_company(responded(message, merged_session(self.name, agreed)), agreed[0])
+        response.headers["Mcp-Session-Id"] = self._seal.seal(_encode_seats(seats), self._context()).decode()
+        return response
+
+    async def _discovered(self, turn: "Turn") -> web.StreamResponse:
+        told = await self._asked(turn, turn.body)
+        for each in told:
+            if each.status in range(200, 500) and each.result is None and not is_gateways(each):
+                return verbatim(each)  # a server of sessions only: the client shall begin one, which most others can
+        good = self._good(turn, "server/discover", told)
+        return in_company(responded(turn.message, merged_discovery(self.name, good)), good[0])
+
+    async def _listed(self, turn: "Turn", method: str) -> web.StreamResponse:
+        params = object_of(turn.message, "params")
+        params.pop("cursor", None)  # all is in one page
+        pages = await asyncio.gather(*(self._pages(turn, server, params) for server in turn.seats))
+        firsts = self._good(turn, method, [each[0] for each in pages])
+        named = {each.server for each in firsts}
+        whole = [page for each in pages for page in each if page.server in named and page.result is not None]
+        return in_company(responded(turn.message, merged_list(LISTS[method], whole)), firsts[0])
+
+    async def _pages(self, turn: "Turn", server: str, params: Fields) -> list[Told]:
+        pages: list[Told] = []
+        cursor = ""
+        while len(pages) < PAGES_MAX:
+            asked = params | ({"cursor": raw(cursor)} if cursor else {})
+            body = encode(turn.message | ({"params": raw(asked)} if asked else {}))
+            pages.append(await self._ask(turn, server, body))
+            if not (cursor := next_cursor(pages[-1])):
+                break
+        return pages
+
+    async def _routed(self, turn: "Turn", method: str) -> web.StreamResponse:
+        params = object_of(turn.message, "params")
+        place = object_of(params, "ref") if method == "completion/complete" else params
+        field, mark = NAMED.get(method) or (("uri", URI_MARK) if "uri" in place else ("name", MARK))
+        server, name = split(text_of(place, field), mark, turn.seats)
+        if not server:
+            shown = text_of(place, field)[:100]
+            message = f"no {shown!r} here; names begin with server{mark}, servers: {', '.join(turn.seats)}"
+            raise RpcError(200, -32602, message, turn.message.get("id"))
+        place = place | {field: raw(name)}
+        params = params | {"ref": raw(place)} if method == "completion/complete" else place
+        body = encode(turn.message | {"params": raw(params)})
+        headers = {"mcp_name": mirrored(name)} if "Mcp-Name" in turn.request.headers else {}
+        return await self._passed(turn.request, server, body, turn.seats, **headers)
+
+    # -- sessions ---------------------------------------------------------------------------------------------
+
+    async def _resumed(self, request: web.Request) -> web.StreamResponse:
+        if _is_stateless(request) or "Last-Event-ID" not in request.headers:
+            allow = {"Allow": "POST, DELETE"}
+            raise RpcError(405, -32600, "there is no stream to listen to; post messages", headers=allow)
+        seats = self._seats(request)
+        server, event_id = split(request.headers["Last-Event-ID"], MARK, seats)
+        if not server:
+            raise RpcError(400, -32600, "Last-Event-ID names no server of this group")
+        return await self._passed(request, server, None, seats, last_event_id=event_id)
+
+    async def _ended(self, request: web.Request) -> web.StreamResponse:
+        seats = {server: seat for server, seat in self._seats(request).items() if seat.session}
+        turn = Turn(request, {}, None, seats)
+        self._check_all(turn, [each for each in await self._asked(turn, None) if each.status != 405])
+        return web.Response(status=200)
+
+    def _seats(self, request: web.Request) -> Seats:
+        """Return the client's sessions at the servers. Raises RpcError for none, and for one that is not ours."""
+        text = request.headers.get("Mcp-Session-Id", "")
+        if not text:
+            raise RpcError(400, -32600, "no Mcp-Session-Id; begin a session with initialize")
+        plain = self._seal.unseal(text.encode(errors="replace"), self._context())
+        if plain is None:
+            raise RpcError(404, -32600, "this session is unknown here; begin a new one")
+        seats = _decode_seats(plain)
+        return {server: seats[server] for server in self._settings.servers if server in seats}
+
+    def _context(self) -> bytes:
+        return b"mcp group " + self.name.encode()
+
+    # -- calls ------------------------------------------------------------------------------------------------
+
+    async def _asked(self, turn: "Turn", body: bytes | None) -> list[Told]:
+        return await asyncio.gather(*(self._ask(turn, server, body) for server in turn.seats))
+
+    async def _ask(self, turn: "Turn", server: str, body: bytes | None) -> Told:
+        return await self._inner.ask(turn.request, server, body, turn.seats[server], self._settings.timeout_s)
+
+    async def _passed(
+        self, request: web.Request, server: str, body: bytes | None, seats: Seats | None, **headers: str
+    ) -> web.StreamResponse:
+        async def work() -> web.StreamResponse:
+            seat = seats[server] if seats is not None else None
+            async with self._inner.call(request, server, body, seat, **headers) as response:
+                return await relay(request, response, server)
+
+        return await while_there(request, work())
+
+    def _good(self, turn: "Turn", method: str, told: Sequence[Told]) -> list[Told]:
+        """Return those who answered. Raises RpcError if none did, or for what holds for the caller at all of them."""
+        self._check_all(turn, told)
+        good = [each for each in told if each.result is not None]
+        for each in told:
+            if each.result is None and not is_unknown_method(each):
+                self._complain(each, method)
+        if not good:
+            raise RpcError.of(next(each for each in told if each.status))
+        return good
+
+    def _check_all(self, turn: "Turn", told: Sequence[Told]) -> None:
+        for each in told:
+            has_session = bool(turn.seats[each.server].session)
+            if each.is_callers or (has_session and each.status == 404 and not is_unknown_method(each)):
+                raise RpcError.of(each)  # without a key nothing goes; a session that is gone must begin anew
+        if told and not any(each.status for each in told):
+            raise RpcError(502, UNREACHABLE, f"no server of the group {self.name!r} answers")
+
+    def _complain(self, told: Told, method: str) -> None:
+        now_s = time.monotonic()
+        if now_s - self._complained.get(told.server, -COMPLAINT_S) >= COMPLAINT_S:
+            self._complained[told.server] = now_s
+            where = {"group": self.name, "server": told.server, "status": told.status, "method": method}
+            logger.warning("a server of an MCP group is left out", **where)
+
+    async def _body(self, request: web.Request) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        async for part in request.content.iter_any():
+            size += len(part)
+            if size > self._body_bytes_max:
+                raise RpcError(413, -32600, f"the message is over {self._body_bytes_max} bytes")
+            parts.append(part)
+        return b"".join(parts)
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """A message and where it may go."""
+
+    request: web.Request
+    message: Fields
+    body: bytes | None
+    seats: Seats
+
+
+def _message(body: bytes) -> Fields:
+    if body.lstrip()[:1] == b"[":
+        raise RpcError(400, -32600, "a group takes one message at a time, no batches")
+    try:
+        return decode_fields(body)
+    except UNREADABLE:
+        raise RpcError(400, -32700, "the body is no JSON object") from None
+
+
+def _is_stateless(request: web.Request) -> bool:
+    return request.headers.get("MCP-Protocol-Version", "") >= STATELESS_SINCE
+
+
+def _seat_of(told: Told) -> Seat:
+    result = object_of(told.response, "result")
+    return Seat(told.headers.get("Mcp-Session-Id", ""), text_of(result, "protocolVersion"))

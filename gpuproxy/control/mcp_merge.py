@@ -1,0 +1,111 @@
+"""Answers of several MCP servers made into one.
+
+Lists are put together by the names clients see, all pages in one. What the group cannot do for its servers, telling of
+changes and subscriptions, it does not promise.
+"""
+
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version as version_of
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from gpuproxy.control.mcp_inner import Told
+from gpuproxy.control.mcp_names import UNREADABLE, Fields, decode_list, object_of, raw, relabelled, text_of
+
+LISTS = {
+    "tools/list": "tools",
+    "prompts/list": "prompts",
+    "resources/list": "resources",
+    "resources/templates/list": "resourceTemplates",
+}
+PROMISED = ("tools", "prompts", "resources", "completions", "logging")
+
+_decode_int = msgspec.json.Decoder(int).decode
+_decode_texts = msgspec.json.Decoder(list[str]).decode
+
+
+def merged_list(field: str, pages: Sequence[Told]) -> Fields:
+    """Return one list of all that the servers listed."""
+    items: list[Raw] = []
+    merged: Fields = {}
+    lifetimes: list[int] = []
+    for told in pages:
+        result = object_of(told.response, "result")
+        items += [relabelled(item, told.server) for item in _items(result, field)]
+        lifetimes += _number(result, "ttlMs")
+        merged = merged or result
+    merged = {name: value for name, value in merged.items() if name not in (field, "nextCursor")}
+    if "cacheScope" in merged:
+        merged |= {"cacheScope": Raw(b'"private"'), "ttlMs": raw(min(lifetimes, default=0))}
+    return merged | {field: raw(items)}
+
+
+def merged_session(group: str, told: Sequence[Told]) -> Fields:
+    """Return the result of `initialize` for all who have agreed, in the oldest of their revisions."""
+    results = {each.server: object_of(each.response, "result") for each in told}
+    revision = min(text_of(result, "protocolVersion") for result in results.values())
+    return _described(results) | {"protocolVersion": raw(revision), "serverInfo": raw(_info(group))}
+
+
+def merged_discovery(group: str, told: Sequence[Told]) -> Fields:
+    """Return the result of `server/discover`: the revisions that all of them speak."""
+    results = {each.server: object_of(each.response, "result") for each in told}
+    first = next(iter(results.values()))
+    spoken = [_texts(result, "supportedVersions") for result in results.values()]
+    common = [revision for revision in spoken[0] if all(revision in others for others in spoken)]
+    kept = {name: value for name, value in first.items() if name in ("resultType", "ttlMs", "cacheScope")}
+    if "cacheScope" in kept:
+        kept |= {"cacheScope": Raw(b'"private"'), "ttlMs": Raw(b"0")}
+    meta = {"io.modelcontextprotocol/serverInfo": _info(group)}
+    return kept | _described(results) | {"supportedVersions": raw(common), "_meta": raw(meta)}
+
+
+def next_cursor(told: Told) -> str:
+    """Return what continues a server's list, empty if it is whole."""
+    return text_of(object_of(told.response, "result"), "nextCursor")
+
+
+def is_unknown_method(told: Told) -> bool:
+    """Tell whether a server does not have what it was asked for: prompts, or resources."""
+    return _number(object_of(told.response, "error"), "code") == [-32601]
+
+
+def is_gateways(told: Told) -> bool:
+    """Tell whether the gateway refused, so that the server was not asked."""
+    return bool(text_of(object_of(object_of(told.response, "error"), "data"), "code"))
+
+
+def _described(results: dict[str, Fields]) -> Fields:
+    offered = [object_of(result, "capabilities") for result in results.values()]
+    capabilities: dict[str, Any] = {name: {} for name in PROMISED if any(name in each for each in offered)}
+    hints = {server: text_of(result, "instructions") for server, result in results.items()}
+    said = [f"{server}: {hint}" for server, hint in hints.items() if hint]
+    described = {"capabilities": raw(capabilities)}
+    return described | ({"instructions": raw("\n\n".join(said))} if said else {})
+
+
+def _info(group: str) -> dict[str, str]:
+    return {"name": f"gpuproxy/{group}", "version": version_of("gpuproxy")}
+
+
+def _items(result: Fields, field: str) -> Iterable[Raw]:
+    try:
+        return decode_list(result[field]) if field in result else []
+    except UNREADABLE:
+        return []
+
+
+def _number(fields: Fields, name: str) -> list[int]:
+    try:
+        return [_decode_int(fields[name])] if name in fields else []
+    except UNREADABLE:
+        return []
+
+
+def _texts(fields: Fields, name: str) -> list[str]:
+    try:
+        return _decode_texts(fields[name]) if name in fields else []
+    except UNREADABLE:
+        return []

@@ -1,0 +1,318 @@
+"""The official MCP SDK against a group: several servers behind one endpoint, in both eras, one of them down."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from mcp import Client, MCPError
+from mcp.client.streamable_http import streamable_http_client
+from mcp.server import MCPServer
+from mcp.shared._httpx_utils import create_mcp_http_client
+from mcp.types import ElicitRequestParams, ElicitResult, TextContent, TextResourceContents
+
+from .conftest import Tools
+from .gateway import WAIT_S, Gateway, running_gateway, toml_table, upstream
+from .mcp_server import OPEN
+from .servers import serve_asgi
+
+LEGACY, MODERN = "2025-11-25", "2026-07-28"
+MODES = [("legacy", LEGACY), (MODERN, MODERN), ("auto", MODERN)]
+
+
+class Library:
+    """A second server: a tool of a name the first one has too, a prompt, resources."""
+
+    def __init__(self) -> None:
+        self.mcp = MCPServer("library-of-the-tests", instructions="Ask for books.")
+        self.mcp.add_tool(self.add)
+        self.mcp.add_tool(self.blob)
+        self.mcp.prompt()(self.greet)
+        self.mcp.resource("book://one")(self.one)
+        self.mcp.resource("book://{name}/page")(self.page)
+
+    def app(self) -> Any:
+        """Return the ASGI application for Streamable HTTP at /mcp."""
+        return self.mcp.streamable_http_app(transport_security=OPEN)
+
+    async def add(self, book: str) -> str:
+        """Add a book."""
+        return f"added {book}"
+
+    async def blob(self) -> str:
+        """Return a long text."""
+        return "y" * 200_000
+
+    def greet(self, name: str) -> str:
+        """Greet somebody."""
+        return f"Hello {name}!"
+
+    def one(self) -> str:
+        """The one book."""
+        return "text of one"
+
+    def page(self, name: str) -> str:
+        """A page of a book."""
+        return f"page of {name}"
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory, tools: Tools, dead_port: int) -> Iterator[Gateway]:
+    with serve_asgi(Library().app()) as library:
+        settings = "".join(
+            [
+                upstream("tools", "mcp", tools.url("tools")),
+                upstream("resumable", "mcp", tools.url("resumable")),
+                upstream("library", "mcp", f"http://127.0.0.1:{library.port}/mcp"),
+                upstream("down", "mcp", f"http://127.0.0.1:{dead_port}/mcp"),
+                toml_table("[[mcp_groups]]", {"name": "all", "servers": ["tools", "library"]}),
+                toml_table("[[mcp_groups]]", {"name": "some", "servers": ["down", "library", "missing"]}),
+                toml_table("[[mcp_groups]]", {"name": "none", "servers": ["down"], "timeout_s": 5.0}),
+                toml_table("[[mcp_groups]]", {"name": "again", "servers": ["resumable", "library"]}),
+            ]
+        )
+        with running_gateway(tmp_path_factory.mktemp("group"), settings, {}) as gateway:
+            yield gateway
+
+
+def url_of(group: Gateway, name: str = "all") -> str:
+    return f"{group.url}/api/v1/gpu/proxy/mcp/{name}"
+
+
+async def tell_address(context: Any, params: ElicitRequestParams) -> ElicitResult:
+    return ElicitResult(action="accept", content={"city": "Łódź"})
+
+
+@asynccontextmanager
+async def connected(group: Gateway, mode: str = "auto", name: str = "all", key: str = "") -> AsyncIterator[Client]:
+    headers = {"Authorization": f"Bearer {key or group.key}"}
+    async with create_mcp_http_client(headers=headers) as http:
+        transport = streamable_http_client(url_of(group, name), http_client=http)
+        async with Client(transport, mode=mode, elicitation_callback=tell_address) as client:
+            yield client
+
+
+def text(result: Any) -> str:
+    block = result.content[0]
+    assert isinstance(block, TextContent)
+    return block.text
+
+
+@pytest.mark.parametrize(("mode", "version"), MODES)
+async def test_tools_of_all_servers_are_listed_and_called_by_their_server(
+    group: Gateway, mode: str, version: str
+) -> None:
+    async with connected(group, mode) as client:
+        assert client.protocol_version == version
+        names = {tool.name for tool in (await client.list_tools()).tools}
+        assert {"tools__add", "tools__count", "library__add", "library__blob"} <= names
+        assert text(await client.call_tool("tools__add", {"a": 2, "b": 3})) == "5"
+        assert text(await client.call_tool("library__add", {"book": "Faust"})) == "added Faust"
+        assert (await client.call_tool("tools__fail", {})).is_error
+        assert text(await client.call_tool("library__blob", {})) == "y" * 200_000
+
+
+@pytest.mark.parametrize("mode", ["legacy", MODERN])
+async def test_prompts_and_resources_are_found_by_their_server(group: Gateway, mode: str) -> None:
+    async with connected(group, mode) as client:
+        assert [prompt.name for prompt in (await client.list_prompts()).prompts] == ["library__greet"]
+        told = await client.get_prompt("library__greet", {"name": "Ann"})
+        assert told.messages[0].content.text == "Hello Ann!"  # type: ignore[union-attr]
+        assert [str(each.uri) for each in (await client.list_resources()).resources] == ["library+book://one"]
+        templates = (await client.list_resource_templates()).resource_templates
+        assert [each.uri_template for each in templates] == ["library+book://{name}/page"]
+        (content,) = (await client.read_resource("library+book://faust/page")).contents
+        assert isinstance(content, TextResourceContents)
+        assert (str(content.uri), content.text) == ("library+book://faust/page", "page of faust")
+
+
+@pytest.mark.parametrize("mode", ["legacy", MODERN])
+async def test_a_tool_without_a_server_is_unknown(group: Gateway, mode: str) -> None:
+    async with connected(group, mode) as client:
+        with pytest.raises(MCPError, match="names begin with server__"):
+            await client.call_tool("add", {})
+
+
+@pytest.mark.parametrize("mode", ["legacy", MODERN])
+async def test_progress_and_questions_of_a_server_pass_through(group: Gateway, mode: str) -> None:
+    seen: list[float] = []
+
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        seen.append(progress)
+
+    async with connected(group, mode) as client:
+        await client.call_tool("tools__count", {"to": 5}, progress_callback=note)
+        assert seen == [1, 2, 3, 4, 5]
+        assert text(await client.call_tool("tools__order", {"what": "tea"})) == "tea goes to Łódź"
+
+
+@pytest.mark.parametrize("mode", ["legacy", MODERN])
+async def test_a_client_that_leaves_a_call_cancels_it(group: Gateway, tools: Tools, mode: str) -> None:
+    cancelled = tools.servers["tools"].cancelled
+    cancelled.clear()
+    started = asyncio.Event()
+
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        started.set()
+
+    async with connected(group, mode) as client:
+        call = asyncio.ensure_future(client.call_tool("tools__wait", {}, progress_callback=note))
+        await asyncio.wait_for(started.wait(), 5)
+        call.cancel()
+        assert await asyncio.to_thread(cancelled.wait, 5)
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+
+async def test_a_stream_closed_early_is_resumed_at_its_server(group: Gateway, tools: Tools) -> None:
+    before = tools.servers["resumable"].events.resumed_count
+    async with connected(group, "legacy", "again") as client:
+        assert text(await client.call_tool("resumable__polled", {})) == "resumed"
+    assert tools.servers["resumable"].events.resumed_count > before
+
+
+@pytest.mark.parametrize("mode", ["legacy", MODERN, "auto"])
+async def test_a_server_that_is_down_is_left_out_and_logged(group: Gateway, mode: str) -> None:
+    async with connected(group, mode, "some") as client:
+        assert client.protocol_version == (LEGACY if mode == "legacy" else MODERN)
+        assert {tool.name for tool in (await client.list_tools()).tools} == {"library__add", "library__blob"}
+        assert text(await client.call_tool("library__add", {"book": "Faust"})) == "added Faust"
+    assert "a server of an MCP group is left out" in group.log.read_text()
+
+
+async def test_inner_calls_are_the_callers_own_with_receipts_by_tool(group: Gateway) -> None:
+    key = group.new_key("group@example.com")
+    async with connected(group, MODERN, key=key) as client:
+        await client.call_tool("tools__add", {"a": 1, "b": 1})
+        await client.call_tool("library__add", {"book": "x"})
+    assert await asyncio.to_thread(used_tools, group, key) == [("library/add", 1), ("tools/add", 1)]
+
+
+def used_tools(group: Gateway, key: str) -> list[tuple[str, int]]:
+    """Return which tools a key has called, and how often, as soon as that is two."""
+    deadline_s = time.monotonic() + WAIT_S
+    with httpx2.Client(headers={"X-API-Key": key}) as http:
+        while True:
+            groups = http.get(f"{group.url}/api/v1/user/usage?group_by=tool").json()["groups"]
+            if len(groups) >= 2 or time.monotonic() > deadline_s:
+                return [(each["tool"], each["requests"]) for each in groups]
+
+
+@pytest.mark.parametrize("mode", ["legacy", MODERN])
+async def test_the_tools_of_a_key_hold_in_a_group(group: Gateway, mode: str) -> None:
+    words = ("key", "create", "--user", "caller@example.com", "--rpm", "0", "--tools", "library/add,tools/c*")
+    key = (await asyncio.to_thread(group.command, *words)).strip()
+    async with connected(group, mode, key=key) as client:
+        names = {tool.name for tool in (await client.list_tools()).tools}
+        assert {"library__add", "tools__count"} <= names
+        assert not names & {"library__blob", "tools__add"}
+        with pytest.raises(MCPError, match="may not use tool 'tools/add'"):
+            await client.call_tool("tools__add", {"a": 2, "b": 3})
+
+
+# -- by hand ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def http(group: Gateway) -> Iterator[httpx2.Client]:
+    headers = {"X-API-Key": group.key, "Accept": "application/json, text/event-stream"}
+    with httpx2.Client(headers=headers, timeout=10) as http:
+        yield http
+
+
+def message(method: str, **params: Any) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+
+
+def initialize(http: httpx2.Client, url: str) -> httpx2.Response:
+    params = {"protocolVersion": LEGACY, "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    return http.post(url, json=message("initialize", **params))
+
+
+def test_a_session_is_one_for_all_and_ends_for_all(group: Gateway, http: httpx2.Client) -> None:
+    url = url_of(group)
+    opened = initialize(http, url)
+    told = opened.json()["result"]
+    assert (told["protocolVersion"], told["serverInfo"]["name"]) == (LEGACY, "gpuproxy/all")
+    assert {"tools", "prompts", "resources"} <= told["capabilities"].keys()
+    assert told["capabilities"]["tools"] == {}
+    assert told["instructions"] == "library: Ask for books."
+    session = {"Mcp-Session-Id": opened.headers["mcp-session-id"], "MCP-Protocol-Version": LEGACY}
+    assert session["Mcp-Session-Id"].isascii()
+    noted = http.post(url, json={"jsonrpc": "2.0", "method": "notifications/initialized"}, headers=session)
+    assert (noted.status_code, noted.content) == (202, b"")
+    assert http.post(url, json=message("ping"), headers=session).json()["result"] == {}
+    assert http.post(url, json=message("tools/list"), headers=session).status_code == 200
+    assert http.delete(url, headers=session).status_code == 200
+    assert http.post(url, json=message("tools/list"), headers=session).status_code == 404
+
+
+@pytest.mark.parametrize("session", ["x", "A" * 200, "é"], ids=["short", "long", "not-ascii"])
+def test_a_session_that_is_not_ours_is_not_found(group: Gateway, http: httpx2.Client, session: str) -> None:
+    headers = {"Mcp-Session-Id": session.encode(), "MCP-Protocol-Version": LEGACY.encode()}
+    assert http.post(url_of(group), json=message("tools/list"), headers=headers).status_code == 404
+
+
+def test_a_session_of_another_group_or_key_is_not_found(group: Gateway, http: httpx2.Client) -> None:
+    session = {"Mcp-Session-Id": initialize(http, url_of(group)).headers["mcp-session-id"]}
+    assert http.post(url_of(group, "again"), json=message("tools/list"), headers=session).status_code == 404
+    other = session | {"X-API-Key": group.new_key("other@example.com")}
+    assert http.post(url_of(group), json=message("tools/list"), headers=other).status_code == 404
+
+
+def test_there_is_no_standalone_stream(group: Gateway, http: httpx2.Client) -> None:
+    session = {"Mcp-Session-Id": initialize(http, url_of(group)).headers["mcp-session-id"]}
+    answer = http.get(url_of(group), headers=session | {"Accept": "text/event-stream"})
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST, DELETE")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"no json", 400, -32700),
+        (json.dumps([message("ping")]).encode(), 400, -32600),
+        (json.dumps(message("tools/list")).encode(), 400, -32600),
+        (b"x" * (17 << 20), 413, -32600),
+    ],
+    ids=["no-json", "batch", "no-session", "too-long"],
+)
+def test_what_cannot_be_served_is_a_json_rpc_error(
+    group: Gateway, http: httpx2.Client, body: bytes, status: int, code: int
+) -> None:
+    answer = http.post(url_of(group), content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize("method", ["subscriptions/listen", "tasks/get", "nothing"])
+def test_an_unknown_method_is_not_found(group: Gateway, http: httpx2.Client, method: str) -> None:
+    headers = {"MCP-Protocol-Version": MODERN, "Mcp-Method": method}
+    answer = http.post(url_of(group), json=message(method), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, -32601)
+
+
+def test_without_a_key_the_answer_is_that_of_a_server(group: Gateway) -> None:
+    with httpx2.Client() as http:
+        answer = initialize(http, url_of(group))
+    assert (answer.status_code, answer.headers["www-authenticate"][:6]) == (401, "Bearer")
+    assert answer.json()["error"]["data"]["code"] == "UNAUTHORIZED"
+
+
+def test_a_page_that_may_not_call_a_server_may_not_call_the_group(group: Gateway, http: httpx2.Client) -> None:
+    headers = {"Origin": "https://evil.example"}
+    params = message("initialize", protocolVersion=LEGACY, capabilities={}, clientInfo={"name": "t", "version": "1"})
+    assert http.post(url_of(group), json=params, headers=headers).status_code == 403
+
+
+def test_a_group_whose_servers_are_all_down_says_so(group: Gateway, http: httpx2.Client) -> None:
+    answer = initialize(http, url_of(group, "none"))
+    assert answer.status_code == 502
+    assert answer.json()["error"]["code"] == -32066
+
+
+def test_the_configuration_of_a_group_is_checked(tmp_path: Path, group: Gateway) -> None:
+    assert "mcp_groups[1].servers: no upstream 'missing' here" in group.command("check-config")
