@@ -11,7 +11,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from msgspec import Struct
-from sqlalchemy import ColumnElement, and_, exists, func, literal_column, select, update
+from sqlalchemy import ColumnElement, and_, exists, func, literal_column, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.events.outbox import record
@@ -71,11 +71,15 @@ class Due(Struct, frozen=True):
 
 
 class Outcome(Struct, frozen=True):
-    """How an attempt ended. `status` is 0 if no answer came; `error` is empty for a success."""
+    """How an attempt ended. `status` is 0 if no answer came; `error` is empty for a success.
+
+    `rest_s` is for how long the receiver wants nothing (Retry-After), 0 if it did not say.
+    """
 
     status: int
     error: str
     duration_ms: int
+    rest_s: int = 0
 
 
 def after(state: str, move: Move) -> str:
@@ -91,11 +95,15 @@ def wait_after(attempts: int, luck: float) -> timedelta | None:
 
 
 async def waiting_webhooks(store: Store, now: datetime) -> list[Waiting]:
-    """Return the webhooks that something is due for, in no order: one index look-up for each that is enabled."""
+    """Return the webhooks that something is due for and that do not rest, in no order: one index look-up for each that
+    is enabled.
+    """
     is_due = exists().where(deliveries.c.webhook_id == webhooks.c.id, IS_OPEN, deliveries.c.due_at <= now)
     query = (
         select(webhooks.c.id, webhooks.c.user_id, webhooks.c.failing_since)
-        .where(webhooks.c.state == "enabled", is_due)
+        .where(
+            webhooks.c.state == "enabled", or_(webhooks.c.rests_until.is_(None), webhooks.c.rests_until <= now), is_due
+        )
         .order_by(func.random())
         .limit(WEBHOOKS_AT_ONCE_MAX)
     )
@@ -174,16 +182,18 @@ def _verdict(due: Due, outcome: Outcome, now: datetime) -> tuple[Move, datetime]
     wait = wait_after(due.attempts, random.random())  # noqa: S311 (jitter, no secret)
     if wait is None or outcome.status == GONE:
         return "give up", now
-    return "fail", now + wait
+    return "fail", now + max(wait, timedelta(seconds=outcome.rest_s))
 
 
 async def _note_health(
     connection: AsyncConnection, due: Due, outcome: Outcome, now: datetime, failing_since: datetime | None
 ) -> None:
     since = (failing_since or now) if outcome.error else None
-    if since != failing_since:
-        noted = update(webhooks).where(webhooks.c.id == due.webhook_id).values(failing_since=since)
-        await connection.execute(noted)
+    values: dict[str, Any] = {} if since == failing_since else {"failing_since": since}
+    if outcome.rest_s:  # all of its deliveries wait, not this one alone
+        values["rests_until"] = now + timedelta(seconds=outcome.rest_s)
+    if values:
+        await connection.execute(update(webhooks).where(webhooks.c.id == due.webhook_id).values(values))
     if outcome.status == GONE:
         await disable(connection, due.webhook_id, "it answered 410 Gone")
     elif since is not None and now - since >= FAILING_MAX:

@@ -6,11 +6,13 @@ hang must not make other work wait.
 """
 
 import asyncio
+import math
 import socket
 import ssl
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -27,6 +29,8 @@ ADDRESSES_MAX = 8  # of one DNS answer that are tried
 HEAD_BYTES_MAX = 8_190
 READ_BYTES = 4_096  # what is taken from the socket before it is closed
 ERROR_CHARACTERS_MAX = 200
+RESTING = (429, 503)
+REST_S_MAX = 86_400  # as the longest wait between two attempts
 
 
 class Bounds(NamedTuple):
@@ -51,10 +55,10 @@ class Poster:
     async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Outcome:
         """Send `body` and tell how that ended. Raises nothing that a receiver can cause."""
         started = time.monotonic()
-        status, error = 0, ""
+        status, rest_s, error = 0, 0, ""
         try:
             async with asyncio.timeout(self._bounds.timeout_s):
-                status = await self._post(url, headers, body)
+                status, rest_s = await self._post(url, headers, body)
         except TimeoutError:
             error = f"no answer within {self._bounds.timeout_s:g} s"
         except GatewayError as refused:
@@ -63,9 +67,9 @@ class Poster:
             error = _told(failure)
         if not error and not 200 <= status < 300:
             error = f"answered {status}" + (", and redirects are not followed" if 300 <= status < 400 else "")
-        return Outcome(status, error[:ERROR_CHARACTERS_MAX], int((time.monotonic() - started) * 1_000))
+        return Outcome(status, error[:ERROR_CHARACTERS_MAX], int((time.monotonic() - started) * 1_000), rest_s)
 
-    async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> int:
+    async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, int]:
         target = parse_target(url, "url")
         addresses = await self._addresses(target)
         connector = aiohttp.TCPConnector(
@@ -94,7 +98,7 @@ class Poster:
                 allow_redirects=False,
             ) as response,
         ):
-            return response.status
+            return response.status, rest_asked(response.status, response.headers.get("Retry-After", ""), time.time())
 
     async def _addresses(self, target: Target) -> list[tuple[str, int]]:
         host, port = target.host, target.port
@@ -122,6 +126,24 @@ class Poster:
     def close(self) -> None:
         """Leave the resolver's threads to themselves."""
         self._resolving.shutdown(wait=False, cancel_futures=True)
+
+
+def rest_asked(status: int, retry_after: str, now_s: float) -> int:
+    """Return for how many seconds a receiver wants nothing, at most REST_S_MAX; 0: it does not say so.
+
+    Retry-After is seconds or a date, RFC 9110 §10.2.3; it is heeded where it means too much or too busy.
+    """
+    if status not in RESTING:
+        return 0
+    text = retry_after.strip()
+    if text.isascii() and text.isdigit():
+        seconds = int(text[:10])
+    else:
+        try:
+            seconds = math.ceil(parsedate_to_datetime(text).timestamp() - now_s)
+        except (ValueError, OverflowError):
+            return 0
+    return max(0, min(seconds, REST_S_MAX))
 
 
 class _Pinned(AbstractResolver):

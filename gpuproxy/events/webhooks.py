@@ -126,6 +126,8 @@ async def change_webhook(
     if is_enabled is not None and is_enabled != (found.state == "enabled"):
         state, reason = ("enabled", "") if is_enabled else ("disabled", "you disabled it")
         values = {**values, "state": state, "disabled_reason": reason, "failing_since": None}
+    if "url" in values or is_enabled:
+        values = {**values, "rests_until": None}  # another receiver, or one that is said to be well again
     if values:
         await connection.execute(update(webhooks).where(webhooks.c.id == webhook_id).values(values))
     if names is not None:

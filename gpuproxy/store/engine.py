@@ -6,9 +6,10 @@ commit that holds its receipts. Writing transactions open with BEGIN IMMEDIATE: 
 and writes later would fail with "database is locked" at once, whatever busy_timeout says.
 """
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Store:
         self.ssl_mode = ssl_mode  # of PostgreSQL
         self.is_sqlite = engine.dialect.name == "sqlite"
         self._writing = engine.execution_options(gpuproxy_writes=True)
+        self._turn: asyncio.Lock | None = asyncio.Lock() if self.is_sqlite else None
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -51,8 +53,12 @@ class Store:
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """Open a transaction that may write; on SQLite it holds the write lock from its start."""
-        async with self._writing.begin() as connection:
+        """Open a transaction that may write; on SQLite it holds the write lock from its start.
+
+        There those of this process wait in line. SQLite's own waiting is by chance: among many that write, one was
+        passed over until it gave up, so that the outcome of a webhook was lost and it was sent once more.
+        """
+        async with self._turn or nullcontext(), self._writing.begin() as connection:
             yield connection
 
     def insert_new(self, table: Table) -> Insert:

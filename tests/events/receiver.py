@@ -25,7 +25,8 @@ class Taken(NamedTuple):
 
 
 class Receiver:
-    """Serves ``/ok…``, ``/fail{n}…``, ``/hang{n}…``, ``/redirect…``, ``/gone…``, ``/reset…``, ``/huge…``.
+    """Serves ``/ok…``, ``/fail{n}…``, ``/hang{n}…``, ``/redirect…``, ``/gone…``, ``/reset…``, ``/huge…``, ``/busy…``,
+    which wants nothing for an hour.
 
     With a number, only the first n tries of each delivery fare so, and the next is taken.
     """
@@ -50,6 +51,11 @@ class Receiver:
     def of(self, path: str) -> list[Taken]:
         return [each for each in self.taken if each.path == path]
 
+    def is_due(self, path: str, event_id: str, tries: int = 0) -> bool:
+        """Tell whether the next try of a delivery fares as its path says; -1: the one that is counted already."""
+        _, times = _behaviour(path)
+        return not times or self.tries[path, event_id] + tries < int(times)
+
     async def _canary(self, request: web.Request) -> web.Response:
         self.canary_count += 1
         return web.Response()
@@ -59,11 +65,8 @@ class Receiver:
         taken = Taken(request.path, headers["webhook-id"], headers, await request.read())
         self.tried.append(taken)
         self.tries[taken.path, taken.id] += 1
-        behaviour = request.path.strip("/").split("-")[0]
-        name = behaviour.rstrip("0123456789")
-        times = behaviour[len(name) :]
-        is_due = not times or self.tries[taken.path, taken.id] <= int(times)
-        if is_due and (refusal := await self._refusal(request, name)) is not None:
+        name, _ = _behaviour(taken.path)
+        if self.is_due(taken.path, taken.id, -1) and (refusal := await self._refusal(request, name)) is not None:
             return refusal
         self.taken.append(taken)
         return web.Response(status=204)
@@ -71,6 +74,8 @@ class Receiver:
     async def _refusal(self, request: web.Request, name: str) -> web.StreamResponse | None:
         if name == "fail":
             return web.Response(status=500, text="no")
+        if name == "busy":
+            return web.Response(status=503, headers={"Retry-After": "3600"})
         if name == "gone":
             return web.Response(status=410)
         if name == "redirect":
@@ -93,3 +98,10 @@ class Receiver:
                 await response.write(b"x" * 65_536)
             return response
         return None
+
+
+def _behaviour(path: str) -> tuple[str, str]:
+    """Return what a path says: how tries fare, and how many of each delivery, "" for all."""
+    behaviour = path.strip("/").split("-")[0]
+    name = behaviour.rstrip("0123456789")
+    return name, behaviour[len(name) :]

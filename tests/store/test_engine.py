@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError, StatementError
 
+from gpuproxy.store import engine
 from gpuproxy.store.engine import Store, open_store
 from gpuproxy.store.schema import accounts, changes
 
@@ -124,3 +125,22 @@ async def test_a_store_that_cannot_be_opened_is_unhealthy(tmp_path: Path) -> Non
 async def _add_account(store: Store, name: str = "a") -> None:
     async with store.writing() as connection:
         await connection.execute(insert(accounts).values(id=name, kind="adjustments", posted_nanousd=0, held_nanousd=0))
+
+
+async def test_who_writes_waits_for_its_turn_and_none_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's own waiting is by chance: of many that want to write, one may be passed over until it gives up."""
+    monkeypatch.setattr(engine, "PRAGMAS", (*engine.PRAGMAS, "PRAGMA busy_timeout=200"))
+    store = open_store(f"sqlite:///{tmp_path}/g.db")
+    turns: list[int] = []
+
+    async def write(number: int) -> None:
+        async with store.writing() as connection:
+            await connection.execute(text("SELECT 1"))
+            await asyncio.sleep(0.01)
+            turns.append(number)
+
+    await asyncio.gather(*map(write, range(100)))
+    await store.close()
+    assert turns == list(range(100))
