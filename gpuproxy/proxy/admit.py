@@ -81,6 +81,10 @@ class Admission:
             if held is not None:
                 held.grant.revoked = True
 
+    def is_good(self, grant: Grant) -> bool:
+        """Tell whether a grant given earlier still holds; to be asked every few seconds."""
+        return not (grant.revoked or grant.key_id in self._revoked or is_expired(grant))
+
     def renew(self, key_ids: tuple[str, ...]) -> None:
         """Ask about these keys again; until the answer is here they may do what they might."""
         for key_id in key_ids:
@@ -118,7 +122,7 @@ class Admission:
             self._hold(digest, grant)
             result = grant
         elif is_known:
-            self._drop(digest)
+            self._refused(digest)
             if len(self._unknown) >= UNKNOWN_MAX:
                 self._unknown.clear()
             self._unknown[digest] = self._now() + self._config.unknown_key_ttl_s
@@ -127,6 +131,12 @@ class Admission:
             result = GatewayError("UNAVAILABLE", "keys cannot be checked at the moment; try again", 1)
         for waiter in self._waiting.pop(digest, ()):
             waiter(result)
+
+    def _refused(self, digest: bytes) -> None:
+        held = self._held.get(digest)
+        if held is not None:  # it was good; tunnels it has opened may be there still
+            self._revoked[held.grant.key_id] = self._now() + REVOKED_KEPT_S
+        self._drop(digest)
 
     def _hold(self, digest: bytes, grant: Grant) -> None:
         now_s = self._now()

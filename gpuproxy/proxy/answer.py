@@ -587,10 +587,13 @@ class Answer:
 
     def expire_total(self) -> None:
         """The time for the whole call has passed."""
+        error = GatewayError("UPSTREAM_TIMEOUT", "the call took longer than this model's total_s allows")
         if self.state == WAITING:
             self.expire()
+        elif self in self.plane.tunnels:
+            self.cut_off(error)
         else:
-            self.refuse(GatewayError("UPSTREAM_TIMEOUT", "the call took longer than this model's total_s allows"))
+            self.refuse(error)
 
     def _waits_for_upload(self) -> bool:
         return not self.is_received and not self.has_sent_head and not self.downstream.is_reading_blocked(READ_UPLOAD)
@@ -635,6 +638,14 @@ class Answer:
             ends[0].data_received(held)
         if connection.tunnel_bytes:
             ends[1].data_received(connection.tunnel_bytes)
+
+    def tend_tunnel(self, ends: tunnel.Ends, now_s: float) -> None:
+        """End the tunnel if it is silent for too long, or its key may do nothing any more."""
+        grant = self._grant
+        if max(end.last_byte_s for end in ends) < now_s - self.stream_idle_s():
+            ends[0].close()
+        elif grant is not None and not self.plane.admission.is_good(grant):
+            self.cut_off(GatewayError("UNAUTHORIZED", "this API key is expired or revoked"))
 
     def _end_tunnel(self) -> None:
         ends = self.plane.tunnels.pop(self, None)

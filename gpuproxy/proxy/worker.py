@@ -217,8 +217,7 @@ class Plane:
         for exchange in [each for each, until_s in self.bounded.items() if until_s <= now_s]:
             exchange.expire_total()
         for exchange, ends in list(self.tunnels.items()):
-            if max(end.last_byte_s for end in ends) < now_s - exchange.stream_idle_s():
-                ends[0].close()
+            exchange.tend_tunnel(ends, now_s)
         self._note_open_calls()
         self.pools.expire(now_s)
         self.admission.sweep()

@@ -205,6 +205,20 @@ async def test_a_model_may_have_an_idle_time_of_its_own(serve: Serve, pair: tupl
     assert (await gateway.receipt()).outcome == "ok"
 
 
+async def test_a_model_may_have_a_bound_for_the_whole_session(serve: Serve, pair: tuple[Listener, Listener]) -> None:
+    gateway = await serve(**two(pair, total_s=20.0))
+    client = await gateway.ask(request(b"GET /v1/realtime?model=two", *BROWSER, key=b""))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.send(SWITCH)
+    assert (await client.answer()).status == 101
+    gateway.passes(20)
+    await closed_with(client, 1013, "UPSTREAM_TIMEOUT: ")
+    receipt = await gateway.receipt()
+    assert (receipt.outcome, receipt.error) == ("cut", "UPSTREAM_TIMEOUT")
+    assert not gateway.plane.bounded
+
+
 # -- usage ----------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,8 @@
 """WebSocket and what else switches protocols: D25."""
 
+import hashlib
+import time
+
 import pytest
 
 from .harness import KEY, OK, OK_SENT, RAW, Gateway, request, until
@@ -219,6 +222,32 @@ async def test_a_call_before_an_upgrade_is_answered_first(gateway: Gateway) -> N
     await upstream.send(SWITCH)
     assert (await client.answer()).status == 101
     await upstream.expect(b"early")
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired", "gone when control is back"])
+async def test_a_tunnel_ends_with_its_key(gateway: Gateway, how: str) -> None:
+    key = gateway.keys.add(expires_ns=time.time_ns() + 10**12)
+    client = await gateway.ask(request(b"GET " + RAW + b"/ws?x=1", *UPGRADE, key=key))
+    await _switched(gateway, client)
+    other = await gateway.ask(request(b"GET " + RAW + b"/ws?x=1", *UPGRADE, id=b"t2"))
+    await _switched(gateway, other)
+    gateway.plane.sweep()
+    assert len(gateway.plane.tunnels) == 2
+    if how == "revoked":
+        gateway.plane.admission.renew(("key1",))  # the grant it was opened with is not the one that is held
+        await gateway.turn()
+        gateway.plane.admission.revoke(("key1",))
+    elif how == "expired":
+        next(iter(gateway.plane.tunnels))._grant.expires_ns = 1  # type: ignore[union-attr]
+    else:
+        del gateway.keys.grants[hashlib.sha256(key).digest()]
+        gateway.plane.admission.refresh_all()
+        await until(lambda: "key1" in gateway.plane.admission._revoked, "control's word")
+    gateway.plane.sweep()
+    await client.expect_gone()
+    receipt = await gateway.receipt()
+    assert (receipt.request_id, receipt.outcome, receipt.error) == ("t1", "cut", "UNAUTHORIZED")
+    assert len(gateway.plane.tunnels) == 1
 
 
 async def test_a_tunnel_that_tries_an_endpoint_closes_its_breaker_at_once(gateway: Gateway) -> None:
