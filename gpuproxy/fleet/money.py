@@ -4,7 +4,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
-from gpuproxy.fleet.moves import begin_destroy, tell
+from gpuproxy.fleet.moves import TIME_IS_OVER, begin_destroy, tell
 from gpuproxy.fleet.purse import Lasting, top_up
 from gpuproxy.fleet.rentals import Rental, change, locked
 from gpuproxy.fleet.states import ENDED
@@ -13,7 +13,6 @@ from gpuproxy.ledger.budgets import refused
 NO_MONEY = "the account's credit is used up"
 NO_BUDGET = "a budget is used up"
 WARNINGS_S = (900, 300)  # this much money left is told, once each
-TIME_IS_OVER = "the time it was rented for is over"
 
 
 def check(connection: Connection, rental_id: str, now: datetime, next_s: float) -> Rental:

@@ -1,6 +1,6 @@
 """One rental from one state to the next: meter, change, event and word to the workers in one transaction."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, insert
@@ -20,6 +20,7 @@ EVENT_BY_STATE: dict[State, str] = {
     "destroyed": "instance.destroyed",
     "failed": "instance.failed",
 }
+TIME_IS_OVER = "the time it was rented for is over"
 LOST = "lost: the provider has it no more"
 REASON_CHARACTERS_MAX = 500
 
@@ -39,6 +40,8 @@ def move(connection: Connection, rental: Rental, to: State, at: datetime, **valu
         values["reason"] = values["reason"][:REASON_CHARACTERS_MAX]
     if to == "running":
         values.setdefault("running_at", rental.running_at or moved_at)
+        if rental.basis == PREPAID and rental.running_at is None:  # what was paid for begins now
+            values.setdefault("expires_at", moved_at + timedelta(hours=rental.committed_hours))
     rental = change(connection, rental, **values)
     rental = change(connection, rental, **rates_in(rental, to))
     if to in ENDED:
@@ -81,7 +84,12 @@ def end(connection: Connection, rental: Rental, at: datetime) -> Rental:
 
 
 def lose(connection: Connection, rental: Rental, at: datetime) -> Rental:
-    """Close a rental whose machine is gone without our doing: it is billed up to when it was last seen."""
+    """Close a rental whose machine is gone without our doing: it is billed up to when it was last seen.
+
+    One that was paid beforehand, and whose time is over, has come to its end.
+    """
+    if rental.basis == PREPAID and rental.expires_at is not None and rental.expires_at <= at:
+        rental = begin_destroy(connection, rental, rental.expires_at, TIME_IS_OVER)
     if rental.state == "destroying":
         return end(connection, rental, at)
     last = rental.seen_at or rental.metered_at

@@ -140,12 +140,16 @@ def _intend(connection: Connection, fleet: Fleet, wish: Wish, now: datetime) -> 
         metered_at=now,
         created_at=now,
         moved_at=now,
-        expires_at=now + timedelta(hours=wish.duration_hours) if wish.duration_hours else None,
+        expires_at=_expiry(now, wish.duration_hours or terms["committed_hours"]),
         **terms,
     )
     if add(connection, rental):
         return rental, True
     raise RacedError  # takes the hold back too
+
+
+def _expiry(now: datetime, hours: int) -> datetime | None:
+    return now + timedelta(hours=hours) if hours else None
 
 
 def _check_count(connection: Connection, fleet: Fleet, user_id: str) -> None:

@@ -203,7 +203,7 @@ class IoNet:
         query = {"hardware_id": str(row.deploy_id), "hardware_qty": str(row.num_cards)}
         answer = await self._http.ask("read", "search", "GET", "/caas/available-replicas", query=query)
         places = self._http.decode(answer, Data[tuple[Place, ...]]).data
-        here = [place for place in places if place.available_replicas > 0 and place.iso2 == row.location]
+        here = [each for each in places if each.available_replicas > 0 and row.location in (each.iso2, each.id)]
         if not here:
             raise CapacityGone(NAME, "create", f"offer {row.id} is taken in {row.location}; try the next")
         return here[0]

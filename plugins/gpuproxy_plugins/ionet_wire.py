@@ -28,7 +28,10 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 
 class Hardware(Struct):
-    """One row of the catalogue. ``price`` is for all cards, an hour; ``deploy_id`` is text for others' machines."""
+    """One row of the catalogue. ``price`` is for all cards, an hour; ``deploy_id`` is a word for others' machines.
+
+    Numbers may come as text: later schemas have them so. Whatever came is sent back as it is.
+    """
 
     id: str
     deploy_id: int | str
@@ -50,9 +53,9 @@ class Catalogue(Struct):
 
 
 class Place(Struct):
-    """Where so many replicas can be had."""
+    """Where so many replicas can be had. Its id is a number, or in later schemas the country."""
 
-    id: int
+    id: int | str
     iso2: str | None = None
     available_replicas: int = 0
 
@@ -132,9 +135,11 @@ class Workers(Struct):
 def read_offer(row: Hardware) -> Offer | None:
     """Return an offer, None for a row that cannot be deployed as a container. Raises ValueError for odd amounts.
 
-    Machines of other suppliers have ids of text, which the container API does not take: they can only be had as VMs.
+    Machines of other suppliers have ids like ``8H100.80S.176V``, which the container API does not take: they can only
+    be had as VMs.
     """
-    if row.sold_out or row.num_cards < 1 or row.price <= 0 or not row.vram_per_card or isinstance(row.deploy_id, str):
+    is_container = not isinstance(row.deploy_id, str) or row.deploy_id.isdecimal()
+    if row.sold_out or row.num_cards < 1 or row.price <= 0 or not row.vram_per_card or not is_container:
         return None
     return Offer(
         id=row.id,

@@ -36,6 +36,7 @@ from gpuproxy_plugins.simulated_rental import Rental, Step
 
 NAME = "simulated"
 SPOT = "-spot"  # marks the offer of a machine to the highest bidder
+DISK_GB = 10  # what prices include, as the prices of vast.ai do; more disk costs more
 KEPT_MAX = 1_000  # rentals that have ended, kept for `charges`
 
 
@@ -57,7 +58,8 @@ class Simulated:
         """Return the machines nobody has."""
         now_ns = self._now_ns()
         free = self._free(now_ns)
-        return best_offers([self._offer(machine, now_ns, bool(query.is_spot)) for machine in free], query)
+        offers = [self._offer(machine, now_ns, bool(query.is_spot), query.disk_gb) for machine in free]
+        return best_offers(offers, query)
 
     async def create(self, offer_id: str, spec: InstanceSpec, tag: str) -> ProviderInstance:
         """Rent a machine; it boots for a while."""
@@ -135,14 +137,14 @@ class Simulated:
     async def close(self) -> None:
         """Do nothing; what is to be kept is in the file already."""
 
-    def _offer(self, machine: Machine, now_ns: int, is_spot: bool) -> Offer:
+    def _offer(self, machine: Machine, now_ns: int, is_spot: bool, disk_gb: int) -> Offer:
         return Offer(
             id=machine.id + (SPOT if is_spot else ""),
             provider=NAME,
             gpu_model=machine.gpu_model,
             gpu_count=machine.gpu_count,
             vram_gb=machine.vram_gb,
-            price_nanousd_per_hour=self._price(machine, now_ns, is_spot),
+            price_nanousd_per_hour=self._price(machine, now_ns, is_spot) + _more_disk(machine, disk_gb),
             storage_nanousd_per_gb_hour=machine.storage_nanousd_per_gb_hour,
             region=machine.region,
             reliability=machine.reliability,
@@ -156,7 +158,7 @@ class Simulated:
 
     def _agreed(self, machine: Machine, spec: InstanceSpec, now_ns: int, is_spot: bool) -> int:
         """Return the price of the rental: the machine's, or the bid."""
-        price = self._price(machine, now_ns, is_spot)
+        price = self._price(machine, now_ns, is_spot) + _more_disk(machine, spec.disk_gb)
         bid, most = spec.bid_nanousd_per_hour, spec.max_price_nanousd_per_hour
         if is_spot != (bid is not None):
             raise SpecRefused(NAME, "create", "a bid belongs to a spot offer and to no other; set or leave out bid")
@@ -235,6 +237,11 @@ class Simulated:
             del rentals[id]
         if self._options.file:
             _store(self._options.file, tuple(rentals.values()))
+
+
+def _more_disk(machine: Machine, disk_gb: int) -> int:
+    """Return what a running machine costs more for a disk over the one that is included."""
+    return max(0, disk_gb - DISK_GB) * machine.storage_nanousd_per_gb_hour
 
 
 def _charge(id: str, kind: ChargeKind, amount: int, since_ns: int, until_ns: int) -> ProviderCharge:

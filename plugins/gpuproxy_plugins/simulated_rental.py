@@ -66,9 +66,13 @@ class Rental(Struct):
                 return
 
     def cost_nanousd(self, machine: Machine, since_ns: int, until_ns: int) -> tuple[int, int]:
-        """Return what GPUs and storage cost in a span of time; storage counts from creation to the end."""
+        """Return what GPUs and storage cost in a span of time.
+
+        As with vast.ai the price of a running machine includes its storage, which costs by itself from creation to the
+        end whenever it does not run.
+        """
         gpu_ns = self._lasted_ns(("running",), since_ns, until_ns)
-        disk_ns = self._lasted_ns(("pending", "running", "stopped", "failed"), since_ns, until_ns)
+        disk_ns = self._lasted_ns(("pending", "stopped", "failed"), since_ns, until_ns)
         storage = disk_ns * self.disk_gb * machine.storage_nanousd_per_gb_hour
         return gpu_ns * self.price_nanousd_per_hour // HOUR_NS, storage // HOUR_NS
 

@@ -92,7 +92,7 @@ async def test_what_is_acknowledged_stays_closed_while_it_lasts(
 
 async def lived(fleet: Fleet, books: Books, clock: Clock, **more: object) -> str:
     """Rent, run for an hour, destroy; return the contract."""
-    wish = await wish_for(fleet, books.user_id, spec=InstanceSpec(image="x", disk_gb=1), **more)
+    wish = await wish_for(fleet, books.user_id, spec=InstanceSpec(image="x", disk_gb=60), **more)
     rental, _ = await rent(fleet, wish)
     rental = await wait_until_running(fleet, rental, 60)
     clock.advance(3_600)

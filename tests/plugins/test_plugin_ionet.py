@@ -206,6 +206,15 @@ async def test_rows_nobody_can_rent_as_a_container_are_no_offers(world: IoNetWor
     assert not {"8H100.80S.176V__FI", "cpu__1", "free__1", "sold__1"} & {offer.id for offer in offers}
 
 
+async def test_ids_that_come_as_text_are_sent_back_as_text(world: IoNetWorld) -> None:
+    world.simulator.has_text_ids = True
+    assert len(await world.adapter.offers(OfferQuery(limit=1_000))) == 9
+    made = await world.running()
+    assert made.state == "running"
+    body = next(each.body for each in world.simulator.faults.asked if each.operation == "deploy")
+    assert (body["hardware_id"], body["location_ids"]) == ("14", ["CA"])
+
+
 async def test_a_long_list_is_read_to_its_end(world: IoNetWorld) -> None:
     row, body = world.simulator.rows[0], {"resource_private_name": "x", "duration_hours": 1}
     for _ in range(250):

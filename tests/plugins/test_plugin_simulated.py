@@ -106,7 +106,16 @@ async def test_time_is_charged_to_the_second() -> None:
     gpu, storage = await market.charges(since_ns, clock.now_ns())
     assert (gpu.kind, gpu.amount_nanousd) == ("gpu", offer.price_nanousd_per_hour // 2)
     assert storage.kind == "storage"
-    assert storage.amount_nanousd == 10 * offer.storage_nanousd_per_gb_hour * 3_610 // 3_600
+    assert storage.amount_nanousd == 10 * offer.storage_nanousd_per_gb_hour * 1_810 // 3_600
+
+
+async def test_more_disk_is_in_the_price() -> None:
+    market = simulated(Clock())
+    (offer,) = await market.offers(OfferQuery(limit=1))
+    (larger,) = [each for each in await market.offers(OfferQuery(disk_gb=110)) if each.id == offer.id]
+    assert larger.price_nanousd_per_hour == offer.price_nanousd_per_hour + 100 * offer.storage_nanousd_per_gb_hour
+    made = await market.create(offer.id, InstanceSpec(image="x", disk_gb=110), "gp-1")
+    assert made.price_nanousd_per_hour == larger.price_nanousd_per_hour
 
 
 async def test_rentals_outlive_the_process_in_a_file(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ class IoNetSimulator:
     def __init__(self, now_s: Callable[[], float], seed: int = 1) -> None:
         self.now_s = now_s
         self.credit = 10_000.0
+        self.has_text_ids = False  # as later schemas have them
         self.refunds = False  # what is given back after the first hour is not documented
         self.lives: dict[str, Life] = {}
         self.faults = Faults()
@@ -227,6 +228,8 @@ class IoNetSimulator:
             rows = [row for row in rows if text.lower() in row["name"].lower()]
         if least := request.query.get("gpu_memory_min"):
             rows = [row for row in rows if row["vram_per_card"] >= int(least)]
+        if self.has_text_ids:
+            rows = [row | {"deploy_id": str(row["deploy_id"])} for row in rows]
         return reply({"data": {"hardware": [without(row, "available") for row in rows]}})
 
     def _left(self, row: dict[str, Any]) -> int:
@@ -265,6 +268,8 @@ class IoNetSimulator:
             {"id": id, "iso2": iso2, "name": names[iso2], "available_replicas": left[iso2]}
             for iso2, id in PLACES.items()
         ]
+        if self.has_text_ids:
+            found = [without(place, "iso2") | {"id": place["iso2"]} for place in found]
         return reply({"data": found})
 
     async def price(self, request: web.Request) -> web.Response:
@@ -292,11 +297,12 @@ class IoNetSimulator:
     async def deploy(self, request: web.Request) -> web.Response:
         """POST deploy: strict about its fields, paid at once."""
         body, kind = await request.json(), request.match_info["line"]
-        if refused := refuse_deploy(body, kind):
+        if refused := refuse_deploy(body, kind, str if self.has_text_ids else int):
             return refused
         cards = body.get("gpus_per_container") or body.get("gpus_per_vm")
         row = self._by_id(str(body["hardware_id"]), cards)
-        if row is None or PLACES.get(row["location"]) not in body.get("location_ids", [PLACES["US"]]):
+        place = row and (row["location"] if self.has_text_ids else PLACES.get(row["location"]))
+        if row is None or place not in body.get("location_ids", [PLACES["US"]]):
             return unprocessable("hardware_id", message="Hardware not found in location", kind="value_error")
         if any(life.name == body["resource_private_name"] for life in self.lives.values()):
             return detail(409, "Resource private name already exists")
@@ -446,7 +452,7 @@ class NotThere(web.HTTPException):
     status_code = 404
 
 
-def refuse_deploy(body: dict[str, Any], kind: str) -> web.Response | None:
+def refuse_deploy(body: dict[str, Any], kind: str, id_type: type) -> web.Response | None:
     """Return the 422 for a body that is not as the schema has it."""
     if kind != "caas":
         return None
@@ -455,7 +461,7 @@ def refuse_deploy(body: dict[str, Any], kind: str) -> web.Response | None:
             return unprocessable(name)
     if extra := set(body) - DEPLOY_FIELDS:
         return unprocessable(extra.pop(), message="Extra inputs are not permitted", kind="extra_forbidden")
-    if not isinstance(body["hardware_id"], int):
+    if not isinstance(body["hardware_id"], id_type):
         return unprocessable("hardware_id", message="Input should be a valid integer", kind="int_type")
     if not 1 <= body["gpus_per_container"] <= 8 or not 1 <= body["duration_hours"] <= 8_760:
         return unprocessable("gpus_per_container", message="Input is out of range", kind="value_error")
