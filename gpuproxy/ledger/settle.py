@@ -8,17 +8,38 @@ No charge is for calls of two days (UTC): receipts go by the day when they are o
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 
 from sqlalchemy import Connection, bindparam, or_, select, update
 
 from gpuproxy.ledger.budgets import KEY_MARK, roots_of, spend
-from gpuproxy.ledger.transfers import REVENUE, WRITE_OFF, Account, Transfer, credit_account, lock, post_new
-from gpuproxy.store.schema import accounts, holds
+from gpuproxy.ledger.transfers import (
+    REVENUE,
+    WRITE_OFF,
+    Account,
+    Transfer,
+    credit_account,
+    lock,
+    open_accounts,
+    post_locked,
+)
+from gpuproxy.store.schema import holds
 
 DAY_NS = 86_400 * 10**9
-Row = tuple[Any, ...]
+
+_LEASES = select(
+    holds.c.owner, holds.c.account_id, holds.c.id, holds.c.remaining_nanousd, holds.c.posted_nanousd
+).where(
+    holds.c.state == "pending",
+    or_(holds.c.owner.in_(bindparam("owners", expanding=True)), holds.c.owner.like(bindparam("marked"))),
+    holds.c.account_id.in_(bindparam("accounts", expanding=True)),
+)
+_DRAW = (
+    update(holds)
+    .where(holds.c.id == bindparam("changed"))
+    .values(remaining_nanousd=bindparam("remaining"), posted_nanousd=bindparam("posted"))
+)
 
 
 class Payer(NamedTuple):
@@ -54,6 +75,7 @@ def settle(connection: Connection, owed: Mapping[Payer, int]) -> dict[tuple[str,
     for payer, cost in owed.items():
         by_user.setdefault(payer.user_id, {})[payer] = cost
     found = lock(connection, [*map(credit_account, by_user), REVENUE, WRITE_OFF])
+    open_accounts(connection, {REVENUE, WRITE_OFF} - found.keys())
     leases = _leases(connection, {payer.owner for payer in owed}, found)
     owners = _owners(connection, owed, leases)
     transfers: list[Transfer] = []
@@ -68,8 +90,7 @@ def settle(connection: Connection, owed: Mapping[Payer, int]) -> dict[tuple[str,
             charge_id = charge_ids[user_id, day] = str(uuid4())
             transfers += _transfers(account, cost, min(cost, covered), charge_id)
             covered -= min(cost, covered)
-    _take_from_leases(connection, drawn, leases)
-    post_new(connection, transfers)
+    post_locked(connection, transfers, _take_from_leases(connection, drawn, leases))
     _spend(connection, owed)
     return charge_ids
 
@@ -83,12 +104,11 @@ def _by_day(owed: Mapping[Payer, int]) -> list[tuple[int, int]]:
 
 def _leases(connection: Connection, owners: Iterable[str], found: Iterable[str]) -> dict[tuple[str, str], Lease]:
     """Return the pending holds of these owners on these accounts, by owner and account."""
-    shown = (holds.c.owner, holds.c.account_id, holds.c.id, holds.c.remaining_nanousd, holds.c.posted_nanousd)
-    wanted = sorted(owners)
-    is_owned = or_(holds.c.owner.in_(wanted), *(holds.c.owner.startswith(f"{owner}{KEY_MARK}") for owner in wanted))
-    chosen = (holds.c.state == "pending") & is_owned & holds.c.account_id.in_(sorted(found))
-    rows = connection.execute(select(*shown).where(chosen))
-    return {(row.owner, row.account_id): Lease(*row[2:]) for row in rows}
+    wanted = set(owners)
+    node = next(iter(wanted)).partition("/")[0]
+    told = {"owners": sorted(wanted), "marked": f"{node}/%{KEY_MARK}%", "accounts": sorted(found)}
+    rows = connection.execute(_LEASES, told)
+    return {(row[0], row[1]): Lease(*row[2:]) for row in rows if row[0].partition(KEY_MARK)[0] in wanted}
 
 
 def _owners(
@@ -128,34 +148,26 @@ def _spend(connection: Connection, owed: Mapping[Payer, int]) -> None:
 
 
 def _transfers(account: Account, cost_nanousd: int, charged: int, charge_id: str) -> list[Transfer]:
-    parts = [
-        Transfer(account.id, REVENUE, charged, "usage", f"usage:{charge_id}", charge_id),
-        Transfer(WRITE_OFF, REVENUE, cost_nanousd - charged, "write_off", f"write_off:{charge_id}", charge_id),
-    ]
-    return [part for part in parts if part.amount_nanousd]
+    made = []
+    if charged:
+        made.append(Transfer(account.id, REVENUE, charged, "usage", f"usage:{charge_id}", charge_id))
+    if lacking := cost_nanousd - charged:
+        made.append(Transfer(WRITE_OFF, REVENUE, lacking, "write_off", f"write_off:{charge_id}", charge_id))
+    return made
 
 
 def _take_from_leases(
-    connection: Connection, drawn: dict[tuple[str, str], int], leases: dict[tuple[str, str], Lease]
-) -> None:
-    """Turn held credit into free credit of the same accounts, which the transfers then take."""
-    taken = [(leases[key], key[1], amount) for key, amount in drawn.items() if amount]
-    if not taken:
-        return
-    hold = update(holds).where(holds.c.id == bindparam("changed"))
-    connection.execute(
-        hold.values(remaining_nanousd=bindparam("remaining"), posted_nanousd=bindparam("posted")),
-        [
-            {
-                "changed": lease.id,
-                "remaining": lease.remaining_nanousd - amount,
-                "posted": lease.posted_nanousd + amount,
-            }
-            for lease, _, amount in taken
-        ],
-    )
-    account = update(accounts).where(accounts.c.id == bindparam("changed"))
-    connection.execute(
-        account.values(held_nanousd=accounts.c.held_nanousd - bindparam("amount")),
-        [{"changed": account_id, "amount": amount} for _, account_id, amount in taken],
-    )
+    connection: Connection, drawn: Mapping[tuple[str, str], int], leases: Mapping[tuple[str, str], Lease]
+) -> dict[str, int]:
+    """Draw on the holds; return by how much less is held, by account."""
+    rows = []
+    released: dict[str, int] = {}
+    for key, amount in drawn.items():
+        if amount:
+            lease = leases[key]
+            left, posted = lease.remaining_nanousd - amount, lease.posted_nanousd + amount
+            rows.append({"changed": lease.id, "remaining": left, "posted": posted})
+            released[key[1]] = released.get(key[1], 0) + amount
+    if rows:
+        connection.execute(_DRAW, rows)
+    return released

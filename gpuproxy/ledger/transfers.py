@@ -30,6 +30,26 @@ CREDIT = "credit"  # the kind of customers' accounts
 AMOUNT_NANOUSD_MAX = 10**18  # a billion dollars; nine times that fits the column
 
 
+# Made once: to make and look up such a statement takes SQLAlchemy as long as the database takes to do it.
+_IS_ONE = accounts.c.id.in_(bindparam("ids", expanding=True))
+_FIND = select(accounts.c.id).where(_IS_ONE)
+_LOCK = (
+    select(accounts.c.id, accounts.c.posted_nanousd, accounts.c.held_nanousd, accounts.c.overdraft_nanousd)
+    .where(_IS_ONE)
+    .order_by(accounts.c.id)
+    .with_for_update()
+)
+_POST = insert(transfers)
+_APPLY = (
+    update(accounts)
+    .where(accounts.c.id == bindparam("changed"))
+    .values(
+        posted_nanousd=accounts.c.posted_nanousd + bindparam("change"),
+        held_nanousd=accounts.c.held_nanousd - bindparam("released"),
+    )
+)
+
+
 class Transfer(Struct, frozen=True):
     """An amount over 0 that goes from `debit` to `credit`, for good; receipts it pays name the same `charge_id`."""
 
@@ -63,10 +83,8 @@ def credit_account(user_id: str) -> str:
 
 def lock(connection: Connection, account_ids: Iterable[str]) -> dict[str, Account]:
     """Return those of the accounts that exist, as nobody else can change them until the transaction ends."""
-    columns = (accounts.c.id, accounts.c.posted_nanousd, accounts.c.held_nanousd, accounts.c.overdraft_nanousd)
-    chosen = accounts.c.id.in_(sorted(set(account_ids)))
-    rows = connection.execute(select(*columns).where(chosen).order_by(accounts.c.id).with_for_update())
-    return {row.id: Account(*row) for row in rows}
+    rows = connection.execute(_LOCK, {"ids": sorted(set(account_ids))})
+    return {row[0]: Account(*row) for row in rows}
 
 
 def lock_made(connection: Connection, account_ids: Iterable[str]) -> dict[str, Account]:
@@ -76,7 +94,7 @@ def lock_made(connection: Connection, account_ids: Iterable[str]) -> dict[str, A
     before those in the order, would wait in a circle.
     """
     wanted = set(account_ids)
-    there = connection.scalars(select(accounts.c.id).where(accounts.c.id.in_(sorted(wanted))))
+    there = connection.scalars(_FIND, {"ids": sorted(wanted)})
     if missing := wanted.difference(there):
         open_accounts(connection, missing)
     return lock(connection, wanted)
@@ -105,15 +123,20 @@ def post(connection: Connection, wanted: Sequence[Transfer]) -> list[Transfer]:
     return new
 
 
-def post_new(connection: Connection, wanted: Sequence[Transfer]) -> None:
-    """Post transfers whose keys nobody can have used, all in one statement. Raises as `post`, but never CONFLICT."""
-    if not wanted:
-        return
-    found = _touched(connection, wanted)
+def post_locked(connection: Connection, wanted: Sequence[Transfer], released: Mapping[str, int]) -> None:
+    """Post charges whose keys nobody can have used, all at once; `released` is what was held for them, by account.
+
+    The accounts exist and are locked, and customers are charged no more than they may be: the caller has seen to that,
+    and the database refuses the rest. Raises GatewayError UNPROCESSABLE for an amount out of range.
+    """
+    changes: dict[str, int] = {}
     for each in wanted:
         _check_amount(each)
-    connection.execute(insert(transfers), [_row(each) for each in wanted])
-    _move(connection, found, wanted)
+        changes[each.debit] = changes.get(each.debit, 0) - each.amount_nanousd
+        changes[each.credit] = changes.get(each.credit, 0) + each.amount_nanousd
+    if wanted:
+        connection.execute(_POST, [_row(each) for each in wanted])
+        _apply(connection, changes, released)
 
 
 def _touched(connection: Connection, wanted: Iterable[Transfer]) -> dict[str, Account]:
@@ -131,7 +154,7 @@ def _move(connection: Connection, found: Mapping[str, Account], posted: Sequence
         account = found[account_id]
         if change < 0 and is_customers(account_id) and -change > account.free_nanousd:
             raise GatewayError("INSUFFICIENT_CREDITS", "the account has not enough credit left")
-    _apply(connection, changes)
+    _apply(connection, changes, {})
     for each in posted:
         if is_customers(each.credit):
             _tell_added(connection, each)
@@ -151,11 +174,14 @@ def is_customers(account_id: str) -> bool:
     return account_id.startswith(f"{CREDIT}:")
 
 
-def _apply(connection: Connection, changes: dict[str, int]) -> None:
-    rows = [{"changed": account_id, "change": change} for account_id, change in sorted(changes.items()) if change]
+def _apply(connection: Connection, changes: Mapping[str, int], released: Mapping[str, int]) -> None:
+    rows = [
+        {"changed": account_id, "change": change, "released": released.get(account_id, 0)}
+        for account_id, change in sorted(changes.items())
+        if change
+    ]
     if rows:
-        statement = update(accounts).where(accounts.c.id == bindparam("changed"))
-        connection.execute(statement.values(posted_nanousd=accounts.c.posted_nanousd + bindparam("change")), rows)
+        connection.execute(_APPLY, rows)
 
 
 def _insert(connection: Connection, wanted: Transfer) -> bool:

@@ -42,9 +42,17 @@ class Form(Struct, frozen=True):
         pairs = zip(names, values, strict=True)
         return "".join(self.field % (name, self._value(value)) for name, value in pairs if self._is_told(value))
 
-    def template(self, *names: str) -> str:
-        """Return fields whose values are numbers and yet to come."""
-        return "".join(self.field % (name, "%s") for name in names)
+    def line(self, has_first_byte: bool, has_tokens: bool) -> str:
+        """Return the template of a line: time, request id and labels, amounts, and what comes seldom."""
+        amounts = self._template("%d%s", "duration_ms") + self._template(
+            "%s", "request_bytes", "response_bytes", "attempts"
+        )
+        first_byte = self._template("%d%s", "first_byte_ms") if has_first_byte else ""
+        tokens = self._template("%s", "input_tokens", "cached_tokens", "output_tokens") + "%s" if has_tokens else ""
+        return f"{self.begin}%s.%03dZ{self.behind_time}%s%s{amounts}{first_byte}{tokens}%s{self.end}"
+
+    def _template(self, value: str, *names: str) -> str:
+        return "".join(self.field % (name, value) for name in names)
 
     def request_id(self, request_id: str) -> str:
         """Return the field that is another in every line."""
@@ -78,52 +86,43 @@ class Lines:
         self._labels: dict[object, str] = {}
         self._second = -1
         self._time = ""
-        self._amounts = form.template("duration_ms", "request_bytes", "response_bytes", "attempts")
-        self._first_byte = form.template("first_byte_ms")
-        self._tokens = form.template("input_tokens", "cached_tokens", "output_tokens")
         self._sources = {source: form.fields(("usage_source",), (source,)) for source in get_args(UsageSource)}
+        self._templates = {
+            (first, tokens): form.line(first, tokens) for first in (False, True) for tokens in (False, True)
+        }
 
     def of(self, receipt: Receipt) -> str:
-        """Return what is told of a call."""
-        form, labels = self._form, _labels_of(receipt)
-        told = self._labels.get(labels) or self._remember(labels)
-        whole, rest = divmod(receipt.duration_us, 1_000)
-        amounts = self._amounts % (
-            f"{whole}{_fractions[rest]}", receipt.request_bytes, receipt.response_bytes, receipt.attempts,
+        """Return what is told of a call: all that is its own put into a template at once."""
+        labels, duration_us, first_byte_us = _labels_of(receipt), receipt.duration_us, receipt.first_byte_us
+        second, ms = divmod((receipt.started_ns // 1_000 + duration_us) // 1_000, 1_000)
+        values: tuple[object, ...] = (
+            self._time if second == self._second else self._begin(second), ms,
+            self._form.request_id(receipt.request_id), self._labels.get(labels) or self._remember(labels),
+            duration_us // 1_000, _fractions[duration_us % 1_000],
+            receipt.request_bytes, receipt.response_bytes, receipt.attempts,
         )  # fmt: skip
-        first_byte = tokens = error = ""
-        if receipt.first_byte_us >= 0:
-            whole, rest = divmod(receipt.first_byte_us, 1_000)
-            first_byte = self._first_byte % f"{whole}{_fractions[rest]}"
-        if receipt.output_tokens >= 0:
-            tokens = self._tokens % (receipt.input_tokens, receipt.cached_tokens, receipt.output_tokens)
-            tokens += self._sources[receipt.usage_source]
-        if receipt.error:
-            error = form.fields(("error",), (receipt.error,))
-        if receipt.rpc_method:
-            error += form.fields(*_rpc(receipt))
-        if receipt.trace_id:
-            error += form.fields(("trace_id",), (receipt.trace_id,))
-        begin = f"{form.begin}{self._ended(receipt)}{form.behind_time}{form.request_id(receipt.request_id)}"
-        return f"{begin}{told}{amounts}{first_byte}{tokens}{error}{form.end}"
+        if has_first_byte := first_byte_us >= 0:
+            values += (first_byte_us // 1_000, _fractions[first_byte_us % 1_000])
+        if has_tokens := receipt.output_tokens >= 0:
+            source = self._sources[receipt.usage_source]
+            values += (receipt.input_tokens, receipt.cached_tokens, receipt.output_tokens, source)
+        rest = self._rest(receipt) if receipt.error or receipt.rpc_method or receipt.trace_id else ""
+        return self._templates[has_first_byte, has_tokens] % (*values, rest)
 
-    def _ended(self, receipt: Receipt) -> str:
-        second, ms = divmod((receipt.started_ns // 1_000 + receipt.duration_us) // 1_000, 1_000)
-        if second != self._second:
-            self._time = datetime.fromtimestamp(second, UTC).isoformat()[:19]
-            self._second = second
-        return f"{self._time}.{ms:03}Z"
+    def _rest(self, receipt: Receipt) -> str:
+        names = ("error", "rpc_method", "rpc_name", "rpc_outcome", "trace_id")
+        told = [(name, value) for name in names if (value := getattr(receipt, name))]
+        return self._form.fields([name for name, _ in told], [value for _, value in told])
+
+    def _begin(self, second: int) -> str:
+        self._time, self._second = datetime.fromtimestamp(second, UTC).isoformat()[:19], second
+        return self._time
 
     def _remember(self, labels: tuple[object, ...]) -> str:
         if len(self._labels) >= REMEMBERED_MAX:
             self._labels.clear()
         told = self._labels[labels] = self._form.fields(LABELS, labels)
         return told
-
-
-def _rpc(receipt: Receipt) -> tuple[list[str], list[str]]:
-    told = [(name, getattr(receipt, name)) for name in ("rpc_method", "rpc_name", "rpc_outcome")]
-    return [name for name, value in told if value], [value for _, value in told if value]
 
 
 def access_log(is_json: bool) -> Callable[[Iterable[Receipt]], None]:
