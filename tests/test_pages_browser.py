@@ -6,11 +6,10 @@ from pathlib import Path
 import httpx
 import pytest
 from browser import Tab, find_browser, tab
+from served import served, store_url
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.access.logins import set_password
-from gpuproxy.demo.tour import CONFIG, serving
-from gpuproxy.demo.upstream import MODELS, running
 from gpuproxy.ledger.book import credit
 from gpuproxy.store.engine import open_store
 from gpuproxy.store.migrate import upgrade
@@ -38,21 +37,16 @@ async def send(page: Tab, form: str, **fields: str) -> None:
 
 
 async def test_a_person_signs_in_makes_a_key_and_sees_its_call_arrive(tmp_path: Path) -> None:
-    config = tmp_path / "config.toml"
-    with running() as upstream:
-        rented = upstream.removeprefix("http://")
-        places = {"host": "127.0.0.1", "port": 0, "directory": tmp_path, "upstream": upstream, "rented": rented}
-        config.write_text(CONFIG.format(**places, models=json.dumps(list(MODELS))))
-        await open_account(f"sqlite:///{tmp_path}/gpuproxy.db")
-        assert BROWSER is not None
-        with serving(config, tmp_path / "log") as gateway:
-            async with tab(BROWSER, tmp_path / "profile") as page:
-                await _signed_in(page, gateway.url)
-                key = await _made_key(page, gateway.url)
-                await _seen(page, gateway.url, key)
-                await send(page, ".who form")
-                await page.until("location.pathname === '/dashboard/sign-in' && document.readyState === 'complete'")
-                assert page.problems == []
+    assert BROWSER is not None
+    await open_account(store_url(tmp_path))
+    with served(tmp_path) as gateway:
+        async with tab(BROWSER, tmp_path / "profile") as page:
+            await _signed_in(page, gateway.url)
+            key = await _made_key(page, gateway.url)
+            await _seen(page, gateway.url, key)
+            await send(page, ".who form")
+            await page.until("location.pathname === '/dashboard/sign-in' && document.readyState === 'complete'")
+            assert page.problems == []
 
 
 async def _signed_in(page: Tab, url: str) -> None:
