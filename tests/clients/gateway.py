@@ -78,7 +78,7 @@ def running_gateway(directory: Path, settings: str, secrets: Mapping[str, str]) 
         line = [str(GPUPROXY), "serve", "-c", str(config)]
         daemon = subprocess.Popen(line, env=environment, cwd=directory, stdout=subprocess.PIPE, stderr=errors)
         try:
-            url = _announced_url(daemon, log)
+            url = announced_url(daemon, log)
             gateway = Gateway(url, "", config, environment, log)
             gateway = gateway._replace(key=gateway.new_key("caller@example.com"))
             yield gateway
@@ -95,7 +95,8 @@ def running_gateway(directory: Path, settings: str, secrets: Mapping[str, str]) 
     assert gateway.key not in logged
 
 
-def _announced_url(daemon: "subprocess.Popen[bytes]", log: Path) -> str:
+def announced_url(daemon: "subprocess.Popen[bytes]", log: Path) -> str:
+    """Return where a daemon says that it listens."""
     assert daemon.stdout is not None
     readable, _, _ = select.select([daemon.stdout], [], [], START_S)
     said = daemon.stdout.readline().decode() if readable else ""

@@ -12,8 +12,9 @@ from simulators import vast_market
 from simulators.vast import KEY, VastSimulator
 
 from .gateway import Gateway, running_gateway, toml_table
+from .guide import sample
 from .servers import serve_aiohttp
-from .test_integration_guide import run, sample
+from .test_integration_guide import run
 
 SPEED = 60  # a minute of the marketplace is a second here
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,16 +9,9 @@ import pytest
 import gpuproxy
 
 from .gateway import Gateway
+from .guide import sample
 
-GUIDE = (Path(__file__).parent / "samples" / "integration.md").read_text()
 CALL = re.compile(r"^client = .*\Z", re.MULTILINE | re.DOTALL)  # lists GPUs, which is no proxied call
-
-
-def sample(heading: str) -> str:
-    """Return the code block under `heading`."""
-    found = re.search(rf"^#+ {re.escape(heading)}\n+```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
-    assert found, f"the guide has no sample under {heading!r}"
-    return found[1]
 
 
 @pytest.fixture

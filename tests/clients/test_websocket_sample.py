@@ -15,8 +15,8 @@ from gpuproxy.events.outbox import record
 from gpuproxy.store.engine import open_store
 
 from .gateway import running_gateway
+from .guide import filled, sample
 
-SAMPLE = (Path(__file__).parent / "samples" / "websocket.js").read_text()
 NODE = shutil.which("node")
 WAIT_S = 20.0
 
@@ -31,7 +31,7 @@ async def happen(directory: Path, name: str, data: dict[str, Any]) -> None:
 @pytest.mark.skipif(NODE is None, reason="node is not installed")
 def test_the_websocket_sample_of_the_guide_runs_in_node(tmp_path: Path) -> None:
     with running_gateway(tmp_path, "", {}) as gateway:
-        code = SAMPLE.replace("localhost:8080", gateway.url.removeprefix("http://"))
+        code = filled(sample("WebSocket Streaming"), gateway.url.removeprefix("http://"))
         line = [str(NODE), "--experimental-websocket", "-e", code]
         node = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clients.guide import sample
 from sqlalchemy import insert, text
 
 from gpuproxy.access.accounts import create_user
@@ -19,17 +20,7 @@ from gpuproxy.store.schema import receipts
 from gpuproxy.types import Receipt
 
 HOUR_US = 3_600_000_000
-# As INTEGRATION.md has it.
-GUIDE = """
-SELECT
-  u.email,
-  SUM(g.duration) as total_hours,
-  SUM(g.cost) as total_cost
-FROM users u
-JOIN gpu_usage g ON u.id = g.user_id
-WHERE g.start_time > NOW() - INTERVAL '30 days'
-GROUP BY u.email;
-"""
+GUIDE = sample("Schema Access")
 ON_SQLITE = GUIDE.replace("NOW() - INTERVAL '30 days'", "datetime('now', '-30 days')")
 NOW = datetime.now(UTC).replace(microsecond=123_456)
 
