@@ -10,7 +10,12 @@ import msgspec
 from msgspec import Meta, Struct
 
 from gpuproxy.config import checks
-from gpuproxy.config.kinds import Name, Positive, PositiveSeconds, Text, VariableName
+from gpuproxy.config.blocks import Payment as Payment
+from gpuproxy.config.blocks import Price as Price
+from gpuproxy.config.blocks import Provider as Provider
+from gpuproxy.config.blocks import Upstream as Upstream
+from gpuproxy.config.blocks import check_prices
+from gpuproxy.config.kinds import Positive, PositiveSeconds, ReadableFile, Text, Usd, VariableName
 from gpuproxy.config.mcp import Mcp, McpGroup, check_groups, unknown_servers
 from gpuproxy.config.models import Model as Model
 from gpuproxy.config.models import Target as Target
@@ -20,19 +25,12 @@ from gpuproxy.config.routing import Routing
 from gpuproxy.config.toml_lines import key_lines
 from gpuproxy.errors import ConfigError
 
-BaseUrl = Annotated[str, Meta(extra={"check": checks.base_url})]
 StoreUrl = Annotated[str, Meta(extra={"check": checks.store_url, "secret": True})]
 RedisUrl = Annotated[str, Meta(extra={"check": checks.redis_url, "secret": True})]
-Percent = Annotated[str, Meta(extra={"check": checks.percent})]
 Network = Annotated[str, Meta(extra={"check": checks.network})]
-ReadableFile = Annotated[str, Meta(extra={"check": checks.readable_file})]
-Usd = Annotated[str, Meta(extra={"check": checks.usd})]
 Level = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_LEVELS)})]
 Format = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_FORMATS)})]
 Connections = Annotated[dict[str, str], Meta(extra={"check": checks.connection})]
-Headers = Annotated[dict[str, str], Meta(extra={"check": checks.header, "secret": True})]
-Options = Annotated[dict[str, str], Meta(extra={"check": checks.option})]
-BaseUrls = Annotated[tuple[BaseUrl, ...], Meta(extra={"required": "http://HOST[:PORT][/PATH]"})]
 
 
 class Server(Struct, forbid_unknown_fields=True, frozen=True):
@@ -214,79 +212,6 @@ class Plugins(Struct, forbid_unknown_fields=True, frozen=True):
     enabled: tuple[Text, ...] = ("https", "mcp", "openinference")
 
 
-class Upstream(Struct, forbid_unknown_fields=True, frozen=True):
-    """A configured destination; its address is trusted and passes no guard.
-
-    ``api_key_env`` names an environment variable whose value is sent as Bearer. ``verify_tls`` and
-    ``ca_file`` concern https URLs. A ``urls`` list of several is used in turn. ``probe_path`` is asked now and then
-    by every worker: an endpoint that does not answer it with 2xx gets no calls.
-    """
-
-    name: Name
-    protocol: Text
-    urls: BaseUrls
-    models: tuple[Text, ...] = ()
-    include_usage: bool = True
-    api_key_env: VariableName = ""
-    headers: Headers = {}
-    preserve_host: bool = False
-    verify_tls: bool = True
-    ca_file: ReadableFile = ""
-    first_byte_s: PositiveSeconds | None = None
-    idle_s: PositiveSeconds | None = None
-    probe_path: Annotated[str, Meta(extra={"check": checks.optional_path})] = ""
-
-
-class Price(Struct, forbid_unknown_fields=True, frozen=True):
-    """What calls of a model, or of a tool, cost, in dollars as text, for no float can hold them exactly; "" is nothing.
-
-    ``model`` may be "*" for every model, ``tool`` for every tool; one of them is given. An empty ``upstream`` means
-    all. Cached input costs what input costs unless it has a price.
-    """
-
-    model: Annotated[str, Meta(extra={"check": checks.optional_text})] = ""
-    upstream: Annotated[str, Meta(extra={"check": checks.optional_upstream_name})] = ""
-    input_usd_per_million: Usd = ""
-    cached_input_usd_per_million: Usd = ""
-    output_usd_per_million: Usd = ""
-    per_request_usd: Usd = ""
-    per_second_usd: Usd = ""
-    tool: Annotated[str, Meta(extra={"check": checks.optional_text})] = ""
-
-
-class Provider(Struct, forbid_unknown_fields=True, frozen=True):
-    """A marketplace to rent GPUs at, by the name of an enabled plugin's provider.
-
-    ``api_key_env`` names the environment variable with the credential. ``spacing_s`` is the least time between two
-    calls of one kind, None what the provider asks for. ``markup_percent`` is what customers pay on top of the
-    provider's prices. ``options`` are what only this provider knows.
-    """
-
-    name: Text
-    api_key_env: VariableName = ""
-    base_url: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
-    spacing_s: Annotated[float, Meta(ge=0, le=60)] | None = None
-    timeout_s: PositiveSeconds = 30.0
-    enabled: bool = True
-    markup_percent: Percent = ""
-    options: Options = {}
-
-
-class Payment(Struct, forbid_unknown_fields=True, frozen=True):
-    """A way to take money, by the name of an enabled plugin's payment provider.
-
-    ``api_key_env`` and ``webhook_secret_env`` name environment variables; the second may hold several secrets,
-    separated by spaces. ``return_url`` is where customers come back to. ``options`` are what only this provider knows.
-    """
-
-    name: Text
-    api_key_env: VariableName = ""
-    webhook_secret_env: VariableName = ""
-    base_url: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
-    return_url: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
-    options: Options = {}
-
-
 class Config(Struct, forbid_unknown_fields=True, frozen=True):
     """The whole of config.toml."""
 
@@ -347,7 +272,7 @@ def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
     check_groups(dict(tree), faults)
     _check_names_differ("providers", tree.get("providers"), faults)
     _check_names_differ("payments", tree.get("payments"), faults)
-    _check_prices_differ(tree.get("prices"), faults)
+    check_prices(tree.get("prices"), faults)
     if config is not None:
         _check_lost_node(config, faults)
     faults.raise_if_any()
@@ -467,19 +392,3 @@ def _check_names_differ(block: str, items: Any, faults: Faults) -> None:
         if isinstance(name, str) and names.setdefault(name, index) != index:
             place = (block, index, "name")
             faults.add(place, f"{checks.show(name)} is the name of {block}[{names[name]}]; rename one")
-
-
-def _check_prices_differ(prices: Any, faults: Faults) -> None:
-    first: dict[tuple[str, str, str], int] = {}
-    for index, price in enumerate(prices if isinstance(prices, list) else ()):
-        if not isinstance(price, dict):
-            continue
-        model, upstream, tool = (price.get(name, "") for name in ("model", "upstream", "tool"))
-        if not isinstance(model, str) or not isinstance(upstream, str) or not isinstance(tool, str):
-            continue
-        place = ("prices", index, "tool" if tool else "model")
-        if complaint := checks.priced(model, tool, price):
-            faults.add(place, complaint)
-        before = first.setdefault((model, upstream, tool), index)
-        if before != index:
-            faults.add(place, f"{checks.show(model or tool)} has its price in prices[{before}]; keep one")

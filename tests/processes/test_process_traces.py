@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from conftest import MakePlace
-from gateways import MODEL, Gateway, Origin, Place, running, until
+from gateways import MODEL, START_S, Gateway, Origin, Place, process, running, until
 from otlp_receiver import Receiver
 
 TRACE_ID, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -123,3 +123,12 @@ def test_off_nothing_of_traces_is_loaded() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout
     assert not [name for name in ("gpuproxy.proxy.traced", "gpuproxy.control.traces", "otlp") if name in loaded]
+
+
+def test_headers_that_cannot_be_read_stop_the_start_with_one_line(place: MakePlace) -> None:
+    here = place(traces={"endpoint": "http://127.0.0.1:9/v1/traces", "headers_env": "TRACE_HEADERS"})
+    with process(here, {"TRACE_HEADERS": "s3cret"}) as started:
+        assert started.wait(START_S) == 1
+    told = here.log.read_text()
+    assert "spans cannot be sent; see [traces]" in told
+    assert "s3cret" not in told
