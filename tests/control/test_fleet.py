@@ -1,16 +1,27 @@
 """GPUs over the API: list, rent, wait, stop, start, destroy; each account sees its own."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpuproxy_plugins.simulated import Simulated
 
+from gpuproxy.control.parts import OFFERS
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.ledger.book import credit
-from gpuproxy.plugin import Offer, OfferQuery, ProviderSettings, ProviderUnavailable
+from gpuproxy.plugin import (
+    CapacityGone,
+    InstanceSpec,
+    Offer,
+    OfferQuery,
+    ProviderInstance,
+    ProviderSettings,
+    ProviderUnavailable,
+    RateLimited,
+)
 from gpuproxy.store.schema import events
 
 from .conftest import Api, Person
@@ -52,6 +63,51 @@ async def test_a_list_has_what_fits_cheapest_first_and_says_how_each_provider_is
     assert min(each["vram"] for each in told["data"]) >= 16
     assert all(each["id"].startswith("sim-m") for each in told["data"])
     assert told["providers"]["simulated"]["status"] == "ok"
+
+
+FILTERS: list[tuple[str, Callable[[Any], bool]]] = [
+    ("min_vram=80", lambda each: each["vram"] >= 80),
+    ("max_price=0.9", lambda each: each["price_per_hour"] <= 0.9),
+    ("gpu_model=4090", lambda each: each["gpu_model"] == "RTX 4090"),
+    ("gpu_count=2", lambda each: each["gpu_count"] == 2),
+    ("region=DE", lambda each: each["region"].endswith("DE")),
+    ("region=tokyo", lambda each: each["region"] == "Tokyo, JP"),
+    ("min_reliability=0.95", lambda each: each["reliability"] >= 0.95),
+    ("cuda=12.9", lambda each: each["cuda"] >= 12.9),
+]
+
+
+@pytest.mark.parametrize(("query", "fits"), FILTERS, ids=[query for query, _ in FILTERS])
+async def test_every_filter_leaves_what_fits_and_all_of_it(
+    api: Api, person: Person, query: str, fits: Callable[[Any], bool]
+) -> None:
+    everything = (await offers(api, person))["data"]
+    wanted = [each["id"] for each in everything if fits(each)]
+    assert 0 < len(wanted) < len(everything)
+    assert [each["id"] for each in (await offers(api, person, f"?{query}"))["data"]] == wanted
+
+
+async def test_spot_offers_are_a_list_of_their_own(api: Api, person: Person) -> None:
+    everything = (await offers(api, person))["data"]
+    spot = (await offers(api, person, "?spot=true"))["data"]
+    assert {each["spot"] for each in spot} == {True}
+    assert {each["spot"] for each in everything} == {False}
+    assert (await offers(api, person, "?spot=false"))["data"] == everything
+
+
+ORDERS: dict[str, Callable[[Any], Any]] = {
+    "price": lambda each: each["price_per_hour"],
+    "-price": lambda each: -each["price_per_hour"],
+    "vram": lambda each: -each["vram"],
+    "reliability": lambda each: -each["reliability"],
+    "gpu_count": lambda each: -each["gpu_count"],
+}
+
+
+@pytest.mark.parametrize("sort", ORDERS)
+async def test_a_list_is_sorted_as_asked(api: Api, person: Person, sort: str) -> None:
+    told = [ORDERS[sort](each) for each in (await offers(api, person, f"?sort={sort}"))["data"]]
+    assert told == sorted(told)
 
 
 async def test_pages_follow_one_another(api: Api, person: Person) -> None:
@@ -160,6 +216,55 @@ async def test_prices_and_bids_bind(api: Api, person: Person) -> None:
     assert (status, "needs a bid" in told["error"]) == (422, True)
     status, told = await rent(api, person, spot["id"], bid=spot["price_per_hour"])
     assert (status, told["data"]["price_per_hour"]) == (201, spot["price_per_hour"])
+
+
+class Taken(Simulated):
+    """A market in which one offer is gone when it is wanted, or that limits calls."""
+
+    gone = ""
+    limit_s = 0.0
+
+    async def create(self, offer_id: str, spec: InstanceSpec, tag: str) -> ProviderInstance:
+        if self.limit_s:
+            raise RateLimited("simulated", "create", "too many calls", retry_after_s=self.limit_s)
+        if offer_id == self.gone:
+            raise CapacityGone("simulated", "create", f"offer {offer_id} is taken; choose another")
+        return await super().create(offer_id, spec, tag)
+
+
+@pytest.fixture
+async def taken(api: Api) -> Taken:
+    """Put a market in the place of the other."""
+    market = Taken(ProviderSettings(options={"boot_s": "0"}))
+    api.fleet.providers["simulated"] = market  # type: ignore[index]
+    return market
+
+
+async def test_the_next_best_offer_is_rented_only_if_the_caller_allows(api: Api, person: Person, taken: Taken) -> None:
+    found = (await offers(api, person))["data"]
+    first, second = next(
+        (one, other)
+        for one in found
+        for other in found
+        if (one["gpu_model"], one["gpu_count"]) == (other["gpu_model"], other["gpu_count"]) and one is not other
+    )
+    taken.gone = first["id"].removeprefix("sim-")
+    dearest = max(first["price_per_hour"], second["price_per_hour"])
+    status, told = await rent(api, person, first["id"])
+    assert (status, told["code"]) == (409, "CAPACITY_GONE")
+    await api.client.app[OFFERS].refresh_all()  # the offer that was taken is shown again
+    status, told = await rent(api, person, first["id"], next_best=True, max_price=dearest)
+    assert (status, told["gpu_model"], told["gpu_count"]) == (201, first["gpu_model"], first["gpu_count"])
+    assert len(await taken.list()) == 1
+
+
+async def test_a_provider_that_limits_calls_says_when_to_come_back(api: Api, person: Person, taken: Taken) -> None:
+    taken.limit_s = 7.0
+    id = (await offers(api, person))["data"][0]["id"]
+    path = f"{GPU}/instances/simulated/{id}"
+    async with api.client.post(path, json={"image": "x"}, headers=person.by_key) as answer:
+        assert (answer.status, answer.headers["Retry-After"]) == (502, "7")
+        assert (await answer.json())["code"] == "PROVIDER_FAILED"
 
 
 async def test_a_reservation_gets_so_many(api: Api, person: Person) -> None:

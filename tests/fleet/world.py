@@ -1,5 +1,6 @@
 """A market, customers, and a gateway that dies at any of its writes and is started again; and what must hold then."""
 
+import asyncio
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -138,6 +139,17 @@ class World:
         self.clock.advance(60)
         await self.reconciler.cycle()
 
+    async def both(self) -> None:
+        """Let two nodes believe that they lead."""
+        self.clock.advance(60)
+        other = MortalFleet(self.store, self.market, self.clock)
+        other.sleep = self._sleep
+        await other.open()
+        works = [self.reconciler.cycle(), self.reconciler.tend(), Reconciler(other).cycle(), Reconciler(other).tend()]
+        for failure in await asyncio.gather(*works, return_exceptions=True):
+            if failure is not None:
+                raise failure
+
     async def wait(self) -> None:
         self.clock.advance(self.random.randrange(1, 900))
 
@@ -161,7 +173,7 @@ class World:
         """Let something happen; if the gateway dies of it, start it again."""
         known = (
             [self.rent] * 4 + [self.reserve, self.destroy, self.stop, self.begin, self.vanish, self.stranger]
-            + [self.restart, self.wait] + [self.tend, self.cycle] * 4
+            + [self.restart, self.wait, self.both] + [self.tend, self.cycle] * 4
         )  # fmt: skip
         does = self.random.choice([each for each in known if each not in without])
         try:

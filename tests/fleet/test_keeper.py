@@ -1,0 +1,98 @@
+"""What the fleet does by itself: only on the node that leads, and through failures."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from gpuproxy import config
+from gpuproxy.fleet.keeper import Keeper
+from gpuproxy.fleet.offers import Offers
+from gpuproxy.fleet.parts import Fleet
+from gpuproxy.fleet.rent import rent
+from gpuproxy.fleet.rentals import in_states
+from gpuproxy.plugin import ProviderInstance
+
+from .conftest import Books, Clock, wish_for
+from .market import Market
+
+QUICK = config.Fleet(reconcile_s=0.01, poll_s=0.01, offers_s=0.01)
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    """Name a SQLite database."""
+    return f"sqlite:///{tmp_path}/gpuproxy.db"
+
+
+class Node:
+    """A node that leads or does not, as the test says."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        fleet.settings = QUICK
+        self.is_leader = False
+        self.asked_count = 0
+        self.offers = Offers(fleet)
+        self.keeper = Keeper(fleet, self.offers, self.leads)
+
+    async def leads(self) -> bool:
+        self.asked_count += 1
+        return self.is_leader
+
+    @asynccontextmanager
+    async def running(self):  # type: ignore[no-untyped-def]
+        stopping = asyncio.Event()
+        task = asyncio.create_task(self.keeper.run(stopping))
+        try:
+            yield
+        finally:
+            stopping.set()
+            await task
+            await self.offers.close()
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not is_true():
+            await asyncio.sleep(0.005)
+
+
+async def test_only_the_node_that_leads_looks_after_rentals(fleet: Fleet, market: Market) -> None:
+    node = Node(fleet)
+    async with node.running():
+        await until(lambda: node.asked_count > 10)
+        assert market.asked == []
+        node.is_leader = True
+        await until(lambda: {"list", "offers"} <= set(market.asked))
+
+
+async def test_a_rental_is_brought_to_run_without_anybody_asking(fleet: Fleet, books: Books, clock: Clock) -> None:
+    await books.give(10)
+    await rent(fleet, await wish_for(fleet, books.user_id))
+    clock.advance(20)
+    node = Node(fleet)
+    node.is_leader = True
+    async with node.running(), asyncio.timeout(10):
+        while [each.state for each in await fleet.read(in_states)] != ["running"]:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_fault_of_an_adapter_ends_nothing(fleet: Fleet, market: Market) -> None:
+    calls = 0
+    keep = market.list
+
+    async def broken() -> Sequence[ProviderInstance]:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise RuntimeError("a fault of the adapter")
+        return await keep()
+
+    market.list = broken  # type: ignore[method-assign]
+    node = Node(fleet)
+    node.is_leader = True
+    async with node.running():
+        await until(lambda: "list" in market.asked)
+    assert calls >= 3
