@@ -30,9 +30,11 @@ class _Body(Struct, gc=False):
 
 
 class _LooseBody(_Body, gc=False):
-    """The same for calls that are routed already; ``model_name`` is the V2 spelling."""
+    """The same for calls that are routed already, in other shapes too; ``model_name`` is the V2 spelling."""
 
     model_name: str = ""
+    options: Any = None  # Ollama's
+    parameters: Any = None  # TGI's
 
 
 _decode = msgspec.json.Decoder(_Body).decode
@@ -177,15 +179,18 @@ def description(call: Call) -> Intent:
             return intent_of_path(call.path[call.path.index(b"/v2/models/") :])
         if is_socket(call.method, call.path):
             return Intent(model_of_query(call.path)[:_MODEL_CHARS_MAX], is_stream=True)
-        body = _decode_loosely(call.body or b"")
+        body = _decode_loosely(call.body or b"{}")
     except GatewayError:
         return Intent()
     except _UNREADABLE:
         return _description_of_form(call)
     model = body.model or body.model_name
     intent = _intent(model[:_MODEL_CHARS_MAX], body)
-    if body.stream is None and call.body and is_ollama(call.path):
+    if call.path.partition(b"?")[0].endswith(b"/generate_stream") or (body.stream is None and is_ollama(call.path)):
         intent.is_stream = True
+    for shape, name in ((body.options, "num_predict"), (body.parameters, "max_new_tokens")):
+        if isinstance(shape, dict) and type(most := shape.get(name)) is int and most > intent.max_output_tokens:
+            intent.max_output_tokens = most
     return intent
 
 

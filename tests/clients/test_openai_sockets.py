@@ -58,6 +58,14 @@ def test_the_blocking_realtime_client_works(way: Way) -> None:
     assert words == WORDS
 
 
+async def test_the_older_realtime_client_works(way: Way) -> None:
+    url = f"{way.url}/v1".replace("http://", "ws://")  # by itself it speaks TLS only
+    client = openai.AsyncOpenAI(websocket_base_url=url, api_key=way.key)
+    async with client, client.beta.realtime.connect(model="chat") as connection:
+        words, response = await talk(connection, TEXT)
+    assert (words, response.usage.output_tokens) == (WORDS, 5)
+
+
 async def test_the_responses_api_works_over_a_socket(way: Way) -> None:
     client = openai.AsyncOpenAI(base_url=f"{way.url}/v1", api_key=way.key)
     async with client, client.responses.connect(extra_query={"model": "chat"}) as connection:

@@ -272,6 +272,10 @@ def test_an_envelope_without_body_keeps_its_path() -> None:
         (b"/api/chat", b'{"model":"m","messages":[]}', Intent("m", is_stream=True)),
         (b"/api/generate?x", b'{"model":"m","stream":false}', Intent("m")),
         (b"/api/embed", b'{"model":"m"}', Intent("m")),
+        (b"/api/chat", b'{"model":"m","options":{"num_predict":9}}', Intent("m", is_stream=True, max_output_tokens=9)),
+        (b"/generate_stream", b'{"parameters":{"max_new_tokens":9}}', Intent(is_stream=True, max_output_tokens=9)),
+        (b"/generate", b'{"parameters":{"max_new_tokens":"9"},"options":[1]}', Intent()),
+        (b"/generate_stream?x", None, Intent(is_stream=True)),
         (CHAT, None, Intent()),
     ],
 )

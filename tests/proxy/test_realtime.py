@@ -1,11 +1,15 @@
 """Metered WebSockets: routed by the URL, their key read from the subprotocol, usage and credit by their events."""
 
+import asyncio
 import json
 import time
 from typing import Any
 
 import pytest
 from frames import frame
+from gpuproxy_plugins.openinference_realtime import RealtimeReader
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpuproxy.codec.websocket import close_frame
 from gpuproxy.errors import GatewayError
@@ -490,3 +494,88 @@ async def test_reading_adds_at_most_a_few_microseconds_a_chunk(serve: Serve) -> 
 
 def test_errors_become_codes() -> None:
     assert close_frame(1008, str(GatewayError("FORBIDDEN", "x")))[2:4] == b"\x03\xf0"
+
+
+# -- wherever it is cut ---------------------------------------------------------------------------------------
+
+
+class _Pipe:
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.sent = b""
+        self.is_reading = True
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
+
+    def write_eof(self) -> None:
+        """Nothing more is written."""
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        self.is_reading = False
+
+    def resume_reading(self) -> None:
+        self.is_reading = True
+
+    def set_protocol(self, protocol: object) -> None:
+        """It is the test that reads."""
+
+    def get_extra_info(self, name: str) -> None:
+        """There is no socket."""
+
+    def abort(self) -> None:
+        """The upstream is told in another test."""
+
+    def close(self) -> None:
+        """Not within the time of this one."""
+
+
+class _Told:
+    """What an end needs of an exchange and its plane."""
+
+    plane: Any = None
+
+    def __init__(self) -> None:
+        settings = type("Settings", (), {"output_tokens_default": 1, "buffered_body_bytes_max": 1_000})
+        self.plane = type("Plane", (), {"limits": settings, "config": type("Config", (), {"credit": settings})})
+
+
+def _frames(sizes: list[int]) -> list[bytes]:
+    return [frame(b"x" * size, 1 + number % 2, number % 3 > 0) for number, size in enumerate(sizes)]
+
+
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 125, 126, 300, 70_000]), min_size=1, max_size=6),
+    pieces=st.lists(st.integers(1, 400), max_size=30),
+    cut_at=st.integers(0, 30),
+)
+@settings(deadline=None, max_examples=200)
+def test_a_client_gets_whole_frames_and_then_the_word(sizes: list[int], pieces: list[int], cut_at: int) -> None:
+    frames = _frames(sizes)
+    stream = b"".join(frames)
+    error = GatewayError("INSUFFICIENT_CREDITS", "no more")
+
+    async def run() -> bytes:
+        client, upstream = _Pipe(), _Pipe()
+        reader = RealtimeReader()
+        watch = websocket.Watch(_Told(), reader, None)  # type: ignore[arg-type]
+        ends: Any = watch.join(client, upstream, lambda: None)  # type: ignore[arg-type]
+        at = 0
+        for number, size in enumerate([*pieces, len(stream)]):
+            if number == cut_at:
+                ends[1].cut(error)
+            ends[1].data_received(stream[at : at + size])
+            at += size
+        ends[1].cut(error)
+        return client.sent
+
+    sent = asyncio.run(run())
+    borders = [b"".join(frames[:count]) for count in range(len(frames) + 1)]
+    assert sent in [border + close_frame(1008, "INSUFFICIENT_CREDITS: no more") for border in borders]
