@@ -7,15 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuproxy.codec.seal import Seal
 from gpuproxy.errors import CODES
 from gpuproxy.plugin import (
     GROUP,
+    Attached,
     Call,
     GatewayError,
     Intent,
     PluginError,
     ProtocolHandler,
     Registry,
+    Station,
     UpstreamRequest,
     load_plugins,
 )
@@ -23,6 +26,9 @@ from gpuproxy.plugin import (
 FOURTH = EntryPoint(name="fourth", value="fourth_plugin", group=GROUP)
 FOUND = (*entry_points(group=GROUP), FOURTH)
 HANDLERS = list(load_plugins([point.name for point in FOUND], FOUND).protocols.values())
+for each in HANDLERS:  # as a worker that has its secrets does
+    if isinstance(each, Attached):
+        each.attach(Station(Seal((bytes(32),))))
 
 CONTENT_TYPES = (
     b"application/json",
