@@ -18,6 +18,7 @@ from gpuproxy.types import TOOL_CALL, Receipt
 MODELS_MAX = 500
 TOOLS_MAX = 500
 OTHER = "other"
+TUNNEL = 101  # a status: how long a tunnel lasts, and when those at its ends speak, is up to them
 
 _labels_of = attrgetter("protocol", "upstream", "model", "status", "outcome", "error", "is_stream", "rpc_method")
 
@@ -102,14 +103,15 @@ class Traffic(Collector):
         one, count = group[0], len(group)
         model, protocol, upstream = self._model(one), one.protocol, one.upstream
         self._count("gpuproxy_requests_total", (protocol, upstream, model, str(one.status), one.outcome), count)
-        self._observe("gpuproxy_latency_seconds", (protocol, upstream), [each.duration_us / 1e6 for each in group])
+        if one.status != TUNNEL:
+            self._observe("gpuproxy_latency_seconds", (protocol, upstream), [each.duration_us / 1e6 for each in group])
         self._count("gpuproxy_bytes_total", ("request",), sum([each.request_bytes for each in group]))
         self._count("gpuproxy_bytes_total", ("response",), sum([each.response_bytes for each in group]))
         if one.error:
             self._count("gpuproxy_errors_total", (one.error,), count)
         if retries := sum([each.attempts - 1 for each in group if each.attempts > 1]):
             self._count("gpuproxy_retries_total", (upstream,), retries)
-        if one.is_stream and one.outcome != "refused":
+        if one.is_stream and one.outcome != "refused" and one.status != TUNNEL:
             waited = [each.first_byte_us / 1e6 for each in group if each.first_byte_us >= 0]
             self._observe("gpuproxy_time_to_first_token_seconds", (model,), waited)
         if told := [each for each in group if each.output_tokens >= 0]:
@@ -122,7 +124,7 @@ class Traffic(Collector):
         self._count("gpuproxy_tokens_total", (model, "input"), sum([each.input_tokens for each in told]))
         self._count("gpuproxy_tokens_total", (model, "cached"), sum([each.cached_tokens for each in told]))
         self._count("gpuproxy_tokens_total", (model, "output"), sum([each.output_tokens for each in told]))
-        if told[0].is_stream:
+        if told[0].is_stream and told[0].status != TUNNEL:
             timed = [each for each in told if each.output_tokens > 1 and each.first_byte_us >= 0]
             self._observe("gpuproxy_time_per_output_token_seconds", (model,), [_per_token_s(each) for each in timed])
 

@@ -59,6 +59,14 @@ def test_a_refused_call_counts_as_an_error_and_not_as_a_first_token() -> None:
     assert not any(key[0].startswith(("gpuproxy_time", "gpuproxy_tokens")) for key in told)
 
 
+def test_a_tunnel_is_counted_and_metered_but_times_nothing() -> None:
+    told = shown(like(status=101, duration_us=3_600_000_000))
+    assert told["gpuproxy_requests_total", "openinference", "llm", "m", "101", "ok"] == 1
+    assert told["gpuproxy_tokens_total", "m", "output"] == 4
+    assert told["gpuproxy_bytes_total", "response"] == 900
+    assert not any(key[0].startswith(("gpuproxy_time", "gpuproxy_latency")) for key in told)
+
+
 def test_callers_cannot_make_series_without_end() -> None:
     strange = [like(model=f"x{n}", upstream="") for n in range(9)]
     served = [like(model=f"m{n}") for n in range(MODELS_MAX + 9)]
