@@ -504,6 +504,18 @@ async def test_admins_check_the_books_give_credit_and_block(api: Api) -> None:
     assert (await visit(api, here, admin.by_cookie, {"do": "dance"})).status == 422
 
 
+async def test_the_account_shows_its_budgets_and_says_when_to_be_told_of_low_credit(api: Api) -> None:
+    ann = await api.person()
+    await api.call("POST", "/api/v1/user/budgets", {"limit": 7, "window_s": 86_400}, ann.by_token)
+    assert "$7.00" in (await visit(api, "/dashboard/account", ann.by_cookie)).text
+    answer = await visit(api, "/dashboard/account/low-credit", ann.by_cookie, {"threshold": "2.50"})
+    assert answer.place == "/dashboard/account?done=changed"
+    _, told = await api.call("GET", "/api/v1/user/credits", headers=ann.by_key)
+    assert told["low_threshold"] == 2.5
+    answer = await visit(api, "/dashboard/account/low-credit", ann.by_cookie, {"threshold": "low"})
+    assert (answer.status, "threshold" in answer.text) == (422, True)
+
+
 # Figures and colours
 
 

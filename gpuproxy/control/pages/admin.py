@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from gpuproxy.control import admin_routing, admin_users, books, credits
+from gpuproxy.control import admin_fleet, admin_routing, admin_users, books, credits
 from gpuproxy.control.metrics import GAUGES_READ
 from gpuproxy.control.pages.render import page
 from gpuproxy.control.pages.serve import PREFIX, see_other
@@ -24,6 +24,7 @@ async def show(visit: Visit, verdict: Any = None) -> web.StreamResponse:
         users=users["data"],
         next=users.get("next_cursor"),
         upstreams=(await visit.ask(admin_routing.list_upstreams))["data"],
+        providers=(await visit.ask(admin_fleet.list_providers))["data"],
         workers=visit.request.app[GAUGES_READ].total("gpuproxy_workers"),
     )
 

@@ -1,4 +1,4 @@
-"""Sign in, register, sign out, change the password: what begins and ends the cookie."""
+"""Sign in, register, sign out, and the account: what begins and ends the cookie."""
 
 import re
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from aiohttp import web
 
 from gpuproxy.access import tokens
-from gpuproxy.control import auth, quota, user
+from gpuproxy.control import auth, credits, quota, user
 from gpuproxy.control.cookie import forget_cookie, set_cookie
 from gpuproxy.control.pages.render import page
 from gpuproxy.control.pages.serve import PREFIX, see_other
@@ -55,7 +55,14 @@ async def sign_out(visit: Visit) -> web.StreamResponse:
 async def show_account(visit: Visit) -> web.StreamResponse:
     """Show who is signed in, their limits, and how to change the password."""
     profile, limits = await visit.ask(user.profile), await visit.ask(quota.show)
-    return page(visit, "account.html", profile=profile["data"], quota=limits["data"])
+    credit = (await visit.ask(credits.show))["data"]
+    return page(visit, "account.html", profile=profile["data"], quota=limits["data"], credits=credit)
+
+
+async def set_low_credit(visit: Visit) -> web.StreamResponse:
+    """Say below how much credit the account wants to be told."""
+    await visit.ask(credits.set_low_threshold, {"threshold": visit.text("threshold")})
+    return see_other(f"{PREFIX}/account?done=changed")
 
 
 async def change_password(visit: Visit) -> web.StreamResponse:

@@ -18,6 +18,7 @@ PAGES: tuple[Page, ...] = (
     Page("POST", f"{PREFIX}/sign-out", sign_in.sign_out),
     Page("GET", f"{PREFIX}/account", sign_in.show_account),
     Page("POST", f"{PREFIX}/account/password", sign_in.change_password, back=sign_in.show_account),
+    Page("POST", f"{PREFIX}/account/low-credit", sign_in.set_low_credit, back=sign_in.show_account),
     Page("GET", PREFIX, overview.show_overview),
     Page("GET", f"{PREFIX}/usage", overview.show_usage),
     Page("GET", KEYS, keys.show),
