@@ -42,6 +42,7 @@ from gpuproxy.control.mcp_names import (
     raw,
     split,
     text_of,
+    unmirrored,
 )
 from gpuproxy.control.mcp_relay import relay, while_there
 from gpuproxy.observe.logs import get_logger
@@ -49,6 +50,7 @@ from gpuproxy.observe.logs import get_logger
 STATELESS_SINCE = "2026-07-28"
 PAGES_MAX = 50  # of one server's list
 NAMED = {"tools/call": ("name", MARK), "prompts/get": ("name", MARK), "resources/read": ("uri", URI_MARK)}
+HEADER_MISMATCH = -32020
 UNREACHABLE = -32066  # as calls to a single server have it
 COMPLAINT_S = 60.0  # between two log lines about one server
 
@@ -176,10 +178,14 @@ class Group:
             shown = text_of(place, field)[:100]
             message = f"no {shown!r} here; names begin with server{mark}, servers: {', '.join(turn.seats)}"
             raise RpcError(200, -32602, message, turn.message.get("id"))
-        place = place | {field: raw(name)}
-        params = params | {"ref": raw(place)} if method == "completion/complete" else place
+        there = place | {field: raw(name)}
+        params = params | {"ref": raw(there)} if method == "completion/complete" else there
         body = encode(turn.message | {"params": raw(params)})
-        headers = {"mcp_name": mirrored(name)} if "Mcp-Name" in turn.request.headers else {}
+        headers = {}
+        if (told := turn.request.headers.get("Mcp-Name")) is not None:
+            if _is_stateless(turn.request) and unmirrored(told) != text_of(place, field):
+                raise RpcError(400, HEADER_MISMATCH, "Mcp-Name is not what the message says", turn.message.get("id"))
+            headers["mcp_name"] = mirrored(name)
         return await self._passed(turn.request, server, body, turn.seats, **headers)
 
     # -- sessions ---------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Nothing else of a message is changed: numbers and the order of fields stay as the server or client wrote them.
 """
 
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -56,6 +56,16 @@ def mirrored(name: str) -> str:
     """Return a name as it stands in Mcp-Name (MCP 2026-07-28 Transports): visible ASCII, else encoded."""
     is_plain = name.isascii() and name.isprintable() and name == name.strip() and not name.startswith("=?base64?")
     return name if is_plain else f"=?base64?{b64encode(name.encode()).decode()}?="
+
+
+def unmirrored(value: str) -> str:
+    """Return the name that Mcp-Name tells; the value itself if it cannot be decoded."""
+    if not (value.startswith("=?base64?") and value.endswith("?=")):
+        return value
+    try:
+        return b64decode(value[9:-2], validate=True).decode()
+    except ValueError:
+        return value
 
 
 def split(text: str, mark: str, servers: Iterable[str]) -> tuple[str, str]:

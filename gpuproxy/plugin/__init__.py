@@ -30,6 +30,7 @@ from gpuproxy.plugin.protocol import (
     HeaderList,
     Intent,
     ProtocolHandler,
+    ToolReader,
     UpstreamRequest,
     UsageReader,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "Seal",
     "SpecRefused",
     "Station",
+    "ToolReader",
     "Unauthorized",
     "UpstreamRequest",
     "Usage",

@@ -164,3 +164,11 @@ class BodySparer(Protocol):
 
     def spares_body(self, fields: HeaderList) -> bool:
         """Tell whether a call with these fields, for which `needs_body` is true, can do without."""
+
+
+@runtime_checkable
+class ToolReader(Protocol):
+    """What a handler may offer besides, whose calls have tools do work that can cost."""
+
+    def tools_in(self, body: bytes) -> tuple[str, ...] | None:
+        """Return the tools that any server may find called in a body; None if it cannot be read."""

@@ -3,10 +3,10 @@ it may cost.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.plugin import Call, HeaderList, Intent, ProtocolHandler
+from gpuproxy.plugin import Call, HeaderList, Intent, ProtocolHandler, ToolReader
 from gpuproxy.pricing import Price
 from gpuproxy.proxy.heads import RequestHead
 from gpuproxy.proxy.offers import highest
@@ -48,7 +48,24 @@ def bind_tools(
     call.tools, call.upstream = rules, upstream
 
 
-def price_of_call(plane: "Plane", destination: "Destination | None", intent: Intent, started_ns: int) -> Price | None:
+def check_protocol(handler: ProtocolHandler, destination: "Destination", prices: Prices) -> None:
+    """Refuse a call of an upstream in another protocol than its own while anything has a price: by which is not seen.
+
+    Raises GatewayError BAD_REQUEST.
+    """
+    if handler is not destination.handler and prices.is_any:
+        message = f"upstream {destination.upstream!r} is called as protocol {destination.handler.name!r}"
+        raise GatewayError("BAD_REQUEST", message, param="protocol")
+
+
+def price_of_call(
+    plane: "Plane",
+    destination: "Destination | None",
+    intent: Intent,
+    started_ns: int,
+    handler: ProtocolHandler,
+    body: bytes | None,
+) -> Price | None:
     """Return the most a call may be charged by, None if nothing. Raises GatewayError BAD_REQUEST.
 
     Where it goes is not known yet: it must be able to pay for any place.
@@ -57,16 +74,19 @@ def price_of_call(plane: "Plane", destination: "Destination | None", intent: Int
     at_ns = plane.wall_offset_ns + started_ns
     if destination is None or len(destination.places) == 1:
         upstream = destination.upstream if destination is not None else ""
-        if intent.tools:
-            return _price_of_tools(prices, intent.tools, upstream, at_ns)
+        if prices.has_tools and getattr(handler, "tools_in", None) is not None:
+            return _price_of_tools(prices, intent, upstream, at_ns, cast(ToolReader, handler), body)
         return prices.find(model, upstream, at_ns)
     return highest([prices.find(name or model, upstream, at_ns) for name, upstream in destination.places])
 
 
-def _price_of_tools(prices: Prices, tools: tuple[str, ...], upstream: str, at_ns: int) -> Price | None:
-    found = [prices.find_tool(tool, upstream, at_ns) for tool in tools]
-    priced = [price for price in found if price is not None and price.tool]
-    if len(found) > 1 and priced:  # one receipt has one price
-        message = f"this batch calls tools that have prices, such as {priced[0].tool!r}; send one call at a time"
+def _price_of_tools(
+    prices: Prices, intent: Intent, upstream: str, at_ns: int, reader: ToolReader, body: bytes | None
+) -> Price | None:
+    # One receipt has one price: that of the tool it names, which must be the one that runs.
+    tools = reader.tools_in(body) if body else intent.tools
+    found = [prices.find_tool(tool, upstream, at_ns) for tool in tools or ()]
+    if tools is None or ((tools != intent.tools or len(tools) > 1) and any(price and price.tool for price in found)):
+        message = "tools that have prices are called one at a time, in a message that can be read in one way only"
         raise GatewayError("BAD_REQUEST", message)
-    return found[0]
+    return found[0] if found else prices.find(intent.model, upstream, at_ns)

@@ -34,7 +34,7 @@ from gpuproxy.proxy.answer import (
     VIA_HOPS_MAX,
 )
 from gpuproxy.proxy.attempts import Attempts
-from gpuproxy.proxy.calls import bind_tools, needs_whole, price_of_call
+from gpuproxy.proxy.calls import bind_tools, check_protocol, needs_whole, price_of_call
 from gpuproxy.proxy.credit import price_for, unknown_credit
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.headers import (
@@ -354,6 +354,7 @@ class Exchange(Attempts):
             endpoint = self._user_given(rented.outside(target))
         elif endpoint.destination is not None:
             place = endpoint.destination
+            check_protocol(handler, place, self.plane.prices)
             self._destination = place if intent.pin is None else place.narrowed(endpoint)
             self._destination.budget.earn()
         endpoint = endpoint.at_root(envelope.timeout_s)  # a target's path is whole
@@ -445,7 +446,9 @@ class Exchange(Attempts):
         plane = self.plane
         if not plane.prices.is_any:
             return True
-        price = price_of_call(plane, self._destination, intent, self._started_ns)
+        handler = self._handler
+        assert handler is not None
+        price = price_of_call(plane, self._destination, intent, self._started_ns, handler, body)
         if price is None:
             return True
         grant = self._grant

@@ -26,9 +26,17 @@ from gpuproxy.plugin import (
     event_payloads,
 )
 from gpuproxy_plugins.mcp_completion import completed
-from gpuproxy_plugins.mcp_meter import JsonOutcome, RpcError, StreamOutcome, asked_for, mirrored, shown
+from gpuproxy_plugins.mcp_meter import (
+    NAME_CHARACTERS_MAX,
+    JsonOutcome,
+    RpcError,
+    StreamOutcome,
+    asked_for,
+    mirrored,
+    shown,
+)
 from gpuproxy_plugins.mcp_origins import Origins, origin_of, readable
-from gpuproxy_plugins.mcp_tools import ToolLists, bound, kept
+from gpuproxy_plugins.mcp_tools import ToolLists, bound, kept, tools_in
 from gpuproxy_plugins.mcp_transit import ADDRESS, MOUNT, Transits, at_target
 
 METADATA = b"/.well-known/oauth-protected-resource"  # RFC 9728 §3
@@ -98,6 +106,11 @@ class Mcp:
     def spares_body(self, fields: HeaderList) -> bool:
         """Tell whether the head says by itself what the call asks for."""
         return mirrored(fields) is not None
+
+    def tools_in(self, body: bytes) -> tuple[str, ...] | None:
+        """Return the tools that any server may find called in a message; None if it cannot be read."""
+        tools = tools_in(body)
+        return tools and tuple(tool[:NAME_CHARACTERS_MAX] for tool in tools)
 
     def inspect(self, call: Call) -> Intent:
         """Return the server's name and the path below its URL. Raises GatewayError NOT_FOUND."""

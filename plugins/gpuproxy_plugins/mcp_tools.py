@@ -1,7 +1,8 @@
 """Keys that are bound to tools: calls of other tools are refused, and lists of tools show what the key may use.
 
 What runs is what the server reads in the message, and servers do not all read alike. So a message of such a key is
-refused if it can be read in two ways: a name that stands twice, or in other letters than MCP's. Lists are told by their
+refused if it can be read in two ways: a name that stands twice, or in other letters than MCP's; and so is any message
+where one of the ways calls a tool that costs. Lists are told by their
 shape, ``result.tools``, for an answer may also come on the stream of another call (revisions with sessions). A server
 that sends a list compressed, though it was asked not to, shows all of it; calls are refused all the same.
 """
@@ -95,6 +96,25 @@ def _says_once(message: _Pairs) -> bool:
 def _names_once(pairs: _Pairs) -> bool:
     names = [name for name, _ in pairs if name.casefold() in _WORDS]
     return len(set(names)) == len(names) and all(name in _WORDS for name in names)
+
+
+def tools_in(body: bytes) -> tuple[str, ...] | None:
+    """Return the tools that any server may find called in a message; None if it cannot be read."""
+    try:
+        found = json.loads(body, object_pairs_hook=_Pairs)
+    except UNREADABLE:
+        return None
+    messages = [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, _Pairs)]
+    return tuple(tool for message in messages if "tools/call" in _all(message, "method") for tool in _named(message))
+
+
+def _named(message: _Pairs) -> set[str]:
+    params = [each for each in _all(message, "params") if isinstance(each, _Pairs)]
+    return {str(name) for each in params for name in _all(each, "name")} or {""}
+
+
+def _all(pairs: _Pairs, word: str) -> list[Any]:
+    return [value for name, value in pairs if name.casefold() == word]
 
 
 def narrowed(payload: bytes, keep: Keep) -> bytes:

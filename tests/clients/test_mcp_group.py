@@ -295,6 +295,19 @@ def test_an_unknown_method_is_not_found(group: Gateway, http: httpx2.Client, met
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, -32601)
 
 
+@pytest.mark.parametrize(
+    ("told", "status"), [("tools__add", 200), ("=?base64?dG9vbHNfX2FkZA==?=", 200), ("other", 400)]
+)
+def test_a_header_must_say_what_the_message_says(group: Gateway, http: httpx2.Client, told: str, status: int) -> None:
+    meta = {"io.modelcontextprotocol/protocolVersion": MODERN, "io.modelcontextprotocol/clientCapabilities": {}}
+    body = message("tools/call", name="tools__add", arguments={"a": 1, "b": 1}, _meta=meta)
+    headers = {"MCP-Protocol-Version": MODERN, "Mcp-Method": "tools/call", "Mcp-Name": told}
+    answer = http.post(url_of(group), json=body, headers=headers)
+    assert answer.status_code == status
+    if status == 400:
+        assert answer.json()["error"]["code"] == -32020
+
+
 def test_without_a_key_the_answer_is_that_of_a_server(group: Gateway) -> None:
     with httpx2.Client() as http:
         answer = initialize(http, url_of(group))

@@ -181,3 +181,44 @@ async def test_while_tools_have_prices_no_head_is_believed_about_the_tool(serve:
     await upstream.send(json_answer(OK))
     await client.answer()
     await gateway.receipt()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        CALL.replace(b'"name":"search"', b'"name":"search","name":"free"'),
+        CALL.replace(b'"name":"search"', b'"name":"free","Name":"search"'),
+        CALL.replace(b'"method":"tools/call"', b'"method":"ping","Method":"tools/call"'),
+        CALL.replace(b'"method":"tools/call"', b'"method":"tools/call","method":"ping"'),
+        CALL.replace(b'"params":{', b'"param\xc5\xbf":{"name":"search"},"params":{').replace(
+            b'"search","arg', b'"free","arg'
+        ),
+        CALL.decode().encode("utf-16"),
+        b"\xff" + CALL,
+    ],
+    ids=["twice", "letters", "method", "other-method", "folded", "utf-16", "no-json"],
+)
+async def test_a_message_that_may_call_a_priced_tool_in_one_way_of_reading_is_refused(
+    serve: Serve, body: bytes
+) -> None:
+    gateway, _ = await _open(serve, 1_000, SEARCH)
+    client = await gateway.ask(request(b"POST " + TOOLS, body=body))
+    assert (await client.answer()).status == 400
+    assert await gateway.sent_to(gateway.tools) == b""
+    await gateway.receipt()
+
+
+async def test_arguments_may_have_any_names(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 1_000, SEARCH)
+    body = CALL.replace(b'"arguments":{}', b'"arguments":{"name":"a","Name":"b","method":"c"}')
+    assert await settled(gateway, bank, json_answer(OK), body) == 100
+
+
+async def test_an_upstream_with_prices_is_called_in_its_own_protocol_only(serve: Serve) -> None:
+    gateway, _ = await _open(serve, 1_000, SEARCH)
+    target = f"http://127.0.0.1:{gateway.tools.port}/mcp"
+    envelope = {"protocol": "https", "target_url": target, "method": "POST", "body": json.loads(CALL)}
+    client = await gateway.ask(request(b"POST " + PREFIX, body=json.dumps(envelope).encode()))
+    assert (await client.answer()).status == 400
+    assert await gateway.sent_to(gateway.tools) == b""
+    await gateway.receipt()
