@@ -28,6 +28,7 @@ from gpuproxy.errors import ConfigError
 StoreUrl = Annotated[str, Meta(extra={"check": checks.store_url, "secret": True})]
 RedisUrl = Annotated[str, Meta(extra={"check": checks.redis_url, "secret": True})]
 Network = Annotated[str, Meta(extra={"check": checks.network})]
+PageOrigin = Annotated[str, Meta(extra={"check": checks.page_origin})]
 Level = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_LEVELS)})]
 Format = Annotated[str, Meta(extra={"check": checks.one_of(checks.LOG_FORMATS)})]
 Connections = Annotated[dict[str, str], Meta(extra={"check": checks.connection})]
@@ -96,6 +97,7 @@ class Auth(Struct, forbid_unknown_fields=True, frozen=True):
     access_token_s: Annotated[float, Meta(ge=1, le=900)] = 900.0  # what is signed is believed until it ends
     refresh_token_s: PositiveSeconds = 2_592_000.0
     jwt_secret_env: VariableName = ""
+    cookie_origins: tuple[PageOrigin, ...] = ()
 
 
 class Rates(Struct, forbid_unknown_fields=True, frozen=True):

@@ -76,6 +76,13 @@ def base_url(value: str) -> str | None:
     return None
 
 
+def page_origin(value: str) -> str | None:
+    """Accept where a page comes from, as browsers say it in Origin (RFC 6454 §6.2)."""
+    if re.fullmatch(r"https?://[a-z0-9.:\[\]-]+", value):
+        return None
+    return f"{show(value)} is no origin of a page; write https://HOST[:PORT] in small letters and without a path"
+
+
 def optional_base_url(value: str) -> str | None:
     """Accept a base URL, or nothing."""
     return base_url(value) if value else None

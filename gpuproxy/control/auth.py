@@ -13,6 +13,7 @@ from gpuproxy.access.accounts import User, user_by_id
 from gpuproxy.access.logins import Login
 from gpuproxy.access.passwords import Hasher
 from gpuproxy.access.sessions import Session, continue_session, end_session
+from gpuproxy.control.cookie import forget_cookie, is_trusted_page, set_cookie
 from gpuproxy.control.identify import address_of
 from gpuproxy.control.parts import ATTEMPTS, CALLER, CONFIG, HASHER, KEYRING, STORE
 from gpuproxy.control.respond import success
@@ -30,6 +31,12 @@ class Credentials(Struct, forbid_unknown_fields=True):
 
     email: Email
     password: Password
+
+
+class LogIn(Credentials, forbid_unknown_fields=True):
+    """An e-mail address and a password; with `cookie` the browser gets one too, which opens ``/ws`` for its pages."""
+
+    cookie: bool = False
 
 
 class Refresh(Struct, forbid_unknown_fields=True):
@@ -76,12 +83,18 @@ async def register(request: web.Request, body: Credentials) -> web.Response:
     return success(_logged_in(request, login), 201)
 
 
-async def log_in(request: web.Request, body: Credentials) -> web.Response:
+async def log_in(request: web.Request, body: LogIn) -> web.Response:
     """Log in; too many wrong passwords make the next attempt wait."""
+    if body.cookie and not is_trusted_page(request):  # else any page could log a visitor in as somebody else
+        message = "only pages of the gateway and of [auth] cookie_origins log in with a cookie; leave cookie out"
+        raise GatewayError("FORBIDDEN", message)
     store, hasher, lifetime_s = _parts(request)
     async with _attempt(request, body.email):
         login = await logins.log_in(store, hasher, body.email, body.password, lifetime_s)
-    return success(_logged_in(request, login))
+    response = success(_logged_in(request, login))
+    if body.cookie:
+        set_cookie(request, response, login.user.id, login.session.id)
+    return response
 
 
 async def refresh(request: web.Request, body: Refresh) -> web.Response:
@@ -100,7 +113,9 @@ async def log_out(request: web.Request) -> web.Response:
         raise GatewayError("FORBIDDEN", "an API key has no session; revoke it with DELETE /api/v1/auth/apikey/ID")
     async with request.app[STORE].writing() as connection:
         await end_session(connection, session_id)
-    return success(LoggedOut(session_id))
+    response = success(LoggedOut(session_id))
+    forget_cookie(request, response)
+    return response
 
 
 async def change_password(request: web.Request, body: PasswordChange) -> web.Response:

@@ -67,5 +67,10 @@ def is_same_origin(request: web.Request) -> bool:
     return urlsplit(request.headers.get("Origin", "")).netloc.lower() == host.lower()
 
 
+def is_trusted_page(request: web.Request) -> bool:
+    """Tell whether a page of ours sent this, or one of ``[auth] cookie_origins``."""
+    return is_same_origin(request) or request.headers.get("Origin") in request.app[CONFIG].auth.cookie_origins
+
+
 def _name(request: web.Request) -> str:
     return SECURE_NAME if is_https(request) else NAME

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 
 from gpuproxy.access.callers import Caller, invalid_credentials
 from gpuproxy.access.tickets import PREFIX, Holder, redeem_ticket
-from gpuproxy.control.cookie import caller_by_cookie, is_same_origin
+from gpuproxy.control.cookie import caller_by_cookie, is_trusted_page
 from gpuproxy.control.frames import POLICY, TRY_AGAIN_LATER
 from gpuproxy.control.identify import caller_of, identify
 from gpuproxy.control.parts import CONFIG, HUB, LISTENERS, STORE, STREAM, USAGE_WANTED
@@ -83,8 +83,8 @@ class Listener:
         self._accept(await identify(request))
 
     async def identify_cookie(self, request: web.Request) -> None:
-        """Take the session cookie of a page of ours, if there is one that is good."""
-        if is_same_origin(request) and (caller := await caller_by_cookie(request)) is not None:
+        """Take the session cookie of a page that may use it, if there is one that is good."""
+        if is_trusted_page(request) and (caller := await caller_by_cookie(request)) is not None:
             self._accept(caller)
 
     async def show_credential(self, token: str) -> None:

@@ -41,7 +41,7 @@ AUTH = "/api/v1/auth"
 HOOKS = "/api/v1/webhooks"
 TABLE: tuple[Route, ...] = (
     Route("POST", f"{AUTH}/register", auth.register, "anyone", auth.Credentials, auth.LoggedIn, status=201),
-    Route("POST", f"{AUTH}/login", auth.log_in, "anyone", auth.Credentials, auth.LoggedIn),
+    Route("POST", f"{AUTH}/login", auth.log_in, "anyone", auth.LogIn, auth.LoggedIn),
     Route("POST", f"{AUTH}/refresh", auth.refresh, "anyone", auth.Refresh, auth.LoggedIn),
     Route("POST", f"{AUTH}/logout", auth.log_out, "account", gives=auth.LoggedOut),
     Route("POST", f"{AUTH}/password", auth.change_password, "account", auth.PasswordChange, auth.LoggedIn),

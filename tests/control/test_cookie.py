@@ -6,12 +6,15 @@ import pytest
 from aiohttp import WSMsgType
 
 from gpuproxy.access.tokens import COOKIE, Claims, claims_for, read, sign
+from gpuproxy.config import Config, build
 from gpuproxy.control.events import watch_once
 from gpuproxy.control.parts import STREAM
+from gpuproxy.errors import ConfigError
 
-from .conftest import KEYRING, Api, Person
+from .conftest import KEYRING, PASSWORD, Api, Person
 
 PROFILE = "/api/v1/user/profile"
+APP = {"Origin": "https://app.example.com", "Sec-Fetch-Site": "same-site"}
 OURS = {"Sec-Fetch-Site": "same-origin"}
 HERE = {"Origin": "http://here:1", "X-Forwarded-Host": "here:1"}
 
@@ -96,3 +99,46 @@ async def test_logging_out_ends_what_the_cookie_opened(api: Api) -> None:
         assert (await socket.receive_json(timeout=20))["payload"]["code"] == "UNAUTHORIZED"
         assert (await socket.receive(timeout=20)).type is WSMsgType.CLOSE
     assert await subscribed(api, cookie_of(ann) | OURS) == "error"
+
+
+async def log_in(api: Api, person: Person, headers: dict[str, str], cookie: bool = True) -> tuple[int, str]:
+    """Log in; return the status and the cookie that is set."""
+    body = {"email": person.email, "password": PASSWORD, "cookie": cookie}
+    async with api.client.post("/api/v1/auth/login", json=body, headers=headers) as answer:
+        return answer.status, answer.headers.get("Set-Cookie", "")
+
+
+async def test_a_page_that_logs_in_gets_a_cookie_when_it_wants_one(api: Api) -> None:
+    ann = await api.person()
+    status, cookie = await log_in(api, ann, OURS)
+    assert status == 200
+    assert all(word in cookie for word in ("gpuproxy=", "HttpOnly", "SameSite=Lax", "Path=/"))
+    assert await log_in(api, ann, OURS, cookie=False) == (200, "")
+    assert await subscribed(api, {"Cookie": cookie.partition(";")[0]} | OURS) == "subscribed"
+
+
+async def test_a_page_of_others_cannot_log_a_visitor_in(api: Api) -> None:
+    ann = await api.person()
+    for theirs in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://elsewhere:1"}, {}):
+        assert await log_in(api, ann, theirs) == (403, "")
+
+
+class TestWithAnotherPage:
+    """The configuration names another page."""
+
+    @pytest.fixture
+    async def settings(self) -> Config:
+        return build({"rates": {"requests_per_minute": 0}, "auth": {"cookie_origins": ["https://app.example.com"]}})
+
+    async def test_it_may_use_the_cookie_and_no_other_may(self, api: Api) -> None:
+        ann = await api.person()
+        status, cookie = await log_in(api, ann, APP)
+        assert (status, bool(cookie)) == (200, True)
+        assert await subscribed(api, cookie_of(ann) | APP) == "subscribed"
+        assert await subscribed(api, cookie_of(ann) | APP | {"Origin": "https://x.example.com"}) == "error"
+
+
+@pytest.mark.parametrize("origin", ["*", "https://app.example.com/", "app.example.com", "https://App.example.com"])
+def test_what_browsers_would_not_send_is_no_origin(origin: str) -> None:
+    with pytest.raises(ConfigError, match="no origin of a page"):
+        build({"auth": {"cookie_origins": [origin]}})

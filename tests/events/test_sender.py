@@ -87,7 +87,7 @@ class World:
             await self.sender.idle()
 
     async def live_on(self) -> None:
-        """Let time pass from one due moment to the next until nothing is left to do."""
+        """Let time pass, half an hour beyond each moment when something is due, until nothing is left to do."""
         while True:
             await self.pass_over()
             due_at = await self.scalar(
@@ -95,7 +95,7 @@ class World:
             )
             if due_at is None:
                 return
-            self.clock.ahead += max(due_at - self.clock(), timedelta())
+            self.clock.ahead += max(due_at - self.clock(), timedelta()) + timedelta(minutes=30)
 
     async def scalar(self, query: Any) -> Any:
         async with self.store.reading() as connection:
