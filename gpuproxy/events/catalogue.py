@@ -33,6 +33,7 @@ EVENTS: dict[str, Kind] = {
     "instance.failed": Kind("instance_events", "it could not be had, or broke"),
     "instance.warning": Kind("instance_events", "credit or a budget will soon be used up, and then it is destroyed"),
     "instance.destroyed": Kind("instance_events", "it is gone and costs nothing any more"),
+    "provider.finding": Kind("instance_events", "for admins: an instance that is not ours, or a charge that differs"),
     "payment.completed": Kind("billing_events", "a payment was received; also payment.success"),
     "payment.failed": Kind("billing_events", "a payment was refused"),
     "payment.refunded": Kind("billing_events", "a payment was given back"),

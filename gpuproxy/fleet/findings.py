@@ -1,27 +1,31 @@
 """What a person should know of providers: how the last look went, instances we did not rent, charges that differ.
 
 A finding is open until it is there no more or somebody has acknowledged it. Strays (our tag, but no living rental) are
-destroyed without anybody's doing; foreign instances (another tag, or none) are shown and never touched. Functions work
-inside the caller's transaction.
+destroyed without anybody's doing; foreign instances (another tag, or none) are shown and never touched. Admins are told
+of what is new. Functions work inside the caller's transaction.
 """
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 from uuid import uuid4
 
 from msgspec import Struct
-from sqlalchemy import ColumnElement, Connection, func, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 
 from gpuproxy.access.paging import Page, after
 from gpuproxy.errors import GatewayError
+from gpuproxy.events.outbox import record
 from gpuproxy.ledger.transfers import insert_new
-from gpuproxy.store.schema import fleet_findings, provider_looks
+from gpuproxy.store.schema import fleet_findings, provider_looks, users
 
 Kind = Literal["stray", "foreign", "difference"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LISTED: tuple[Kind, ...] = ("stray", "foreign")  # shown by lists, and over when one shows them no more
-FOUND_MAX = 1_000  # kept of one list
+FOUND_MAX = 1_000  # open ones kept of one provider
+KEPT = timedelta(days=30)  # those of lists, once they are over
+ADMINS_MAX = 20  # told of what is new
+NEWS_MAX = 20  # told of one list
 ERROR_CHARACTERS_MAX = 500
 
 _column = fleet_findings.c
@@ -69,8 +73,10 @@ def note_list(
     for kind, subject_id in before - found.keys():
         same = (_column.provider == provider, _column.kind == kind, _column.subject_id == subject_id)
         connection.execute(update(fleet_findings).where(*same).values(resolved_at=at))
-    for kind, subject_id in sorted(found.keys() - before)[:FOUND_MAX]:
-        add(connection, provider, kind, subject_id, found[kind, subject_id], at)
+    new = sorted(found.keys() - before, reverse=True)[: max(0, FOUND_MAX - len(before))]  # strays first
+    for number, (kind, subject_id) in enumerate(new):
+        add(connection, provider, kind, subject_id, found[kind, subject_id], at, is_told=number < NEWS_MAX)
+    connection.execute(delete(fleet_findings).where(is_listed, _column.resolved_at < at - KEPT))
 
 
 def note_failure(connection: Connection, provider: str, at: datetime, error: str) -> None:
@@ -89,11 +95,19 @@ def note_no_comparison(connection: Connection, provider: str, error: str) -> Non
 
 
 def add(
-    connection: Connection, provider: str, kind: Kind, subject_id: str, detail: dict[str, Any], at: datetime
+    connection: Connection,
+    provider: str,
+    kind: Kind,
+    subject_id: str,
+    detail: dict[str, Any],
+    at: datetime,
+    is_told: bool = True,
 ) -> None:
-    """Store a finding; one that was over is open again."""
+    """Store a finding, and tell admins; one that was over is open again."""
     row = Finding(str(uuid4()), provider, kind, subject_id, detail, at)
     if insert_new(connection, fleet_findings, {name: getattr(row, name) for name in row.__struct_fields__}):
+        if is_told:
+            _tell(connection, row)
         return
     same = (_column.provider == provider, _column.kind == kind, _column.subject_id == subject_id)
     connection.execute(update(fleet_findings).where(*same).values(detail=detail, resolved_at=None))
@@ -131,6 +145,13 @@ def acknowledge(connection: Connection, finding_id: str, at: datetime) -> Findin
     if row is None:
         raise GatewayError("NOT_FOUND", f"no finding {finding_id[:100]!r}; list them to see those there are")
     return Finding(**row._mapping)
+
+
+def _tell(connection: Connection, found: Finding) -> None:
+    admins = select(users.c.id).where(users.c.is_admin, users.c.is_active).order_by(users.c.created_at)
+    told = {"provider": found.provider, "kind": found.kind, "subject_id": found.subject_id, **found.detail}
+    for user_id in connection.scalars(admins.limit(ADMINS_MAX)).all():
+        record(connection, "provider.finding", user_id, {"finding_id": found.id, **told})
 
 
 def _is_open() -> ColumnElement[bool]:

@@ -76,6 +76,9 @@ def see(connection: Connection, rental_id: str, instance: ProviderInstance, at: 
         case "stopped", "running" if rental.reason == INTERRUPTED:
             rental = move(connection, rental, "provisioning", at, reason="")
             return move(connection, rental, "running", at)
+        case "stopped", "running":
+            logger.warning("a stopped instance runs, is stopped again", contract_id=rental.id)
+            return move(connection, rental, "stopping", at)
         case "running", "running" if instance.is_reachable:
             return prove(connection, rental, at, last_seen)
         case "running", _:  # it boots again, or its provider has lost sight of it: no proof that it runs

@@ -1,6 +1,7 @@
 """The states of a rental and its legal moves, in one table; whatever is not in it raises.
 
     pending -> provisioning -> running -> stopping -> stopped -> provisioning (started again)
+    stopped -> stopping: it runs although it was stopped, so it is stopped again
     all of them -> destroying -> destroyed | failed
 
 ``pending``: the intent is stored, the provider may or may not have heard of it. ``destroying`` lasts until the
@@ -16,7 +17,7 @@ MOVES: dict[State, tuple[State, ...]] = {
     "provisioning": ("running", "stopped", "destroying", "destroyed"),
     "running": ("stopping", "stopped", "destroying", "destroyed"),
     "stopping": ("stopped", "running", "destroying", "destroyed"),
-    "stopped": ("provisioning", "destroying", "destroyed"),
+    "stopped": ("provisioning", "stopping", "destroying", "destroyed"),
     "destroying": ("destroyed", "failed"),
     "destroyed": (),
     "failed": (),

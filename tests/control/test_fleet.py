@@ -27,6 +27,7 @@ from gpuproxy.store.schema import events
 from .conftest import Api, Person
 
 GPU = "/api/v1/gpu"
+NOW_NS = 1_790_000_000 * 10**9  # a moment at which the market has something for every filter
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ FILTERS: list[tuple[str, Callable[[Any], bool]]] = [
 
 @pytest.mark.parametrize(("query", "fits"), FILTERS, ids=[query for query, _ in FILTERS])
 async def test_every_filter_leaves_what_fits_and_all_of_it(
-    api: Api, person: Person, query: str, fits: Callable[[Any], bool]
+    api: Api, person: Person, taken: "Taken", query: str, fits: Callable[[Any], bool]
 ) -> None:
     everything = (await offers(api, person))["data"]
     wanted = [each["id"] for each in everything if fits(each)]
@@ -173,6 +174,19 @@ async def test_no_money_is_a_402(api: Api) -> None:
     assert (status, told["code"]) == (402, "INSUFFICIENT_CREDITS")
 
 
+async def test_a_keys_budget_is_a_402_for_that_key_alone(api: Api, person: Person) -> None:
+    body = {"limit": 0.01, "window_s": 86_400, "key_id": person.key_id}
+    status, _ = await api.call("POST", "/api/v1/user/budgets", body, person.by_token)
+    assert status == 201
+    id = (await offers(api, person))["data"][0]["id"]
+    status, told = await rent(api, person, id)
+    assert (status, told["code"]) == (402, "BUDGET_EXCEEDED")
+    status, told = await api.call("POST", f"{GPU}/instances/reserve", {"count": 1}, person.by_key)
+    assert (status, told["code"]) == (402, "BUDGET_EXCEEDED")
+    status, _ = await api.call("POST", f"{GPU}/instances/reserve", {"count": 1}, person.by_token)
+    assert status == 201
+
+
 async def test_a_repeated_key_rents_once(api: Api, person: Person) -> None:
     id = (await offers(api, person))["data"][0]["id"]
     key = {"Idempotency-Key": "once"}
@@ -234,8 +248,8 @@ class Taken(Simulated):
 
 @pytest.fixture
 async def taken(api: Api) -> Taken:
-    """Put a market in the place of the other."""
-    market = Taken(ProviderSettings(options={"boot_s": "0"}))
+    """Put a market whose time stands still in the place of the other."""
+    market = Taken(ProviderSettings(options={"boot_s": "0"}), lambda: NOW_NS)
     api.fleet.providers["simulated"] = market  # type: ignore[index]
     return market
 

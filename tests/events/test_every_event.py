@@ -188,6 +188,12 @@ async def run_out_of_money(scene: Scene) -> None:
         await scene.pass_by(60)
 
 
+async def see_a_stranger(scene: Scene) -> None:
+    await scene.ask("PATCH", f"/api/v1/admin/users/{scene.ann.id}", {"is_admin": True}, scene.admin)
+    await scene.market.stranger()
+    await scene.pass_by(1)
+
+
 async def pay(scene: Scene) -> None:
     await paid(scene.api, scene.stripe, scene.ann)
 
@@ -281,6 +287,7 @@ PROVOKED: dict[str, Callable[[Scene], Awaitable[None]]] = {
     "instance.failed": rent_what_is_never_made,
     "instance.warning": run_out_of_money,
     "instance.destroyed": destroy_an_instance,
+    "provider.finding": see_a_stranger,
     "payment.completed": pay,
     "payment.failed": be_declined,
     "payment.refunded": be_refunded,

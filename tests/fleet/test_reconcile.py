@@ -229,6 +229,22 @@ async def test_stopped_costs_storage_and_started_runs_again(
     assert (await now(fleet, running)).state == "running"
 
 
+async def test_a_stopped_machine_that_runs_is_stopped_again_and_costs_us_what_it_did(
+    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock, market: Market
+) -> None:
+    clock.advance(60)
+    stopped = await care.stop(fleet, running)
+    await market.start(running.native_id)  # by whoever may, at the provider's console
+    clock.advance(70)
+    await reconciler.cycle()
+    assert (await now(fleet, running)).state == "stopping"
+    await reconciler.tend()
+    again = await now(fleet, running)
+    assert again.state == "stopped"
+    assert again.running_us == stopped.running_us
+    assert (await market.get(running.native_id)).state == "stopped"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("fault", ["down", "lost_answer", "forgotten"])
 async def test_a_stop_is_repeated_until_it_is_seen(
     fleet: Fleet, running: Rental, reconciler: Reconciler, market: Market, clock: Clock, fault: str
