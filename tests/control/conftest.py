@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from gpuproxy.store.schema import passwords
 
 Client = TestClient[web.Request, web.Application]
 KEYRING = fresh_keyring()
+MARKET_NS = 1_768_219_200 * 10**9  # a moment at which the market has machines for every filter
 PASSWORD = "correct horse battery staple"
 # As weak as Argon2 goes: most tests need a password, few need a good hash of it.
 WEAK_HASH = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash(PASSWORD)
@@ -103,8 +105,9 @@ async def providers() -> Mapping[str, PaymentProvider]:
 
 @pytest.fixture
 async def fleet(store: Store, settings: Config) -> Fleet:
-    """Return a fleet with a marketplace whose machines run at once."""
-    provider = Simulated(ProviderSettings(options={"boot_s": "0"}))
+    """Return a fleet with a marketplace whose machines run at once, and which has the same ones whenever tests run."""
+    ahead_ns = MARKET_NS - time.time_ns()
+    provider = Simulated(ProviderSettings(options={"boot_s": "0"}), lambda: time.time_ns() + ahead_ns)
     made = Fleet(store, {provider.name: provider}, settings.fleet)
     await made.open()
     return made
