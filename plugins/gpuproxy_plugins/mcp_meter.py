@@ -17,7 +17,16 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from gpuproxy.plugin import EVENT_BYTES_MAX, Call, EventFilter, GatewayError, HeaderList, Usage, UsageReader
+from gpuproxy.plugin import (
+    EVENT_BYTES_MAX,
+    Call,
+    EventFilter,
+    GatewayError,
+    HeaderList,
+    Usage,
+    UsageReader,
+    event_payloads,
+)
 
 MODERN = "2026-07-28"
 BATCH = "batch"  # as the method of several messages in one call (revision 2025-03-26)
@@ -297,6 +306,15 @@ class StreamOutcome(EventFilter):
     def is_terminal(self) -> bool:
         """Tell whether the response has passed: clients hang up then, and have it all."""
         return bool(self.rpc_outcome)
+
+    def feed(self, data: bytes) -> None:
+        """Look at the next bytes; whole events, the common case, are not held."""
+        if self._held is None and data.endswith(b"\n\n") and len(data) <= EVENT_BYTES_MAX:
+            self._ended_in_cr = False
+            for payload in event_payloads(data):
+                self.take(payload)
+        else:
+            super().feed(data)
 
     def take(self, data: bytes) -> None:
         """Read one message."""

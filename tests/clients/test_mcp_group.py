@@ -32,6 +32,7 @@ class Library:
         self.mcp = MCPServer("library-of-the-tests", instructions="Ask for books.")
         self.mcp.add_tool(self.add)
         self.mcp.add_tool(self.blob)
+        self.mcp.add_tool(self.lend)
         self.mcp.prompt()(self.greet)
         self.mcp.resource("book://one")(self.one)
         self.mcp.resource("book://{name}/page")(self.page)
@@ -43,6 +44,10 @@ class Library:
     async def add(self, book: str) -> str:
         """Add a book."""
         return f"added {book}"
+
+    async def lend(self, book: str) -> str:
+        """Lend a book; it has a price."""
+        return f"lent {book}"
 
     async def blob(self) -> str:
         """Return a long text."""
@@ -70,6 +75,7 @@ def group(tmp_path_factory: pytest.TempPathFactory, tools: Tools, dead_port: int
                 upstream("resumable", "mcp", tools.url("resumable")),
                 upstream("library", "mcp", f"http://127.0.0.1:{library.port}/mcp"),
                 upstream("down", "mcp", f"http://127.0.0.1:{dead_port}/mcp"),
+                toml_table("[[prices]]", {"tool": "lend", "upstream": "library", "per_request_usd": "0.01"}),
                 toml_table("[[mcp_groups]]", {"name": "all", "servers": ["tools", "library"]}),
                 toml_table("[[mcp_groups]]", {"name": "some", "servers": ["down", "library", "missing"]}),
                 toml_table("[[mcp_groups]]", {"name": "none", "servers": ["down"], "timeout_s": 5.0}),
@@ -180,7 +186,11 @@ async def test_a_stream_closed_early_is_resumed_at_its_server(group: Gateway, to
 async def test_a_server_that_is_down_is_left_out_and_logged(group: Gateway, mode: str) -> None:
     async with connected(group, mode, "some") as client:
         assert client.protocol_version == (LEGACY if mode == "legacy" else MODERN)
-        assert {tool.name for tool in (await client.list_tools()).tools} == {"library__add", "library__blob"}
+        assert {tool.name for tool in (await client.list_tools()).tools} == {
+            "library__add",
+            "library__blob",
+            "library__lend",
+        }
         assert text(await client.call_tool("library__add", {"book": "Faust"})) == "added Faust"
     assert "a server of an MCP group is left out" in group.log.read_text()
 
@@ -201,6 +211,28 @@ def used_tools(group: Gateway, key: str) -> list[tuple[str, int]]:
             groups = http.get(f"{group.url}/api/v1/user/usage?group_by=tool").json()["groups"]
             if len(groups) >= 2 or time.monotonic() > deadline_s:
                 return [(each["tool"], each["requests"]) for each in groups]
+
+
+async def test_a_tool_with_a_price_is_paid_for_and_without_credit_not_called(group: Gateway) -> None:
+    key = await asyncio.to_thread(group.new_key, "reader@example.com")
+    await asyncio.to_thread(group.command, "credits", "add", "reader@example.com", "0.015")
+    async with connected(group, MODERN, key=key) as client:
+        assert text(await client.call_tool("library__lend", {"book": "Faust"})) == "lent Faust"
+        with pytest.raises(MCPError, match="more than the account has left"):
+            await client.call_tool("library__lend", {"book": "Faust"})
+    costs = await asyncio.to_thread(costs_of_tools, group, key)
+    assert costs == [("lend", "refused", 0), ("lend", "ok", 10_000_000)]
+
+
+def costs_of_tools(group: Gateway, key: str) -> list[tuple[str, str, int]]:
+    """Return tool, outcome and cost of a key's two newest calls of tools, as soon as there are two."""
+    deadline_s = time.monotonic() + WAIT_S
+    with httpx2.Client(headers={"X-API-Key": key}) as http:
+        while True:
+            calls = http.get(f"{group.url}/api/v1/user/usage/calls").json()["data"]
+            found = [each for each in calls if each["rpc_method"] == "tools/call"]
+            if len(found) >= 2 or time.monotonic() > deadline_s:
+                return [(each["rpc_name"], each["outcome"], each["cost_nanousd"]) for each in found]
 
 
 @pytest.mark.parametrize("mode", ["legacy", MODERN])
