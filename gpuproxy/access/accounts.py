@@ -276,10 +276,11 @@ async def changed_keys_after(store: Store, seq: int) -> ChangedKeys:
 async def unread_changes(store: Store, cursor: Cursor) -> tuple[list[int], ChangedKeys]:
     """Read what is new in the change feed; return the numbers of its rows too, for `cursor.advance`."""
     query = select(changes.c.seq).where(cursor.unread(changes.c.seq)).order_by(changes.c.seq).limit(CHANGES_AT_ONCE)
+    rows = [row.seq for row in await store.look(query)]
+    if not rows:
+        return rows, ChangedKeys(cursor.seq)
     async with store.reading() as connection:
-        rows = list(await connection.scalars(query))
-        newest = max([cursor.seq, *rows])
-        return rows, await _changed(connection, newest, changes.c.seq.in_(rows)) if rows else ChangedKeys(newest)
+        return rows, await _changed(connection, max(cursor.seq, *rows), changes.c.seq.in_(rows))
 
 
 async def revoked_keys_since(store: Store, since: datetime) -> tuple[str, ...]:

@@ -124,12 +124,11 @@ async def revoke_expired_keys(store: Store) -> int:
     now = datetime.now(UTC)
     is_due = and_(api_keys.c.revoked_at.is_(None), api_keys.c.expires_at <= now)
     query = select(api_keys.c.id).where(is_due).limit(EXPIRED_AT_ONCE_MAX)
-    async with store.reading() as connection:
-        due = (await connection.scalars(query)).all()
+    due = await store.look(query)
     if not due:
         return 0
     async with store.writing() as connection:
-        return sum([await _revoke(connection, key_id, now) for key_id in due])
+        return sum([await _revoke(connection, row.id, now) for row in due])
 
 
 async def _revoke(connection: AsyncConnection, key_id: str, now: datetime) -> bool:

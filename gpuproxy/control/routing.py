@@ -88,11 +88,11 @@ class RoutingFeed:
 
     async def poll_once(self) -> None:
         """Push what is in force, if it has changed."""
+        columns = func.count(), func.max(routing_blocks.c.changed_at)
+        (seen,) = map(tuple, await self._store.look(select(*columns)))
+        if seen == self._seen:
+            return
         async with self._store.reading() as connection:
-            columns = func.count(), func.max(routing_blocks.c.changed_at)
-            seen = tuple((await connection.execute(select(*columns))).one())
-            if seen == self._seen:
-                return
             blocks = await _blocks(connection)
         self._take(blocks)
         self._seen = seen

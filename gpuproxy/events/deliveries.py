@@ -107,8 +107,7 @@ async def waiting_webhooks(store: Store, now: datetime) -> list[Waiting]:
         .order_by(func.random())
         .limit(WEBHOOKS_AT_ONCE_MAX)
     )
-    async with store.reading() as connection:
-        rows = (await connection.execute(query)).all()
+    rows = await store.look(query)
     return [Waiting(row.id, row.user_id, row.failing_since is not None) for row in rows]
 
 

@@ -80,8 +80,7 @@ class Stream:
         is_new = events.c.seq > self.seq
         chosen = or_(is_new, events.c.seq.in_(list(self._gaps))) if self._gaps else is_new
         query = select(*COLUMNS).where(chosen).order_by(events.c.seq).limit(READ_MAX)
-        async with self._store.reading() as connection:
-            found = [Event(**row) for row in (await connection.execute(query)).mappings()]
+        found = [Event(**row._mapping) for row in await self._store.look(query)]
         for event in found:
             self._advance(event.seq)
             self._publish(event)

@@ -38,8 +38,7 @@ async def load_catalogue(store: Store, configured: Iterable[config.Price]) -> Ca
 
 async def list_prices(store: Store) -> list[Price]:
     """Return the versions set while running, by model, upstream and time."""
-    async with store.reading() as connection:
-        return [Price(*row) for row in await connection.execute(_VERSIONS)]
+    return [Price(*row) for row in await store.look(_VERSIONS)]
 
 
 async def page_of_prices(store: Store, limit: int, cursor: str = "", model: str | None = None) -> list[Price]:

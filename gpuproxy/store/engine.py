@@ -8,18 +8,19 @@ and writes later would fail with "database is locked" at once, whatever busy_tim
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiosqlite
-from sqlalchemy import Insert, Table, event, text
+from sqlalchemy import Engine, Executable, Insert, Row, Table, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import StaticPool
 
 BUSY_TIMEOUT_MS = 5_000  # CLI commands and control share the file; no transaction here takes that long
 POOL_CONNECTIONS = 5  # each SQLite connection is a thread
@@ -44,6 +45,7 @@ class Store:
         self.is_sqlite = engine.dialect.name == "sqlite"
         self._writing = engine.execution_options(gpuproxy_writes=True)
         self._turn: asyncio.Lock | None = asyncio.Lock() if self.is_sqlite else None
+        self._window = _window(self) if self.is_sqlite else None
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -60,6 +62,19 @@ class Store:
         """
         async with self._turn or nullcontext(), self._writing.begin() as connection:
             yield connection
+
+    async def look(self, query: Executable) -> Sequence[Row[Any]]:
+        """Return the rows of a short query by an index that comes round several times a second.
+
+        On SQLite it is done here and now, by a connection of its own: a reader waits for nobody there, and the way
+        through the driver's thread and a transaction costs 1.2 ms instead of 0.1.
+        """
+        if self._window is not None:
+            with self._window.connect() as window:
+                rows: Sequence[Row[Any]] = window.execute(query).all()
+                return rows
+        async with self.reading() as connection:
+            return (await connection.execute(query)).all()
 
     def insert_new(self, table: Table) -> Insert:
         """Return an INSERT that passes over rows that exist already."""
@@ -78,6 +93,8 @@ class Store:
 
     async def close(self) -> None:
         """Close all connections."""
+        if self._window is not None:
+            self._window.dispose()
         await self.engine.dispose()
 
 
@@ -137,6 +154,13 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
+
+
+def _window(store: Store) -> Engine:
+    """Return what `Store.look` looks through; it connects on first use."""
+    return create_engine(
+        "sqlite://", creator=partial(connect_plain, store), poolclass=StaticPool, isolation_level="AUTOCOMMIT"
+    )
 
 
 def connect_plain(store: Store) -> sqlite3.Connection:

@@ -5,12 +5,12 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert, select, text
-from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy import insert, select, text, update
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from gpuproxy.store import engine
 from gpuproxy.store.engine import Store, open_store
-from gpuproxy.store.schema import accounts, changes
+from gpuproxy.store.schema import accounts, changes, journal_segments
 
 
 @pytest.mark.parametrize(
@@ -144,3 +144,23 @@ async def test_who_writes_waits_for_its_turn_and_none_is_passed_over(
     await asyncio.gather(*map(write, range(100)))
     await store.close()
     assert turns == list(range(100))
+
+
+async def test_who_looks_sees_what_was_committed_and_nothing_else(store: Store) -> None:
+    query = select(journal_segments.c.offset).where(journal_segments.c.name == "a")
+    assert list(await store.look(query)) == []
+    async with store.writing() as connection:
+        await connection.execute(insert(journal_segments).values(name="a", offset=1))
+        assert list(await store.look(query)) == []
+    assert [row.offset for row in await store.look(query)] == [1]
+    async with store.writing() as connection:
+        await connection.execute(update(journal_segments).values(offset=2))
+        assert [row.offset for row in await store.look(query)] == [1]
+    assert [row.offset for row in await store.look(query)] == [2]
+
+
+async def test_who_looks_at_what_is_not_there_is_told_as_everywhere(store_url: str) -> None:
+    store = open_store(store_url)
+    with pytest.raises(SQLAlchemyError):
+        await store.look(select(journal_segments))
+    await store.close()
