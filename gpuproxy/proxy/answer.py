@@ -11,7 +11,7 @@ from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.plugin import AnswerEditor, Call, Intent, ProtocolHandler, UpstreamRequest, UsageReader
 from gpuproxy.pricing import FREE, Price, cost_of
 from gpuproxy.proxy import envelope as envelopes
-from gpuproxy.proxy import refusal, tunnel, websocket
+from gpuproxy.proxy import refusal
 from gpuproxy.proxy.credit import Bill, price_for, unknown_credit, used_by_now
 from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
@@ -602,56 +602,6 @@ class Answer:
         upstream, self.upstream = self.upstream, None
         if upstream is not None:
             upstream.abort()
-
-    # -- tunnels --------------------------------------------------------------------------------------------
-
-    def switch_protocols(self, connection: "UpstreamConnection") -> None:
-        """The upstream agreed to switch: pass its 101 on and join both sides byte by byte."""
-        self.has_sent_head = True
-        self._status = 101
-        self._first_byte_ns = time.monotonic_ns()
-        downstream = self.downstream
-        head = connection.head
-        if self._generation >= 0:
-            self._report(head, self._first_byte_ns)  # a tunnel may last for days: its endpoint is well now
-        self._write(
-            b"%bConnection: Upgrade\r\nUpgrade: %b\r\nX-Request-Id: %b\r\n\r\n"
-            % (head.start, head.upgrade, self.request_id.encode())
-        )
-        held, downstream.after_upgrade = downstream.after_upgrade or b"", b""
-        connection.exchange = None
-        self.upstream = None
-        downstream.current = None
-        self.plane.downstreams.discard(downstream)
-        downstream.unblock_reading(READ_BUFFER)
-        self.plane.outbox.flush()
-        call, handler = self._call, self._handler
-        if call is not None and handler is not None:
-            self._reader = handler.reader(call, 101, websocket.KIND)
-        watch = websocket.watch(self, self._reader, self._bill)
-        join = tunnel.join if watch is None else watch.join
-        ends = join(downstream.transport, connection.transport, self._end_tunnel)
-        self._collected = None
-        self.plane.tunnels[self] = ends
-        connection.origin.forget(connection)
-        if held:
-            ends[0].data_received(held)
-        if connection.tunnel_bytes:
-            ends[1].data_received(connection.tunnel_bytes)
-
-    def tend_tunnel(self, ends: tunnel.Ends, now_s: float) -> None:
-        """End the tunnel if it is silent for too long, or its key may do nothing any more."""
-        grant = self._grant
-        if max(end.last_byte_s for end in ends) < now_s - self.stream_idle_s():
-            ends[0].close()
-        elif grant is not None and not self.plane.admission.is_good(grant):
-            self.cut_off(GatewayError("UNAUTHORIZED", "this API key is expired or revoked"))
-
-    def _end_tunnel(self) -> None:
-        ends = self.plane.tunnels.pop(self, None)
-        if ends is not None:
-            self.request_bytes, self._response_bytes = ends[0].byte_count, ends[1].byte_count
-        self._finish("cut" if self._error else "ok")
 
     # -- finish ---------------------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from gpuproxy.errors import GatewayError
 from gpuproxy.plugin import Call, Intent, ModelLister, ModelRenamer, ProtocolHandler, UpstreamRequest
 from gpuproxy.proxy.affinity import key_of
-from gpuproxy.proxy.answer import WAITING, Answer
+from gpuproxy.proxy.answer import WAITING
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
+from gpuproxy.proxy.tunnelled import Tunnelled
 from gpuproxy.proxy.unasked import is_refusal, without_question
 
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))  # RFC 9110 §9.2.2; TRACE is not served
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection
 
 
-class Attempts(Answer):
+class Attempts(Tunnelled):
     """Chooses endpoints for an exchange."""
 
     __slots__ = ()

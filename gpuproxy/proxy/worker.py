@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Coroutine
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import uvloop
@@ -49,6 +49,7 @@ from gpuproxy.proxy.probe import Probes
 from gpuproxy.proxy.report import Reporter
 from gpuproxy.proxy.route import Router
 from gpuproxy.proxy.tunnel import TunnelEnd
+from gpuproxy.proxy.tunnelled import Tunnelled
 from gpuproxy.proxy.unasked import UsageRefusals
 from gpuproxy.proxy.upstream import UpstreamConnection
 
@@ -217,7 +218,7 @@ class Plane:
         for exchange in [each for each, until_s in self.bounded.items() if until_s <= now_s]:
             exchange.expire_total()
         for exchange, ends in list(self.tunnels.items()):
-            exchange.tend_tunnel(ends, now_s)
+            cast(Tunnelled, exchange).tend_tunnel(ends, now_s)
         self._note_open_calls()
         self.pools.expire(now_s)
         self.admission.sweep()
