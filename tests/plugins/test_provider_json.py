@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from gpuproxy_plugins.ionet import IoNet
-from gpuproxy_plugins.provider_http import Answer, ProviderHttp
+from gpuproxy_plugins.provider_http import Answer
 from gpuproxy_plugins.vast import Vast
 from hypothesis import given, settings
 from hypothesis import strategies as some
@@ -27,23 +27,16 @@ ID = "3fa85f64-5717-4562-b3fc-2c963f66afa6"
 QUICK = settings(deadline=None, max_examples=120)
 
 
-class Canned(ProviderHttp):
-    """Answers every call with the same bytes."""
-
-    def __init__(self, name: str, status: int, body: bytes) -> None:
-        super().__init__(name, "http://canned", {}, ProviderSettings(timeout_s=0.001))
-        self.answer = (status, body)
-
-    async def _send(self, phase: Phase, *_rest: object) -> Answer:
-        return Answer(phase, self.answer[0], {}, self.answer[1])
-
-
 def adapters(status: int, body: bytes) -> list[ProviderAdapter]:
     """Return each adapter before a provider that says only this."""
+
+    async def send(phase: Phase, *_rest: object) -> Answer:
+        return Answer(phase, status, {}, body)
+
     made: list[ProviderAdapter] = []
     for kind in (Vast, IoNet):
-        adapter = kind(ProviderSettings(spacing_s=0.0))
-        adapter._http = Canned(adapter.name, status, body)
+        adapter = kind(ProviderSettings(spacing_s=0.0, timeout_s=0.001))
+        adapter._http._send = send
         made.append(adapter)
     return made
 
