@@ -14,7 +14,7 @@ from gpuproxy.store.engine import Store
 from gpuproxy.store.rounds import rounds
 
 TURN_S_MAX = 1.0
-LOW_S = 5.0  # between two looks at all accounts
+LOW_S = 15.0  # between two looks at all accounts
 FORGET_S = 60.0
 
 logger = get_logger(__name__)

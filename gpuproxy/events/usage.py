@@ -4,8 +4,8 @@ Only accounts of which somebody wants to hear it are summed up: those that have 
 whoever listens over ``/ws``, for a day beyond, so that one that returns has missed nothing. Each charge is added to the
 sum in the transaction that makes it, and leaves it in the transaction that stores the event: it is told exactly once.
 
-Cost of a batch of charges: one look-up by primary key for its accounts, 0.1 ms, and an update of those that have a
-row, some 10 µs each.
+Cost of a batch of charges: one look-up by primary key for its accounts, 0.1 ms for 50 of them and 1.3 µs for each more;
+for those that have a row an update, 0.1 ms and 12 µs for each.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,6 +38,18 @@ class Charged(NamedTuple):
     cost_nanousd: int
 
 
+# Made once: to make them costs more than to run them.
+_WITH_ROWS = select(_column.user_id).where(_column.user_id.in_(bindparam("user_ids", expanding=True)))
+_ADD = (
+    update(usage_sums)
+    .where(_column.user_id == bindparam("whose"))
+    .values(
+        since=func.coalesce(_column.since, bindparam("at", type_=_column.since.type)),
+        **{name: _column[name] + bindparam(f"more_{name}") for name in Charged._fields},
+    )
+)
+
+
 def want(connection: Connection, user_id: str, now: datetime) -> None:
     """Let the charges of an account be told from now on, for WANTED at least."""
     until = now + WANTED
@@ -58,12 +70,8 @@ def wanted(connection: Connection, user_ids: Iterable[str]) -> list[str]:
     """Return those of the accounts of which somebody wants to hear, in order."""
     ids = sorted(user_ids)
     starts = range(0, len(ids), USERS_AT_ONCE)
-    parts = (ids[at : at + USERS_AT_ONCE] for at in starts)
-    return [user_id for part in parts for user_id in sorted(connection.scalars(_having_rows(part)))]
-
-
-def _having_rows(user_ids: list[str]) -> Any:
-    return select(_column.user_id).where(_column.user_id.in_(user_ids))
+    parts = (connection.scalars(_WITH_ROWS, {"user_ids": ids[at : at + USERS_AT_ONCE]}) for at in starts)
+    return sorted(user_id for part in parts for user_id in part)
 
 
 def add(connection: Connection, charged: Mapping[str, Charged], now: datetime | None = None) -> None:
@@ -71,10 +79,7 @@ def add(connection: Connection, charged: Mapping[str, Charged], now: datetime | 
     since = now or datetime.now(UTC)
     rows = [{"whose": user_id, "at": since, **_named(each)} for user_id, each in charged.items()]
     if rows:
-        sums = {name: _column[name] + bindparam(f"more_{name}") for name in Charged._fields}
-        begun = func.coalesce(_column.since, bindparam("at", type_=_column.since.type))
-        change = update(usage_sums).where(_column.user_id == bindparam("whose"))
-        connection.execute(change.values(since=begun, **sums), rows)
+        connection.execute(_ADD, rows)
 
 
 def _named(charged: Charged) -> dict[str, int]:

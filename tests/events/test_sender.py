@@ -1,6 +1,7 @@
 """Sending: what is owed arrives, once it can; a receiver that misbehaves harms nobody but itself."""
 
 import asyncio
+import base64
 import os
 import time
 from collections import Counter
@@ -9,17 +10,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
+from standardwebhooks import Webhook, WebhookVerificationError
 from yarl import URL
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.access.keyring import fresh_keyring
 from gpuproxy.config import Webhooks
+from gpuproxy.events import post
 from gpuproxy.events.deliveries import MOVES, WAITS_S, Outcome, after, claim, settle, wait_after
 from gpuproxy.events.outbox import DATA_BYTES_MAX, record
 from gpuproxy.events.post import REST_S_MAX, Bounds, Poster, rest_asked
 from gpuproxy.events.sender import Sender, context_of
-from gpuproxy.events.webhooks import Draft, add_webhook, change_webhook, replay
+from gpuproxy.events.signing import new_secret
+from gpuproxy.events.webhooks import Draft, add_webhook, change_webhook, replace_secret, replay
 from gpuproxy.guard import Guard
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import deliveries, events, webhooks
@@ -346,6 +350,58 @@ async def test_a_url_that_leads_inside_is_never_dialled(store: Store, url: str) 
         assert (receiver.tried, receiver.canary_count) == ([], 0)
         error = str(await world.scalar(select(deliveries.c.error)))
         assert "not a public address" in error or "does not resolve" in error
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_each_attempt_judges_the_name_anew_and_dials_what_it_judged(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that was public when the webhook was made, and leads inside later, is not dialled."""
+    asked: list[str] = []
+    answers = iter([["127.0.0.1"], ["127.0.0.1", "10.0.0.1"], ["169.254.169.254"], ["::1"]])
+
+    def resolve(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return next(answers)
+
+    monkeypatch.setattr(post, "_resolve", resolve)
+    await world.webhook(f"http://hooks.example:{world.receiver.url.rpartition(':')[2]}/fail1")
+    await world.happen()
+    for attempt in range(1, 5):
+        await world.pass_over()
+        assert asked == ["hooks.example"] * attempt
+        assert len(world.receiver.tried) == 1  # of four, one led where it may
+        world.clock.ahead += timedelta(hours=9)
+    error = str(await world.scalar(select(deliveries.c.error)))
+    assert "not a public address" in error
+
+
+async def test_both_secrets_sign_while_they_overlap(world: World) -> None:
+    webhook_id = await world.webhook("/ok")
+    new = new_secret()
+    async with world.store.writing() as connection:
+        sealed = KEYRING.seal(new.encode(), context_of(webhook_id))
+        await replace_secret(connection, world.users["ann@example.com"], webhook_id, sealed, 3_600)
+    assert await verified_by(world, SECRET, new) == [True, True]
+    async with world.store.writing() as connection:
+        await connection.execute(update(webhooks).values(old_secret_until=datetime.now(UTC)))
+    assert await verified_by(world, SECRET, new) == [False, True]
+
+
+async def verified_by(world: World, *secrets: str) -> list[bool]:
+    """Let something happen and tell by which secrets a receiver with a library verifies what it gets."""
+    await world.happen()
+    await world.pass_over()
+    taken, found = world.receiver.taken[-1], []
+    for secret in secrets:
+        key = secret if secret.startswith("whsec_") else base64.b64encode(secret.encode()).decode()
+        try:
+            Webhook(key).verify(taken.body, taken.headers)
+        except WebhookVerificationError:
+            found.append(False)
+        else:
+            found.append(True)
+    return found
 
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
