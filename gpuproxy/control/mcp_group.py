@@ -245,8 +245,8 @@ class Group:
         for each in told:
             if each.result is None and not is_unknown_method(each):
                 self._complain(each, method)
-        if not good:
-            raise RpcError.of(next(each for each in told if each.status))
+        if not good:  # a server's own word says more than ours for one that is down
+            raise RpcError.of(min((each for each in told if each.status), key=is_gateways))
         return good
 
     def _check_all(self, turn: "Turn", told: Sequence[Told]) -> None:

@@ -320,6 +320,18 @@ def test_what_cannot_be_served_is_a_json_rpc_error(
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
+def test_what_no_server_has_is_told_as_they_tell_it(group: Gateway, http: httpx2.Client) -> None:
+    url = url_of(group, "some")
+    session = {"Mcp-Session-Id": initialize(http, url).headers["mcp-session-id"], "MCP-Protocol-Version": LEGACY}
+    named = {"type": "ref/prompt", "name": "library__greet"}
+    asked = message("completion/complete", ref=named, argument={"name": "name", "value": "A"})
+    for body in (asked, message("logging/setLevel", level="nonsense")):
+        answer = http.post(url, json=body, headers=session)
+        told = answer.text[answer.text.index("{") :]
+        assert json.loads(told)["error"]["code"] in (-32601, -32602), told
+        assert "gpuproxy" not in told
+
+
 @pytest.mark.parametrize("method", ["subscriptions/listen", "tasks/get", "nothing"])
 def test_an_unknown_method_is_not_found(group: Gateway, http: httpx2.Client, method: str) -> None:
     headers = {"MCP-Protocol-Version": MODERN, "Mcp-Method": method}
