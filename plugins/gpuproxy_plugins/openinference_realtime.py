@@ -54,6 +54,11 @@ def is_socket(method: bytes, path: bytes) -> bool:
     return method == b"GET" and path.partition(b"?")[0].endswith(_PATHS)
 
 
+def names_model_in_events(method: bytes, path: bytes) -> bool:
+    """Tell whether the events of such a connection name a model."""
+    return method == b"GET" and path.partition(b"?")[0].endswith(b"/responses")
+
+
 def model_of_query(path: bytes) -> str:
     """Return the model that a path's query names, empty for none. Raises BAD_REQUEST."""
     try:
@@ -142,7 +147,7 @@ def reader_of(call: Call) -> UsageReader | None:
     model = ""
     with suppress(GatewayError):  # passed to an upstream by its name
         model = model_of_query(call.path)
-    is_checked = bool(model) and call.path.partition(b"?")[0].endswith(b"/responses")
+    is_checked = bool(model) and names_model_in_events(call.method, call.path)
     return ResponsesReader(model) if is_checked else RealtimeReader()
 
 

@@ -12,6 +12,7 @@ import msgspec
 from gpuproxy.plugin import Call, GatewayError
 from gpuproxy_plugins.multipart import field_span, is_form
 from gpuproxy_plugins.openinference_intent import model_of
+from gpuproxy_plugins.openinference_realtime import names_model_in_events
 
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 _VALUE = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")', re.DOTALL)
@@ -19,7 +20,10 @@ _QUERY = re.compile(rb"(^|&)model=[^&]*")
 
 
 def renamed(call: Call, path: bytes, body: bytes | None, model: str) -> tuple[bytes, bytes | None]:
-    """Return path and body with `model` as the name. Raises BAD_REQUEST if the name is written in disguise."""
+    """Return path and body with `model` as the name. Raises BAD_REQUEST if the name cannot be put everywhere."""
+    if names_model_in_events(call.method, path):
+        message = "this model has another name at its upstream, which events on a WebSocket cannot be given"
+        raise GatewayError("BAD_REQUEST", f"{message}; call /v1/responses by POST", param="model")
     content_type = call.header(b"content-type") or b""
     if body and is_form(content_type):
         return path, _form(body, content_type, model)

@@ -297,6 +297,18 @@ async def test_events_of_the_client_stay_with_the_model_of_the_url(gateway: Gate
     assert (receipt.outcome, receipt.error) == ("cut", "FORBIDDEN")
 
 
+async def test_a_model_with_another_name_there_cannot_be_named_in_events(
+    serve: Serve, pair: tuple[Listener, Listener]
+) -> None:
+    gateway = await serve(**two(pair, targets=[{"upstream": "a", "as": "there"}]))
+    client = await gateway.ask(request(b"GET /v1/responses?model=two", *BROWSER, key=b""))
+    answer = await client.answer()
+    assert (answer.status, answer.json()["error"]["param"]) == (400, "model")
+    assert "call /v1/responses by POST" in answer.json()["error"]["message"]
+    assert pair[0].is_untouched()
+    assert (await gateway.receipt()).outcome == "refused"
+
+
 @pytest.mark.parametrize("reserved", [0, 0x40], ids=["too long", "compressed"])
 async def test_what_cannot_be_checked_does_not_pass(serve: Serve, reserved: int) -> None:
     gateway = await serve(limits={"buffered_body_bytes_max": 1_048_576})
