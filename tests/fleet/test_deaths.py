@@ -7,7 +7,7 @@ import pytest
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
-from gpuproxy.fleet.charges import report
+from gpuproxy.fleet.charges import DAY, report
 from gpuproxy.fleet.rent import Wish, rent, reserve_all
 from gpuproxy.fleet.rentals import Rental
 from gpuproxy.fleet.states import LIVING
@@ -154,7 +154,8 @@ async def expiring(world: World) -> None:
     await pass_by(world, 3_600)
     await pass_by(world, 5)
     assert (await now(world, rental)).state == "destroyed"
-    await report(world.fleet)
+    world.clock.advance(DAY.total_seconds())
+    assert len(await report(world.fleet)) == 1
 
 
 LIVES: list[Life] = [
