@@ -26,6 +26,7 @@ from gpuproxy.store.schema import RECEIPT_SUMS, receipt_days, receipts
 from gpuproxy.types import TOOL_CALL
 
 LOOK_S = 60.0
+LEAD_S = 1.0  # between two questions whether this node leads, while it does not
 ROWS_AT_ONCE = 5_000  # as many as come in one transaction
 STEP_S = 0.05  # between two steps, for others to write
 
@@ -53,13 +54,16 @@ class Retention:
         self._leads = leads
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Look every LOOK_S until `stopping` is set, through outages of the store."""
+        """Look every LOOK_S while this node leads, until `stopping` is set, through outages of the store."""
+        has_led = False
 
         async def work() -> None:
-            while not stopping.is_set() and await self._leads() and await self.step():
+            nonlocal has_led
+            while not stopping.is_set() and (has_led := await self._leads()) and await self.step():
                 await pause(STEP_S, stopping)
 
-        await rounds(work, LOOK_S, stopping, partial(logger.warning, "old receipts stay for now"))
+        complain = partial(logger.warning, "old receipts stay for now")
+        await rounds(work, lambda: LOOK_S if has_led else LEAD_S, stopping, complain)
 
     async def step(self) -> bool:
         """Make the parts that will be needed and take some old receipts away; False if there are none.
