@@ -26,6 +26,7 @@ class Page:
         self._socket = socket
         self._numbers = itertools.count(1)
         self._session: dict[str, str] = {}
+        self._is_loaded = False
         self.said: list[str] = []
 
     async def open(self, url: str) -> None:
@@ -36,6 +37,15 @@ class Page:
         await self._do("Runtime.enable")
         await self._do("Page.enable")
         await self._do("Page.navigate", url=url)
+
+    async def until_loaded(self) -> None:
+        """Wait until the page is there."""
+        while not self._is_loaded:
+            self._note(await self._socket.receive_json())
+
+    async def run(self, script: str) -> None:
+        """Run a script in the page; what it waits for is not waited for."""
+        await self._do("Runtime.evaluate", expression=script)
 
     async def until(self, word: str) -> list[str]:
         """Return all that the page has logged once a line with `word` is among it."""
@@ -54,6 +64,8 @@ class Page:
     def _note(self, told: Any) -> None:
         if told.get("method") == "Runtime.consoleAPICalled":
             self.said.append(" ".join(map(_text, told["params"]["args"])))
+        elif told.get("method") == "Page.loadEventFired":
+            self._is_loaded = True
         elif told.get("method") == "Runtime.exceptionThrown":
             self.said.append(f"exception: {told['params']['exceptionDetails']['text']}")
 
