@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from gpuproxy.errors import GatewayError
 from gpuproxy.plugin import Call, Intent, ModelLister, ModelRenamer, ProtocolHandler, UpstreamRequest
 from gpuproxy.proxy.affinity import key_of
-from gpuproxy.proxy.answer import WAITING
 from gpuproxy.proxy.endpoint import Endpoint
+from gpuproxy.proxy.exchange_state import WAITING
 from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
 from gpuproxy.proxy.tunnelled import Tunnelled
 from gpuproxy.proxy.unasked import is_refusal, without_question

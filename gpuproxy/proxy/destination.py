@@ -21,8 +21,8 @@ from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.retry import Budget
 
 if TYPE_CHECKING:
-    from gpuproxy.proxy.answer import Answer
     from gpuproxy.proxy.attempts import Attempts
+    from gpuproxy.proxy.exchange_state import ExchangeState
 
 BUSY_RETRY_S = 1
 
@@ -176,7 +176,7 @@ class Destination:
             raise self.busy()
         self.waiting[exchange] = None
 
-    def leave(self, exchange: "Answer") -> None:
+    def leave(self, exchange: "ExchangeState") -> None:
         """Let a call wait no more."""
         self.waiting.pop(cast("Attempts", exchange), None)
 

@@ -9,8 +9,8 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.proxy import refusal
 from gpuproxy.proxy.admit import Held
-from gpuproxy.proxy.answer import READ_QUEUE, Answer
 from gpuproxy.proxy.exchange import Exchange
+from gpuproxy.proxy.exchange_state import READ_QUEUE, ExchangeState
 from gpuproxy.proxy.headers import (
     join_fields,
 )
@@ -182,7 +182,7 @@ class Downstream(RequestReader):
 
     # -- what exchanges ask for --------------------------------------------------------------------------
 
-    def ended(self, exchange: Answer, closes: bool) -> None:
+    def ended(self, exchange: ExchangeState, closes: bool) -> None:
         """The answer of the current exchange is written: go on with the next one, or close."""
         if self.current is not exchange:
             return

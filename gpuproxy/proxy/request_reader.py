@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import httptools
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.proxy.answer import READ_BUFFER
 from gpuproxy.proxy.exchange import Exchange
+from gpuproxy.proxy.exchange_state import READ_BUFFER
 from gpuproxy.proxy.headers import (
     ACCEPT_ENCODING,
     API_KEY,

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.proxy import tunnel, websocket
-from gpuproxy.proxy.answer import READ_BUFFER, Answer
+from gpuproxy.proxy.answer import Answer
+from gpuproxy.proxy.exchange_state import READ_BUFFER
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection

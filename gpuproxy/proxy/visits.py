@@ -13,10 +13,10 @@ from gpuproxy.proxy.headers import Field, is_valid_host, join_fields
 from gpuproxy.proxy.heads import status_line
 
 if TYPE_CHECKING:
-    from gpuproxy.proxy.answer import Answer
+    from gpuproxy.proxy.exchange_state import ExchangeState
 
 
-def greeting(exchange: "Answer") -> bytes | None:
+def greeting(exchange: "ExchangeState") -> bytes | None:
     """Return the answer to a call without a credential, if its protocol has one. Raises GatewayError."""
     receptionist = _receptionist(exchange)
     fields = None if receptionist is None else receptionist.greet(_visit(exchange))
@@ -27,7 +27,7 @@ def greeting(exchange: "Answer") -> bytes | None:
     return b"%b%b%b\r\n" % (status_line(204), join_fields(fields), end)
 
 
-def refusal_fields(exchange: "Answer", error: GatewayError, attempts: int) -> bytes:
+def refusal_fields(exchange: "ExchangeState", error: GatewayError, attempts: int) -> bytes:
     """Return the header lines of a refusal."""
     lines = refusal.fields_of(error, attempts)
     receptionist = _receptionist(exchange)
@@ -39,12 +39,12 @@ def refusal_fields(exchange: "Answer", error: GatewayError, attempts: int) -> by
     return b"".join(kept) + join_fields(fields)
 
 
-def _receptionist(exchange: "Answer") -> Receptionist | None:
+def _receptionist(exchange: "ExchangeState") -> Receptionist | None:
     handler = exchange.route.handler
     return cast(Receptionist, handler) if hasattr(handler, "refusal_fields") else None  # isinstance costs 2 µs
 
 
-def _visit(exchange: "Answer") -> Visit:
+def _visit(exchange: "ExchangeState") -> Visit:
     head = exchange.head
     proxied = head.proxied_fields or []
     host = _first(proxied, b"x-forwarded-host") or head.host

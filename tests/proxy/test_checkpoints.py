@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gpuproxy.proxy import answer, worker
+from gpuproxy.proxy import exchange_state, settled, worker
 
 from .harness import CHAT, RAW, Gateway, request, until
 from .test_tunnels import SWITCH, UPGRADE
@@ -20,7 +20,7 @@ def _chunk(data: bytes) -> bytes:
 
 
 async def test_a_stream_that_lasts_notes_what_it_has_used(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "CHECKPOINT_NS", 0)
+    monkeypatch.setattr(settled, "CHECKPOINT_NS", 0)
     client = await gateway.ask(request(b"POST " + CHAT, body=BODY))
     upstream = await gateway.llm.accept()
     await upstream.read_head()
@@ -44,7 +44,7 @@ async def test_a_stream_that_lasts_notes_what_it_has_used(gateway: Gateway, monk
 
 
 async def test_a_tunnel_notes_itself_too(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "CHECKPOINT_NS", 0)
+    monkeypatch.setattr(settled, "CHECKPOINT_NS", 0)
     client = await gateway.ask(request(b"GET " + RAW + b"/ws?x=1", *UPGRADE))
     upstream = await gateway.raw.accept()
     await upstream.read_head()
@@ -61,10 +61,10 @@ async def test_a_sweep_notes_only_what_is_due_and_only_so_many(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clients = [await gateway.ask(request(b"GET " + RAW + b"/x", id=b"t%d" % number)) for number in range(3)]
-    await until(lambda: sum(each.state == answer.SENT for each in gateway.started) == 3, "the calls")
+    await until(lambda: sum(each.state == exchange_state.SENT for each in gateway.started) == 3, "the calls")
     gateway.plane.sweep()
     assert gateway.receipts() == []
-    monkeypatch.setattr(answer, "CHECKPOINT_NS", 10**12)
+    monkeypatch.setattr(settled, "CHECKPOINT_NS", 10**12)
     monkeypatch.setattr(worker, "CHECKPOINTS_AT_ONCE", 2)
     for exchange in gateway.started:
         exchange._started_ns = time.monotonic_ns() - 10**12

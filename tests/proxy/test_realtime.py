@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpuproxy.codec.websocket import close_frame
 from gpuproxy.errors import GatewayError
 from gpuproxy.pricing import Price
-from gpuproxy.proxy import answer, websocket
+from gpuproxy.proxy import settled, websocket
 
 from .conftest import Serve
 from .harness import KEY, Gateway, request, until
@@ -253,7 +253,7 @@ async def test_an_answer_that_is_left_is_billed_by_what_was_delivered(gateway: G
 
 
 async def test_a_checkpoint_tells_bytes_and_usage(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "CHECKPOINT_NS", 0)
+    monkeypatch.setattr(settled, "CHECKPOINT_NS", 0)
     client, upstream = await opened(gateway)
     await upstream.send(done())
     await client.expect(done())
