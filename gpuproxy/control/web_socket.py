@@ -152,8 +152,8 @@ class WebSocket(asyncio.Protocol):
         self._transport.close()
 
     def _next(self) -> None:
-        """Hand over the message that waits longest; read no more until it is done."""
-        if self._is_busy or not self._inbox or self.is_closing:
+        """Hand over the message that waits longest; read no more until it is done, nor before its answers are read."""
+        if self._is_busy or not self._inbox or self.is_closing or not self.is_writable:
             return
         text = self._inbox.popleft()
         if not self._inbox:
@@ -176,18 +176,23 @@ class WebSocket(asyncio.Protocol):
             self._read_on()
 
     def _read_on(self) -> None:
-        if not self._transport.is_closing():
+        if (self.is_writable or self.is_closing) and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def pause_writing(self) -> None:
-        """Note that the client reads too slowly."""
+        """Hear no more from a client that does not read: what it says would be answered into memory."""
         self.is_writable = False
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """Write on."""
         self.is_writable = True
         self._wake()
         self.owner.go_on()
+        self._next()
+        if not self._is_busy:
+            self._read_on()
 
     def _wake(self) -> None:
         if self._drained is not None and not self._drained.done():

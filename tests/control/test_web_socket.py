@@ -101,6 +101,24 @@ async def test_who_answers_a_heartbeat_stays_and_who_does_not_goes(api: Api) -> 
     dead.writer.close()
 
 
+async def test_who_asks_and_reads_no_answer_is_heard_no_more(api: Api) -> None:
+    wire = await connect(api)
+    (listener,) = api.client.app[LISTENERS]
+    question = masked(PING, bytes(125)) * 1_000
+    async with asyncio.timeout(WAIT_S):
+        while listener.socket.is_writable:  # what the system holds must be full first
+            wire.writer.write(question)
+            await asyncio.sleep(0)
+    for _ in range(100):
+        wire.writer.write(question)
+        await asyncio.sleep(0)
+    assert listener.socket._transport.get_write_buffer_size() < 1_000_000
+    beat(api.client.app)
+    beat(api.client.app)  # it says nothing now
+    await gone(api)
+    wire.writer.close()
+
+
 async def test_a_gateway_that_stops_says_so_and_waits_for_the_answer(api: Api) -> None:
     wire = await connect(api)
     stopping = asyncio.create_task(close_all(api.client.app))
