@@ -9,7 +9,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
 from gpuproxy.fleet.charges import DAY, report
 from gpuproxy.fleet.rent import Wish, rent, reserve_all
-from gpuproxy.fleet.rentals import Rental
+from gpuproxy.fleet.rentals import Rental, find
 from gpuproxy.fleet.states import LIVING
 from gpuproxy.plugin import OfferQuery
 from gpuproxy.store.engine import Store
@@ -41,7 +41,9 @@ async def wished(world: World, **more: object) -> Wish:
 
 
 async def now(world: World, rental: Rental) -> Rental:
-    return next(each for each in await world.rentals() if each.id == rental.id)
+    found: Rental | None = await world.fleet.read(find, rental.id)
+    assert found is not None
+    return found
 
 
 async def pass_by(world: World, seconds: float) -> None:
