@@ -11,6 +11,7 @@ from gpuproxy.pricing import Price
 from gpuproxy.proxy.heads import RequestHead
 from gpuproxy.proxy.offers import highest
 from gpuproxy.proxy.prices import Prices
+from gpuproxy.types import TOOL_CALL
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.destination import Destination
@@ -86,7 +87,8 @@ def _price_of_tools(
     # One receipt has one price: that of the tool it names, which must be the one that runs.
     tools = reader.tools_in(body) if body else intent.tools
     found = [prices.find_tool(tool, upstream, at_ns) for tool in tools or ()]
-    if tools is None or ((tools != intent.tools or len(tools) > 1) and any(price and price.tool for price in found)):
+    is_one = tools == intent.tools and len(tools) == 1 and intent.rpc_method == TOOL_CALL  # no batch, not even of one
+    if tools is None or (not is_one and any(price and price.tool for price in found)):
         message = "tools that have prices are called one at a time, in a message that can be read in one way only"
         raise GatewayError("BAD_REQUEST", message)
     return found[0] if found else prices.find(intent.model, upstream, at_ns)

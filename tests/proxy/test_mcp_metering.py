@@ -161,9 +161,10 @@ async def test_every_call_that_is_no_tool_costs_what_every_model_costs(serve: Se
     assert await settled(gateway, bank, json_answer(OK), listing) == 7
 
 
-async def test_a_batch_with_a_priced_tool_is_refused(serve: Serve) -> None:
+@pytest.mark.parametrize("others", [b"", b"," + CALL.replace(b"search", b"x")], ids=["of-one", "of-two"])
+async def test_a_batch_with_a_priced_tool_is_refused(serve: Serve, others: bytes) -> None:
     gateway, _ = await _open(serve, 1_000, SEARCH)
-    client = await gateway.ask(request(b"POST " + TOOLS, body=b"[%b,%b]" % (CALL, CALL.replace(b"search", b"x"))))
+    client = await gateway.ask(request(b"POST " + TOOLS, body=b"[%b%b]" % (CALL, others)))
     assert (await client.answer()).status == 400
     assert await gateway.sent_to(gateway.tools) == b""
     await gateway.receipt()
