@@ -272,7 +272,8 @@ class Exchange(Paying):
         grant = self._grant
         assert grant is not None
         models = grant.models
-        if models is not None and model not in models and name not in models and (model or self.has_body):
+        may_name_one = self.has_body or self.head.is_upgrade
+        if models is not None and model not in models and name not in models and (model or may_name_one):
             allowed = ", ".join(models[:20]) or "none"
             raise GatewayError(
                 "FORBIDDEN",

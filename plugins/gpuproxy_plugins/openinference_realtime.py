@@ -1,7 +1,8 @@
 """OpenAI's WebSockets: ``/v1/realtime``, and ``/v1/responses`` in its WebSocket mode.
 
 The URL names the model, which decides where the connection goes and what it costs. The Realtime API keeps to it; in the
-Responses API each event names a model, so those that name another one do not pass. Each answer tells its usage in its
+Responses API each event names a model, so those that name another one do not pass. Where the URL names none, as an
+upstream called by its name allows, no event may: it would be served for nothing. Each answer tells its usage in its
 last event; a transcription of what was said does too. What is delivered of an answer that is not over is counted by its
 events: each carries a token or more.
 """
@@ -43,6 +44,7 @@ class _Said(Struct, gc=False):
 
     model: Any = None
     response: _Named | None = None
+    session: Any = None
 
 
 _decode_event = msgspec.json.Decoder(_Event).decode
@@ -119,7 +121,7 @@ class RealtimeReader:
 
 
 class ResponsesReader(RealtimeReader):
-    """The same for the Responses API, where each event of the client names a model."""
+    """The same where events of the client can name a model: in the Responses API, and if the URL names none."""
 
     __slots__ = ("_model",)
 
@@ -135,9 +137,15 @@ class ResponsesReader(RealtimeReader):
             said = _decode_said(message)
         except UNREADABLE:
             return "an event names a model where it cannot be read"
-        parts = (said.model, said.response.model if said.response is not None else None)
+        parts = [said.model, said.response.model if said.response is not None else None]
+        if not self._model and isinstance(said.session, dict):
+            parts.append(said.session.get("model"))
         other = next((name for name in parts if name is not None and name != self._model), None)
-        return "" if other is None else f"this connection is for model {self._model!r}, not {str(other)[:40]!r}"
+        if other is None:
+            return ""
+        if not self._model:
+            return f"the URL of this connection names no model, so no event may; open it with ?model={str(other)[:40]}"
+        return f"this connection is for model {self._model!r}, not {str(other)[:40]!r}"
 
 
 def reader_of(call: Call) -> UsageReader | None:
@@ -147,7 +155,7 @@ def reader_of(call: Call) -> UsageReader | None:
     model = ""
     with suppress(GatewayError):  # passed to an upstream by its name
         model = model_of_query(call.path)
-    is_checked = bool(model) and names_model_in_events(call.method, call.path)
+    is_checked = not model or names_model_in_events(call.method, call.path)
     return ResponsesReader(model) if is_checked else RealtimeReader()
 
 

@@ -133,9 +133,18 @@ def test_a_client_stays_with_the_model_of_the_url(said: Any, passes: bool) -> No
     assert (check(json.dumps(said).encode()) == "") is passes
 
 
-@pytest.mark.parametrize("path", [b"/v1/realtime?model=m", b"/v1/responses"])
-def test_where_the_model_cannot_change_or_none_was_named_nothing_is_checked(path: bytes) -> None:
-    assert not hasattr(reader(path), "check")
+def test_where_the_model_cannot_change_nothing_is_checked() -> None:
+    assert not hasattr(reader(b"/v1/realtime?model=m"), "check")
+
+
+@pytest.mark.parametrize("path", [b"/v1/realtime", b"/v1/responses", b"/v1/responses?model="])
+def test_a_url_that_names_no_model_leaves_none_for_the_events_to_name(path: bytes) -> None:
+    made = reader(path)
+    assert isinstance(made, ResponsesReader)
+    for said in ({"model": "m"}, {"response": {"model": "m"}}, {"session": {"model": "m"}}):
+        assert "?model=" in made.check(json.dumps({"type": "x", **said}).encode())
+    transcribing = {"session": {"audio": {"input": {"transcription": {"model": "whisper-1"}}}}}
+    assert made.check(json.dumps({"type": "session.update", **transcribing}).encode()) == ""
 
 
 def test_a_key_in_disguise_is_seen_through() -> None:

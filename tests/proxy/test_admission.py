@@ -224,6 +224,16 @@ async def test_a_key_bound_to_models_has_no_way_round(gateway: Gateway, line: by
     assert gateway.raw.is_untouched()
 
 
+@pytest.mark.parametrize("path", [PREFIX + b"/upstreams/llm/v1/responses", RAW + b"/x"], ids=["responses", "raw"])
+async def test_nor_has_it_a_tunnel_in_which_any_model_may_be_named(gateway: Gateway, path: bytes) -> None:
+    key = gateway.keys.add(models=("m2",))
+    upgrade = (b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Key: x")
+    client = await gateway.ask(request(b"GET " + path, *upgrade, key=key))
+    assert (await client.answer()).status == 403
+    assert gateway.llm.is_untouched()
+    assert gateway.raw.is_untouched()
+
+
 async def test_an_unknown_model_names_the_known_ones(gateway: Gateway) -> None:
     status, body, _ = await _refused(gateway, request(b"POST " + CHAT, body=b'{"model":"gpt-9"}'))
     assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
