@@ -55,6 +55,8 @@ async def events(request: web.Request) -> web.StreamResponse:
         await listener.identify_cookie(request)
     if listener.accept(request, head):
         listener.begin(request.query.get("ticket", ""))
+    else:
+        listener.leave()
     return web.Response(status=101)  # goes nowhere: the connection is aiohttp's no more
 
 

@@ -4,10 +4,14 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientError, web
 
+from gpuproxy.access.callers import Caller
+from gpuproxy.control import listener
 from gpuproxy.control.events import beat, close_all
 from gpuproxy.control.frames import CLOSE, PING, PONG, TEXT, close_frame, frame
-from gpuproxy.control.parts import LISTENERS
+from gpuproxy.control.identify import identify
+from gpuproxy.control.parts import HUB, LISTENERS
 
 from .conftest import Api
 from .test_frames import masked
@@ -103,20 +107,36 @@ async def test_who_answers_a_heartbeat_stays_and_who_does_not_goes(api: Api) -> 
 
 async def test_who_asks_and_reads_no_answer_is_heard_no_more(api: Api) -> None:
     wire = await connect(api)
-    (listener,) = api.client.app[LISTENERS]
+    (heard,) = api.client.app[LISTENERS]
     question = masked(PING, bytes(125)) * 1_000
     async with asyncio.timeout(WAIT_S):
-        while listener.socket.is_writable:  # what the system holds must be full first
+        while heard.socket.is_writable:  # what the system holds must be full first
             wire.writer.write(question)
             await asyncio.sleep(0)
     for _ in range(100):
         wire.writer.write(question)
         await asyncio.sleep(0)
-    assert listener.socket._transport.get_write_buffer_size() < 1_000_000
+    assert heard.socket._transport.get_write_buffer_size() < 1_000_000
     beat(api.client.app)
     beat(api.client.app)  # it says nothing now
     await gone(api)
     wire.writer.close()
+
+
+async def test_who_leaves_before_the_answer_is_forgotten(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    ann = await api.person()
+
+    async def identify_as_it_leaves(request: web.Request) -> Caller:
+        caller = await identify(request)
+        assert request.transport is not None
+        request.transport.abort()
+        return caller
+
+    monkeypatch.setattr(listener, "identify", identify_as_it_leaves)
+    with pytest.raises(ClientError):
+        await api.client.ws_connect("/ws", headers=ann.by_key)
+    await gone(api)
+    assert api.client.app[HUB]._by_user == {}
 
 
 async def test_a_gateway_that_stops_says_so_and_waits_for_the_answer(api: Api) -> None:
