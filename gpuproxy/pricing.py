@@ -113,8 +113,11 @@ def _charge(
 
 
 def cost_of(receipt: Receipt, price: Price) -> int:
-    """Return what a call costs in nanodollars: refused ones nothing, failed ones only the tokens they delivered."""
-    if receipt.outcome == "refused" or not receipt.user_id:
+    """Return what a call costs in nanodollars: refused ones nothing, failed ones only the tokens they delivered.
+
+    Nor does what the gateway has answered itself, such as the list of models: no attempt was made.
+    """
+    if receipt.outcome == "refused" or not receipt.user_id or not receipt.attempts:
         return 0
     tokens = receipt.input_tokens, receipt.cached_tokens, receipt.output_tokens
     return _charge(*tokens, price, receipt.duration_us, _is_served(receipt))

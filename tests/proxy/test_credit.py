@@ -87,6 +87,16 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+async def test_the_list_of_models_costs_nothing_whatever_calls_cost(serve: Serve) -> None:
+    every = Price("*", request_nanousd=7)
+    gateway, _ = await _open(serve, 0, every)
+    client = await gateway.ask(request(b"GET /v1/models"))
+    assert (await client.answer()).status == 200
+    receipt = await gateway.receipt()
+    (cost,) = priced(Catalogue([every]), [("w", [structs.astuple(receipt)])], {}, Notes()).costs
+    assert (receipt.attempts, cost) == (0, 0)
+
+
 async def test_a_call_is_charged_what_it_used_and_the_rest_is_free_again(serve: Serve) -> None:
     gateway, bank = await _open(serve, 1_000)
     client = await gateway.ask(request(b"POST " + CHAT, body=BODY))
