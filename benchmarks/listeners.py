@@ -9,6 +9,7 @@ the control process and of the worker before and after, and for each client. The
 import argparse
 import asyncio
 import base64
+import http.client
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from proc_cpu import children
-from programs import BenchmarkError, free_port, is_listening, started, wait_until
+from programs import BenchmarkError, free_port, started, wait_until
 
 GPUPROXY = str(Path(sys.executable).parent / "gpuproxy")
 AT_ONCE = 100
@@ -88,6 +89,18 @@ async def measure(supervisor: int, port: int, key: str, count: int) -> None:
         writer.close()
 
 
+def is_ready(port: int) -> bool:
+    """Say whether the gateway takes calls: the port is open from its very start."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+    try:
+        connection.request("GET", "/health/ready")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
 def prepared(directory: Path, port: int) -> tuple[Path, str]:
     """Write a configuration; return it and the key of a user."""
     config = directory / "config.toml"
@@ -112,7 +125,7 @@ def main() -> None:
         config, key = prepared(directory, port)
         command = [GPUPROXY, "serve", "-c", str(config)]
         with started(command, 0, directory / "log") as process:
-            wait_until(lambda: is_listening(port), process, directory / "log", "the gateway")
+            wait_until(lambda: is_ready(port), process, directory / "log", "the gateway")
             asyncio.run(measure(process.pid, port, key, count))
 
 
