@@ -3,6 +3,8 @@
 What control must be asked for goes on by a call-back.
 """
 
+from collections.abc import Callable
+
 from gpuproxy.errors import GatewayError
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.observe.logs import get_logger
@@ -14,6 +16,8 @@ from gpuproxy.proxy.exchange_state import ADMITTING, DONE
 from gpuproxy.proxy.limits import Slots
 from gpuproxy.proxy.route import INSTANCE
 from gpuproxy.proxy.sending import Sending
+
+Step = Callable[[Intent, bytes | None, Endpoint | None], bool]
 
 _log = get_logger("gpuproxy.exchange")
 
@@ -50,8 +54,7 @@ class Paying(Sending):
         else:
             self._slots = slots
             intent, body, endpoint, _ = self._unpaid
-            if self._meter(intent, body, endpoint):
-                self._forward_to(endpoint)
+            self._pay_on(self._meter, intent, body, endpoint)
 
     def _meter(self, intent: Intent, body: bytes | None, endpoint: Endpoint | None) -> bool:
         grant = self._grant
@@ -83,8 +86,18 @@ class Paying(Sending):
             self.refuse(purse.refusal())
         elif outcome == "unknown":
             self.refuse(GatewayError("UNAVAILABLE", "limits cannot be checked at the moment; try again", 1))
-        elif self._reserve(intent, body, endpoint):
-            self._forward_to(endpoint)
+        else:
+            self._pay_on(self._reserve, intent, body, endpoint)
+
+    def _pay_on(self, step: Step, intent: Intent, body: bytes | None, endpoint: Endpoint | None) -> None:
+        # in a call-back of the link, which must not see what is wrong with a call
+        try:
+            if step(intent, body, endpoint):
+                self._forward_to(endpoint)
+        except GatewayError as error:
+            self.refuse(error)
+        except Exception:
+            self._fail()
 
     def _reserve(self, intent: Intent, body: bytes | None, endpoint: Endpoint | None) -> bool:
         plane = self.plane

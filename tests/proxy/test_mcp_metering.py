@@ -170,6 +170,18 @@ async def test_a_batch_with_a_priced_tool_is_refused(serve: Serve, others: bytes
     await gateway.receipt()
 
 
+@pytest.mark.parametrize("limit", [{"tpm": 100_000}, {"rpm": 100}], ids=["tokens", "requests"])
+async def test_it_is_refused_too_when_control_was_asked_about_a_limit_before(
+    serve: Serve, limit: dict[str, int]
+) -> None:
+    gateway, _ = await _open(serve, 1_000_000, SEARCH)
+    key = gateway.keys.add(**limit)
+    client = await gateway.ask(request(b"POST " + TOOLS, body=b"[%b]" % CALL, key=key))
+    assert (await client.answer()).status == 400
+    assert await gateway.sent_to(gateway.tools) == b""
+    await gateway.receipt()
+
+
 async def test_while_tools_have_prices_no_head_is_believed_about_the_tool(serve: Serve) -> None:
     gateway, _ = await _open(serve, 1_000, SEARCH)
     head = request(b"POST " + TOOLS, *MODERN, b"Content-Length: %d" % len(CALL))
