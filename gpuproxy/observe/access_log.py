@@ -83,6 +83,7 @@ class Lines:
 
     def __init__(self, form: Form) -> None:
         self._form = form
+        self._own_id = form.field % ("request_id", form.text("%s"))
         self._labels: dict[object, str] = {}
         self._second = -1
         self._time = ""
@@ -94,10 +95,12 @@ class Lines:
     def of(self, receipt: Receipt) -> str:
         """Return what is told of a call: all that is its own put into a template at once."""
         labels, duration_us, first_byte_us = _labels_of(receipt), receipt.duration_us, receipt.first_byte_us
+        request_id = receipt.request_id  # the receipt's own, made here, if the caller gave none
         second, ms = divmod((receipt.started_ns // 1_000 + duration_us) // 1_000, 1_000)
         values: tuple[object, ...] = (
             self._time if second == self._second else self._begin(second), ms,
-            self._form.request_id(receipt.request_id), self._labels.get(labels) or self._remember(labels),
+            self._own_id % request_id if request_id == receipt.id else self._form.request_id(request_id),
+            self._labels.get(labels) or self._remember(labels),
             duration_us // 1_000, _fractions[duration_us % 1_000],
             receipt.request_bytes, receipt.response_bytes, receipt.attempts,
         )  # fmt: skip

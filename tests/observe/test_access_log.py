@@ -6,7 +6,7 @@ import logging
 import pytest
 from observe.test_traffic import CALL, like
 
-from gpuproxy.observe.access_log import REMEMBERED_MAX, TEXT, Lines, access_log
+from gpuproxy.observe.access_log import JSON, REMEMBERED_MAX, TEXT, Form, Lines, access_log
 
 TEXT_LINE = (
     b"2001-09-09T01:46:42.000Z [info     ] call                           request_id=q1 user_id=u1 key_id=k1 "
@@ -78,6 +78,12 @@ def test_the_trace_is_told_if_there_is_one(
     access_log(is_json)([like(trace_id="ab")])
     end = b',"trace_id":"ab"}' if is_json else b" trace_id=ab"
     assert lines(capfdbinary) == [wanted + end]
+
+
+@pytest.mark.parametrize("form", [TEXT, JSON], ids=["text", "json"])
+def test_an_id_made_here_is_told_as_one_that_was_given(form: Form) -> None:
+    line = Lines(form)
+    assert line.of(like(id="q1")) == line.of(CALL)
 
 
 def test_lines_are_dated_by_the_end_of_their_call(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
