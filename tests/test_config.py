@@ -420,10 +420,11 @@ def test_tools_of_one_name_may_differ_in_price_by_server() -> None:
         ({"name": "all", "servers": [f"s{n}" for n in range(17)]}, "name 1 to 16 upstreams, each once"),
         ({"name": "all", "servers": ["a__b"]}, "has __ in it"),
         ({"name": "all", "servers": ["llm"]}, "speaks openinference"),
+        ({"name": "all", "servers": ["a", "all"]}, '"all" is a group'),
         ({"name": "a", "servers": ["a"]}, "is the name of an upstream"),
         ({"name": "all", "servers": ["a"], "timeout_s": 0}, "timeout_s"),
     ],
-    ids=["none", "twice", "many", "mark", "protocol", "name", "timeout"],
+    ids=["none", "twice", "many", "mark", "protocol", "itself", "name", "timeout"],
 )
 def test_a_group_of_servers_must_be_one(group: dict[str, Any], complaint: str) -> None:
     names = {"a": "mcp", "llm": "openinference"}

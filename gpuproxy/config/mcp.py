@@ -42,12 +42,13 @@ SERVERS_MAX = 16  # of one group: each call that concerns all is as many
 def check_groups(tree: dict[str, Any], faults: Faults) -> None:
     """Note what is wrong with groups beyond the types of their fields."""
     protocols = {str(each.get("name")): each.get("protocol") for each in _blocks(tree, "upstreams")}
+    groups = {str(group.get("name")) for group in _blocks(tree, "mcp_groups")}
     for index, group in enumerate(_blocks(tree, "mcp_groups")):
         if protocols.get(str(group.get("name"))) == "mcp":
             name = checks.show(group["name"])
             faults.add(("mcp_groups", index, "name"), f"{name} is the name of an upstream; take another")
         servers = group.get("servers")
-        if complaint := _wrong_servers(list(map(str, servers)) if isinstance(servers, list) else [], protocols):
+        if complaint := _wrong_servers(list(map(str, servers)) if isinstance(servers, list) else [], protocols, groups):
             faults.add(("mcp_groups", index, "servers"), complaint)
 
 
@@ -66,12 +67,14 @@ def _blocks(tree: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [each for each in blocks if isinstance(each, dict)] if isinstance(blocks, list) else []
 
 
-def _wrong_servers(servers: list[str], protocols: dict[str, Any]) -> str | None:
+def _wrong_servers(servers: list[str], protocols: dict[str, Any], groups: set[str]) -> str | None:
     if not 0 < len(servers) <= SERVERS_MAX or len(set(servers)) < len(servers):
         return f"name 1 to {SERVERS_MAX} upstreams, each once"
     for name in servers:
         if "__" in name:
             return f"{checks.show(name)} has __ in it, which parts server and tool; rename the upstream"
+        if name in groups:  # one in a circle would call itself without end
+            return f"{checks.show(name)} is a group; a group takes upstreams"
         if protocols.get(name, "mcp") != "mcp":
             return f"{checks.show(name)} speaks {protocols[name]}; a group takes upstreams of protocol mcp"
     return None
