@@ -28,6 +28,7 @@ from gpuproxy.plugin import (
 from gpuproxy_plugins.mcp_meter import UNREADABLE, Rpc, RpcError
 
 HELD_BYTES_MAX = 4 << 20  # of a list, or of one event; a list that is longer is not shown
+OBJECTS_MAX, PARTS_MAX = 50_000, 1_000_000  # of a message; to read so many holds all other calls up for 0.3 s
 _WORDS = ("method", "params", "name")
 
 Fields = dict[str, Raw]
@@ -79,9 +80,19 @@ def _check(call: Call, rpc: Rpc | None) -> None:
             raise RpcError("FORBIDDEN", message, rpc.id)
 
 
+def _pairs_in(body: bytes) -> Any:
+    """Return a message with every object as pairs. Raises ValueError, RecursionError for one that cannot be read.
+
+    Long texts are read in no time, but of small objects 16 MiB take seconds.
+    """
+    if body.count(b"{") > OBJECTS_MAX or sum(map(body.count, (b",", b":", b"["))) > PARTS_MAX:
+        raise ValueError("too many parts")
+    return json.loads(body, object_pairs_hook=_Pairs)
+
+
 def _is_plain(body: bytes) -> bool:
     try:
-        found = json.loads(body, object_pairs_hook=_Pairs)
+        found = _pairs_in(body)
     except UNREADABLE:
         return False
     messages = found if isinstance(found, list) else [found]
@@ -101,7 +112,7 @@ def _names_once(pairs: _Pairs) -> bool:
 def tools_in(body: bytes) -> tuple[str, ...] | None:
     """Return the tools that any server may find called in a message; None if it cannot be read."""
     try:
-        found = json.loads(body, object_pairs_hook=_Pairs)
+        found = _pairs_in(body)
     except UNREADABLE:
         return None
     messages = [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, _Pairs)]

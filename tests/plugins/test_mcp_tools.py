@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from gpuproxy_plugins.mcp import RPC_CODES, Mcp
 from gpuproxy_plugins.mcp_meter import RpcError
-from gpuproxy_plugins.mcp_tools import HELD_BYTES_MAX, ToolLists, narrowed
+from gpuproxy_plugins.mcp_tools import HELD_BYTES_MAX, OBJECTS_MAX, PARTS_MAX, ToolLists, narrowed, tools_in
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,6 +74,23 @@ def test_what_servers_may_read_in_another_way_is_refused(body: bytes) -> None:
 def test_arguments_may_have_any_names() -> None:
     body = b'{"method":"tools/call","params":{"name":"search","arguments":{"name":1,"Name":2,"name":3}}}'
     assert prepared(body).body is None
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [b'{"a":1},' * OBJECTS_MAX + b"{}", b"1," * PARTS_MAX + b"1", b'{%b"b":1}' % (b'"a":1,' * (PARTS_MAX // 2))],
+    ids=["objects", "numbers", "names"],
+)
+def test_a_message_of_very_many_parts_is_not_read(argument: bytes) -> None:
+    body = calling("search")[:-2] + b',"arguments":[%b]}}' % argument
+    assert tools_in(body) is None
+    with pytest.raises(RpcError):
+        prepared(body)
+
+
+def test_a_long_text_is_read() -> None:
+    text = b"x" * (16 << 20)
+    assert tools_in(calling("search")[:-2] + b',"arguments":"%b"}}' % text) == ("search",)
 
 
 def test_calls_of_keys_without_rules_have_no_part_in_this() -> None:
