@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 
 from msgspec import Struct
+from msgspec.structs import fields
 
 from gpuproxy.ledger.open_calls import Notes
 from gpuproxy.ledger.segment import Row
@@ -16,8 +17,12 @@ from gpuproxy.types import NOT_STORED, TOOL_CALL, Receipt
 
 INT64_MAX = 2**63 - 1
 
-_ID = Receipt.__struct_fields__.index("id")
-_stored = itemgetter(*(at for at, name in enumerate(Receipt.__struct_fields__) if name not in NOT_STORED))
+_NAMES = Receipt.__struct_fields__
+_ID = _NAMES.index("id")
+_REQUIRED = sum(field.required for field in fields(Receipt))  # they come first
+_OPTIONAL = [at for at in range(_REQUIRED, len(_NAMES)) if _NAMES[at] not in NOT_STORED]
+assert not any(fields(Receipt)[at].default for at in _OPTIONAL)  # what is 0 or empty need not be written
+_CHARGE = ("cost_nanousd", "charge_id")
 
 
 class Batch(Struct, frozen=True):
@@ -37,14 +42,20 @@ class Batch(Struct, frozen=True):
                 found[payer] = found.get(payer, 0) + cost
         return found
 
-    def completed(self, charge_ids: Mapping[tuple[str, int], str]) -> list[Row]:
-        """Return the rows with cost and charge id behind, as the store has them."""
+    def completed(self, charge_ids: Mapping[tuple[str, int], str]) -> tuple[tuple[str, ...], list[Row]]:
+        """Return columns and rows to store; columns of which no receipt tells anything are left to their defaults.
+
+        A column less is a tenth of a microsecond less for each row, and most calls tell nothing in a third of them.
+        """
+        told = [at for at in _OPTIONAL if any(map(itemgetter(at), self.rows))]
+        names = (*_NAMES[:_REQUIRED], *(_NAMES[at] for at in told))
+        pick: Callable[[Row], Row] = itemgetter(*range(_REQUIRED), *told)
         if not charge_ids:
-            return [(*_stored(row), 0, "") for row in self.rows]
-        told = zip(self.rows, self.costs, self.payers, strict=True)
-        return [
-            (*_stored(row), *((0, "") if payer is None else (cost, charge_ids[payer.user_id, payer.day])))
-            for row, cost, payer in told
+            return names, list(map(pick, self.rows))
+        charged = zip(self.rows, self.costs, self.payers, strict=True)
+        return (*names, *_CHARGE), [
+            (*pick(row), *((0, "") if payer is None else (cost, charge_ids[payer.user_id, payer.day])))
+            for row, cost, payer in charged
         ]
 
     def without(self, known: Callable[[Sequence[Row]], set[str]]) -> "Batch":

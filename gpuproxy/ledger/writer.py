@@ -26,11 +26,11 @@ from gpuproxy.ledger.used import add_used
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store, connect_plain, fault_of
 from gpuproxy.store.schema import journal_segments, receipts
+from gpuproxy.types import Receipt
 
-NAMES = receipts.c.keys()  # a receipt's fields, what it cost, its charge id
 TIMES_AT_ONCE = 1_000  # parameters of one query
 
-_STARTED_NS = NAMES.index("started_ns")
+_STARTED_NS = Receipt.__struct_fields__.index("started_ns")
 
 logger = get_logger(__name__)
 
@@ -72,8 +72,8 @@ def _known(connection: Connection, rows: Sequence[Row]) -> set[str]:
     return {receipt_id for query in queries for receipt_id in connection.scalars(query)}
 
 
-def _charged(connection: Connection, batch: Batch, is_new: bool) -> list[Row]:
-    """Do all that is to be done beside the receipts and offsets; return the receipts as they are to be stored."""
+def _charged(connection: Connection, batch: Batch, is_new: bool) -> tuple[tuple[str, ...], list[Row]]:
+    """Do all that is to be done beside the receipts and offsets; return columns and rows of the receipts to store."""
     if not is_new:
         batch = batch.without(partial(_known, connection))
     charge_ids = settle(connection, batch.owed())
@@ -85,7 +85,6 @@ def _charged(connection: Connection, batch: Batch, is_new: bool) -> list[Row]:
 class SqliteWriter:
     """Writes over one connection, in a thread."""
 
-    _INSERT = f"INSERT INTO receipts ({', '.join(NAMES)}) VALUES ({', '.join('?' * len(NAMES))})"  # noqa: S608
     _MOVE = 'INSERT INTO journal_segments VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET "offset" = excluded."offset"'
 
     def __init__(self, store: Store) -> None:
@@ -108,9 +107,10 @@ class SqliteWriter:
 
     def _commit(self, batch: Batch, is_new: bool) -> None:
         with self._engine.begin() as connection:
-            whole = _charged(connection, batch, is_new)
+            names, rows = _charged(connection, batch, is_new)
+            insert = f"INSERT INTO receipts ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
             driver = cast(sqlite3.Connection, connection.connection.driver_connection)
-            driver.executemany(self._INSERT, whole)
+            driver.executemany(insert, rows)
             driver.executemany(self._MOVE, batch.offsets.items())
 
 
@@ -140,15 +140,15 @@ class PostgresqlWriter:
         async with self._store.writing() as connection:
             if moved:
                 await connection.execute(self._move, moved)
-            whole = await connection.run_sync(_charged, batch, is_new)
-            if whole:
-                await _copy(connection, whole)
+            names, rows = await connection.run_sync(_charged, batch, is_new)
+            if rows:
+                await _copy(connection, names, rows)
 
 
-async def _copy(connection: AsyncConnection, whole: list[Row]) -> None:
+async def _copy(connection: AsyncConnection, names: Sequence[str], rows: list[Row]) -> None:
     await connection.exec_driver_sql("SELECT 1")  # SQLAlchemy begins a transaction with its first statement
     driver: Any = (await connection.get_raw_connection()).driver_connection
-    await driver.copy_records_to_table("receipts", records=whole, columns=NAMES)
+    await driver.copy_records_to_table("receipts", records=rows, columns=names)
 
 
 @contextmanager

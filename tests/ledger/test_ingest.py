@@ -81,6 +81,18 @@ async def test_what_a_worker_wrote_is_stored_with_every_field(store: Store, inge
     assert shown == [written]
 
 
+async def test_what_only_some_calls_tell_is_stored_of_those(store: Store, ingest: Ingest, hire: Hire) -> None:
+    told = {"markup_bps": 5, "rpc_method": "tools/call", "rpc_name": "add", "rpc_outcome": "ok", "trace_id": "t"}
+    written = [receipt(0), receipt(1, **told), receipt(2, rpc_name="x")]
+    hire().write(frame(written))
+    assert await ingest.ingest_once() == 3
+    async with store.reading() as connection:
+        rows = (await connection.execute(select(receipts).order_by(receipts.c.id))).all()
+    for call, row in zip(written, rows, strict=True):
+        assert {name: getattr(row, name) for name in told} == {name: getattr(call, name) for name in told}
+        assert (row.cost_nanousd, row.charge_id) == (0, "")
+
+
 async def test_a_live_segment_is_read_on_where_it_was_left(store: Store, ingest: Ingest, hire: Hire) -> None:
     worker = hire()
     worker.write(frames(0, 3))
