@@ -25,7 +25,7 @@ PIECE_BYTES = 65_536
 _OWN = {
     "host", "connection", "content-length", "transfer-encoding", "keep-alive", "te", "trailer", "upgrade", "expect",
     "accept-encoding", "mcp-session-id", "last-event-id", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host",
-    "forwarded",
+    "forwarded", "content-encoding",  # aiohttp has unpacked it
 }  # fmt: skip
 _PASSED = ("content-type", "www-authenticate", "retry-after", "cache-control", "x-accel-buffering", "vary", "allow")
 _PASSED_BEGIN = ("access-control-", "x-ratelimit-")

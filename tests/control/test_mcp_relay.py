@@ -5,11 +5,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Told
+from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Told, inner_fields
 from gpuproxy.control.mcp_merge import merged_discovery, merged_list
 from gpuproxy.control.mcp_names import MARK, URI_MARK, decode_fields, inward, mirrored, outward, split, unmirrored
 from gpuproxy.control.mcp_relay import EventRelabeller
@@ -128,3 +129,8 @@ def test_a_group_speaks_the_revisions_that_all_its_servers_speak() -> None:
 def test_a_name_is_mirrored_as_the_revision_says(name: str, shown: str) -> None:
     assert mirrored(name) == shown
     assert unmirrored(shown) == name
+
+
+def test_a_body_that_was_unpacked_on_its_way_is_not_called_packed() -> None:
+    request = make_mocked_request("POST", "/", {"Content-Encoding": "gzip", "Content-Type": "application/json"})
+    assert inner_fields(request, None) == {"accept-encoding": "identity", "content-type": "application/json"}
