@@ -158,7 +158,7 @@ class Memory:
         self.length = -1  # of the body; -1 when the head has no Content-Length
         self._prefix = self._suffix = b""
         self._prefix_size = self._suffix_size = 0
-        self._digits = b""  # seen last, and their value
+        self._digits = b"\r"  # seen last, and their value; at first what no digits are, not even missing ones
         self._digits_value = 0
         self._chances = _CHANCES
 

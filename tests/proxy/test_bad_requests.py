@@ -140,6 +140,21 @@ async def test_a_malformed_head_is_refused_and_reaches_nobody(gateway: Gateway, 
     assert gateway.receipts() == []
 
 
+@pytest.mark.parametrize("length", [b"", b" ", b"+2"], ids=["empty", "blank", "plus"])
+async def test_a_length_is_read_as_strictly_in_a_head_like_the_one_before(gateway: Gateway, length: bytes) -> None:
+    good = _head(b"Content-Length: 2", b"X-A: b")
+    client = await gateway.ask(good + b"hi")
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    await upstream.expect(b"hi")
+    await upstream.send(OK)
+    assert (await client.answer()).status == 200
+    await client.send(good.replace(b": 2\r", b": %b\r" % length))
+    assert (await client.answer()).status == 400
+    assert upstream.is_silent()
+    await gateway.receipt()
+
+
 @pytest.mark.parametrize("name", ["two CL", "value NUL", "obs-fold blank", "TE gzip, chunked", "HTTP/2.0", "TLS hello"])
 async def test_a_malformed_head_that_comes_byte_by_byte_is_refused_too(gateway: Gateway, name: str) -> None:
     client = await gateway.client()
