@@ -21,7 +21,7 @@ def is_rule(text: str) -> bool:
     return len(text) <= RULE_CHARACTERS_MAX and _SHAPE.fullmatch(text) is not None
 
 
-@lru_cache(maxsize=4_096)
+@lru_cache(maxsize=128)  # of 250 kB at most
 def may_use(rules: tuple[str, ...]) -> MayUse:
     """Return what tells whether rules allow a tool of a server; remembered, for the same keys call again."""
     halves = [tuple(half.split("*") for half in rule.split("/", 1)) for rule in rules]

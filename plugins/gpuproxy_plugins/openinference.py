@@ -39,7 +39,7 @@ from gpuproxy_plugins.openinference_stream import GENERATE, StreamUsageReader, T
 from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader, OllamaStreamReader
 
 _JSON_STARTS = b"{ \t\r\n"  # a form may name a model too
-_PATHS_MAX = 1024  # remembered: nearly all calls have one of a few
+_PATHS_MAX = 128  # remembered: nearly all calls have one of a few, and one may have 64 KiB
 _LINES = (b"application/x-ndjson", b"application/jsonl")
 
 

@@ -2,12 +2,13 @@
 
 import fnmatch
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuproxy.codec.tools import EVERY, covers, is_rule, may_use
+from gpuproxy.codec.tools import EVERY, RULE_CHARACTERS_MAX, RULES_MAX, covers, is_rule, may_use
 
 
 @pytest.mark.parametrize(
@@ -83,3 +84,14 @@ def test_a_rule_covers_itself_and_every_tool_covers_any_rule(rule: str) -> None:
     assert re.fullmatch(r"[ab*]+/[ab*]+", rule)
     assert covers((rule,), rule)
     assert covers((EVERY,), rule)
+
+
+def test_the_longest_rules_of_many_keys_do_not_fill_the_memory() -> None:
+    rule = "s/" + "t" * (RULE_CHARACTERS_MAX - 8)
+    tracemalloc.start()
+    try:
+        for key in range(200):
+            may_use(tuple(f"{rule}{key:03}{number:03}" for number in range(RULES_MAX)))
+        assert tracemalloc.get_traced_memory()[0] < 40 << 20
+    finally:
+        tracemalloc.stop()

@@ -1,6 +1,7 @@
 """Protocol "openinference": where calls go, what envelopes become, and errors in three dialects."""
 
 import json
+import tracemalloc
 
 import pytest
 from gpuproxy_plugins.openinference import OpenInference
@@ -348,3 +349,15 @@ def test_messages_speaks_anthropic(path: bytes, code: str, kind: str) -> None:
 @pytest.mark.parametrize("path", [b"/v2", b"/v2/models/m/infer", b"/x/v2/health/live?y"])
 def test_v2_speaks_open_inference(path: bytes) -> None:
     assert told(path, "UNKNOWN_MODEL") == {"error": "why", "code": "UNKNOWN_MODEL", "request_id": "r1"}
+
+
+def test_long_paths_do_not_fill_the_memory() -> None:
+    tracemalloc.start()
+    try:
+        for number in range(1_100):
+            path = b"/v1/x?%d" % number + b"y" * 60_000
+            OPEN.needs_body(b"POST", path)
+            OPEN.inspect(Call(b"POST", path, [], b'{"model":"m"}'))
+        assert tracemalloc.get_traced_memory()[0] < 20 << 20
+    finally:
+        tracemalloc.stop()
