@@ -60,9 +60,16 @@ class Purse:
         self.wallet.settle(amount, amount, time.monotonic_ns())
 
     def uncount(self, amount: int, lease_id: int) -> None:
-        """Tell control that a call used so much less of this lease than was counted."""
+        """Tell control that a call used so much less of this lease than was counted; below 0: so much more."""
         if amount > 0:
             self._link.send(Return(*self._subject, self._kind, amount, lease_id))
+        elif amount:
+            self._link.lease(*self._subject, self._kind, -amount, -amount, self._overran)
+
+    def _overran(self, answer: Leased | None) -> None:
+        # more than the window had: then all that it has, and no later one is charged with the rest
+        if answer is not None and not answer.amount and answer.remaining > 0:
+            self._link.lease(*self._subject, self._kind, answer.remaining, answer.remaining, lambda answer: None)
 
     def fields(self) -> bytes:
         """Return the X-RateLimit lines for an answer; Reset is in seconds from now."""

@@ -117,6 +117,25 @@ async def test_tokens_are_counted_with_the_most_and_corrected_when_the_call_ends
     assert (answer.status, answer.json()["error"]["type"]) == (429, "rate_limit_error")
 
 
+@pytest.mark.parametrize("used", [80, 1_000], ids=["within", "over"])
+async def test_tokens_beyond_the_most_are_counted_too(serve: Serve, used: int) -> None:
+    gateway = await serve()
+    counter = Counter(gateway, tokens=100)
+    key = gateway.keys.add(tpm=100)
+    client = await gateway.ask(request(b"POST " + CHAT, body=BODY, key=key))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    told = ANSWER.replace(b":4", b":%d" % used)
+    await upstream.send(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(told), told)
+    )
+    assert (await client.answer()).status == 200
+    (window,) = counter.windows.values()
+    await until(lambda: window.left(100, 1) == max(0, 100 - 5 - used), "what was used beyond")
+    await client.send(request(b"POST " + CHAT, body=BODY, key=key))
+    assert (await client.answer()).status == 429
+
+
 async def test_a_client_that_leaves_while_tokens_are_asked_for_uses_none(serve: Serve) -> None:
     gateway = await serve()
     counter = Counter(gateway, tokens=100)
