@@ -128,6 +128,9 @@ class Exchange(Paying):
         except GatewayError as error:
             self.refuse(error)
             return
+        except Exception:  # of a handler; this may be a call-back of the link, which must not see it
+            self._fail()
+            return
         if purse is not None and not purse.take(1, self.counted):
             downstream.deadline_s = plane.now_s + plane.config.auth.authorize_timeout_s + 1
             return

@@ -100,6 +100,7 @@ class Gateway:
         self.link_server.seal_keys = (b"one key of 32 bytes for sessions",)
         self.clients: list[Wire] = []
         self.failures: list[dict[str, Any]] = []
+        self.may_fail = False  # set by tests of what happens when something inside does
         self.port = 0
         self.llm: Listener
         self.tools: Listener
@@ -210,7 +211,7 @@ class Gateway:
         self.plane.journal.close()
         assert not self.failures, self.failures
         assert sorted(receipt.request_id for receipt in receipts) == sorted(self._billed_ids())
-        assert not [receipt for receipt in receipts if receipt.error == "INTERNAL"]
+        assert self.may_fail or not [receipt for receipt in receipts if receipt.error == "INTERNAL"]
 
     async def _come_to_rest(self) -> None:
         plane = self.plane

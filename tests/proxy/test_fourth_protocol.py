@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from gpuproxy.plugin import (
     Call,
     GatewayError,
@@ -15,7 +17,7 @@ from gpuproxy.plugin import (
 )
 
 from .conftest import Serve
-from .harness import ENVELOPE, PREFIX, Gateway, request
+from .harness import ENVELOPE, KEY, PREFIX, Gateway, request
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/x-words\r\nContent-Length: 13\r\n\r\none two three"
 
@@ -66,9 +68,16 @@ class Words:
 _: type[ProtocolHandler] = Words
 
 
-async def _serve(serve: Serve) -> Gateway:
+class Broken(Words):
+    """Fails at the first question."""
+
+    def needs_body(self, method: bytes, path: bytes) -> bool:
+        raise ZeroDivisionError
+
+
+async def _serve(serve: Serve, words: Words | None = None) -> Gateway:
     registry = load_plugins(("https", "mcp", "openinference"))
-    registry.run("words", lambda registry: registry.protocol(Words()))
+    registry.run("words", lambda registry: registry.protocol(words or Words()))
     return await serve(registry, raw={"protocol": "words"})
 
 
@@ -99,6 +108,18 @@ async def test_it_refuses_in_its_own_dialect(serve: Serve) -> None:
     assert (answer.status, answer.json()) == (404, {"oops": "UNKNOWN_UPSTREAM"})
     await client.send(request(b"POST " + PREFIX + b"/words/x", body=b"", id=b"t2"))
     assert (await client.answer()).json() == {"oops": "BAD_REQUEST"}
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "asked for"])
+async def test_a_fault_in_it_ends_its_call_and_nothing_else(serve: Serve, is_known: bool) -> None:
+    gateway = await _serve(serve, Broken())
+    gateway.may_fail = True
+    if is_known:
+        await gateway.warm(KEY)
+    client = await gateway.ask(request(b"POST " + PREFIX + b"/words/x", body=b"raw data"))
+    answer = await client.answer()
+    assert (answer.status, answer.json()) == (500, {"oops": "INTERNAL"})
+    assert (await gateway.receipt()).error == "INTERNAL"
 
 
 async def test_it_serves_its_upstream_by_name(serve: Serve) -> None:
