@@ -52,6 +52,7 @@ PAGES_MAX = 50  # of one server's list
 NAMED = {"tools/call": ("name", MARK), "prompts/get": ("name", MARK), "resources/read": ("uri", URI_MARK)}
 HEADER_MISMATCH = -32020
 UNREACHABLE = -32066  # as calls to a single server have it
+SESSION_BYTES_MAX = 8_000  # a longer field aiohttp does not take from a client that brings it back
 COMPLAINT_S = 60.0  # between two log lines about one server
 
 Seats = dict[str, Seat]  # by server
@@ -138,7 +139,11 @@ class Group:
         agreed = self._good(turn, "initialize", await self._asked(turn, body))
         seats = {each.server: _seat_of(each) for each in agreed}
         response = in_company(responded(message, merged_session(self.name, agreed)), agreed[0])
-        response.headers["Mcp-Session-Id"] = self._seal.seal(_encode_seats(seats), self._context()).decode()
+        session = self._seal.seal(_encode_seats(seats), self._context()).decode()
+        if len(session) > SESSION_BYTES_MAX:
+            fault = "the session ids of this group's servers are too long together; make a group of fewer servers"
+            raise RpcError(502, -32603, fault, message.get("id"))
+        response.headers["Mcp-Session-Id"] = session
         return response
 
     async def _discovered(self, turn: "Turn") -> web.StreamResponse:

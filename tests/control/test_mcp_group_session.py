@@ -1,0 +1,43 @@
+"""The session of a group: a sealed text of those at its servers, which must fit where clients send it."""
+
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+from msgspec import Raw
+from multidict import CIMultiDict
+
+from gpuproxy.codec.seal import Seal
+from gpuproxy.config.mcp import McpGroup
+from gpuproxy.control.mcp_answers import RpcError
+from gpuproxy.control.mcp_group import Group
+from gpuproxy.control.mcp_inner import Inner, Seat, Told
+
+INITIALIZE = {"jsonrpc": Raw(b'"2.0"'), "id": Raw(b"1"), "method": Raw(b'"initialize"')}
+SERVERS = tuple(f"server{number}" for number in range(16))
+
+
+class Agreeing(Inner):
+    """Servers that begin a session with an id of some length."""
+
+    def __init__(self, id_characters: int) -> None:
+        super().__init__("")
+        self._id = "x" * id_characters
+
+    async def ask(self, request: web.Request, server: str, body: bytes | None, seat: Seat, timeout_s: float) -> Told:
+        result = msgspec.json.encode({"protocolVersion": "2025-11-25", "capabilities": {}})
+        return Told(server, 200, CIMultiDict({"Mcp-Session-Id": self._id}), response={"result": Raw(result)})
+
+
+async def begun(id_characters: int) -> web.StreamResponse:
+    group = Group(McpGroup("all", SERVERS), Agreeing(id_characters), Seal((bytes(32),)), 1 << 20)
+    return await group._initialized(make_mocked_request("POST", "/"), INITIALIZE, b"")
+
+
+async def test_the_sessions_of_many_servers_fit() -> None:
+    assert len((await begun(250)).headers["Mcp-Session-Id"]) < 8_190
+
+
+async def test_sessions_that_do_not_fit_together_are_refused_at_once() -> None:
+    with pytest.raises(RpcError, match="too long"):
+        await begun(500)
