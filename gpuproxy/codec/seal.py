@@ -46,7 +46,7 @@ class Seal:
         """Return `plain` as text that only the same `context` reads. Raises GatewayError UNAVAILABLE."""
         cipher = (self._ciphers or self.warm())[0]
         nonce = secrets.token_bytes(NONCE_BYTES)
-        return base64.urlsafe_b64encode(nonce + cipher.encrypt(nonce, plain, context)).rstrip(b"=")
+        return _encoded(nonce + cipher.encrypt(nonce, plain, context))
 
     def unseal(self, text: bytes, context: bytes) -> bytes | None:
         """Return what was sealed, None if this text is not ours. Raises GatewayError UNAVAILABLE."""
@@ -68,6 +68,11 @@ def _decoded(text: bytes) -> bytes:
     if len(text) > SEALED_BYTES_MAX:
         return b""
     try:
-        return base64.b64decode(text + b"=" * (-len(text) % 4), b"-_", validate=True)
+        sealed = base64.b64decode(text + b"=" * (-len(text) % 4), b"-_", validate=True)
     except binascii.Error:
         return b""
+    return sealed if _encoded(sealed) == text else b""  # the last character may have bits that mean nothing
+
+
+def _encoded(sealed: bytes) -> bytes:
+    return base64.urlsafe_b64encode(sealed).rstrip(b"=")

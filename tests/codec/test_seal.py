@@ -36,9 +36,9 @@ def test_another_context_or_key_reads_nothing() -> None:
     assert Seal((NEW,)).unseal(text, b"a") is None
 
 
-@given(st.integers(0, 50), st.integers(1, 255))
+@given(st.integers(-63, 62), st.integers(1, 255))
 def test_one_changed_character_is_noticed(position: int, change: int) -> None:
-    text = bytearray(Seal((OLD,)).seal(b"x" * 20, b"a"))
+    text = bytearray(Seal((OLD,)).seal(b"x" * 19, b"a"))
     text[position] ^= change
     assert Seal((OLD,)).unseal(bytes(text), b"a") is None
 

@@ -18,7 +18,9 @@ async def test_an_admin_adds_and_deletes_a_model_under_way(
 ) -> None:
     here = place()
     here.command("user", "create", "admin@example.com", "--admin")
-    made = here.command("key", "create", "--user", "admin@example.com", "--scopes", "inference,admin", "--json")
+    made = here.command(
+        "key", "create", "--user", "admin@example.com", "--scopes", "inference,admin", "--rpm", "0", "--json"
+    )
     headers = {"X-API-Key": json.loads(made)["api_key"]}
     with running(here) as gateway:
         workers = gateway.workers()
