@@ -19,6 +19,9 @@ class Tunnelled(Answer):
 
     def switch_protocols(self, connection: "UpstreamConnection") -> None:
         """The upstream agreed to switch: pass its 101 on and join both sides byte by byte."""
+        call, handler = self._call, self._handler
+        if call is not None and handler is not None:  # first of all: should it fail, the call is refused as a whole
+            self._reader = handler.reader(call, 101, websocket.KIND)
         self.has_sent_head = True
         self._status = 101
         self._first_byte_ns = time.monotonic_ns()
@@ -37,9 +40,6 @@ class Tunnelled(Answer):
         self.plane.downstreams.discard(downstream)
         downstream.unblock_reading(READ_BUFFER)
         self.plane.outbox.flush()
-        call, handler = self._call, self._handler
-        if call is not None and handler is not None:
-            self._reader = handler.reader(call, 101, websocket.KIND)
         watch = websocket.watch(self, self._reader, self._bill)
         join = tunnel.join if watch is None else watch.join
         ends = join(downstream.transport, connection.transport, self._end_tunnel)

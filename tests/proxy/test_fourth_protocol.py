@@ -18,6 +18,7 @@ from gpuproxy.plugin import (
 
 from .conftest import Serve
 from .harness import ENVELOPE, KEY, PREFIX, Gateway, request
+from .test_tunnels import SWITCH, UPGRADE
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/x-words\r\nContent-Length: 13\r\n\r\none two three"
 
@@ -75,6 +76,13 @@ class Broken(Words):
         raise ZeroDivisionError
 
 
+class Unreadable(Words):
+    """Fails when it shall read a tunnel."""
+
+    def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
+        raise ZeroDivisionError
+
+
 async def _serve(serve: Serve, words: Words | None = None) -> Gateway:
     registry = load_plugins(("https", "mcp", "openinference"))
     registry.run("words", lambda registry: registry.protocol(words or Words()))
@@ -120,6 +128,20 @@ async def test_a_fault_in_it_ends_its_call_and_nothing_else(serve: Serve, is_kno
     answer = await client.answer()
     assert (answer.status, answer.json()) == (500, {"oops": "INTERNAL"})
     assert (await gateway.receipt()).error == "INTERNAL"
+
+
+async def test_a_fault_before_a_tunnel_leaves_nothing_open(serve: Serve) -> None:
+    gateway = await _serve(serve, Unreadable())
+    client = await gateway.ask(request(b"GET " + PREFIX + b"/upstreams/raw/x", *UPGRADE))
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    await upstream.send(SWITCH)
+    assert (await client.answer()).status == 502
+    await upstream.expect_gone()
+    assert (await gateway.receipt()).outcome == "upstream_failed"
+    (failure,) = gateway.failures
+    assert isinstance(failure["exception"], ZeroDivisionError)
+    gateway.failures.clear()
 
 
 async def test_it_serves_its_upstream_by_name(serve: Serve) -> None:
