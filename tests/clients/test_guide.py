@@ -17,10 +17,9 @@ import gpuproxy
 
 from .gateway import GPUPROXY, Gateway, announced_url, running_gateway, toml_table
 from .guide import BLOCKS, filled, sample
+from .node import NODE, installed
 
 WAIT_S = 20
-INSTALL_S = 60
-NODE, NPM = shutil.which("node"), shutil.which("npm")
 PASSWORD = "correct horse battery"
 # Which test runs what; the rest of a name is in another file.
 RUN_BY = {
@@ -125,22 +124,7 @@ def test_the_python_class_lists_gpus(gateway: Gateway, ann: Person, capsys: pyte
 
 @pytest.fixture(scope="module")
 def with_axios(request: pytest.FixtureRequest) -> Path:
-    """Return a directory where Node finds axios; npm puts it there once and for all runs."""
-    if NODE is None or NPM is None:
-        pytest.skip("node and npm are not installed")
-    cache = getattr(request.config, "cache", None)
-    if cache is None:
-        pytest.skip("pytest keeps nothing over runs, so axios would be fetched each time")
-    directory = cache.mkdir("axios")
-    if not (directory / "node_modules" / "axios" / "package.json").exists():
-        line = [NPM, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(directory), "axios@1"]
-        try:
-            done = subprocess.run(line, capture_output=True, text=True, timeout=INSTALL_S, check=False)
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"npm did not install axios within {INSTALL_S} s")
-        if done.returncode:
-            pytest.skip(f"npm cannot install axios: {done.stderr.strip()[-200:]}")
-    return Path(directory)
+    return installed(request, "axios@1")
 
 
 def test_the_node_class_lists_gpus_and_calls_through_the_gateway(

@@ -1,0 +1,101 @@
+"""The official JavaScript SDKs of OpenAI, Anthropic and MCP, unmodified, through the gateway."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Way
+from .node import installed, run
+from .test_mcp_replicas import Twins, twins  # noqa: F401  # a fixture
+from .test_mcp_sdk import LEGACY
+
+PACKAGES = "openai@6", "@anthropic-ai/sdk", "@modelcontextprotocol/sdk@1", "@modelcontextprotocol/client@2"
+TEXT = "Grüße aus Łódź, 你好 🙂"
+
+OPENAI = """
+import OpenAI from "openai";
+const client = new OpenAI({ baseURL: process.env.URL + "/v1", apiKey: process.env.KEY, maxRetries: 0 });
+const messages = [{ role: "user", content: process.env.TEXT }];
+const whole = await client.chat.completions.create({ model: "chat", messages });
+let text = "", usages = 0;
+for await (const chunk of await client.chat.completions.create({ model: "chat", messages, stream: true })) {
+  text += chunk.choices[0].delta.content ?? "";
+  usages += chunk.usage ? 1 : 0;
+}
+const refused = await client.chat.completions.create({ model: "none", messages }).catch((error) => error);
+console.log(JSON.stringify({ whole: whole.choices[0].message.content, tokens: whole.usage.completion_tokens, text,
+  usages, status: refused.status, kind: refused.constructor.name, code: refused.code }));
+"""
+
+ANTHROPIC = """
+import Anthropic from "@anthropic-ai/sdk";
+const client = new Anthropic({ baseURL: process.env.URL, apiKey: process.env.KEY, maxRetries: 0 });
+const ask = { model: "chat", max_tokens: 64, messages: [{ role: "user", content: process.env.TEXT }] };
+const whole = await client.messages.create(ask);
+const streamed = await client.messages.stream(ask).finalMessage();
+const refused = await client.messages.create({ ...ask, model: "none" }).catch((error) => error);
+console.log(JSON.stringify({ whole: whole.content[0].text, streamed: streamed.content[0].text,
+  tokens: streamed.usage.output_tokens, status: refused.status, kind: refused.constructor.name }));
+"""
+
+MCP = """
+const { Client, StreamableHTTPClientTransport } = process.env.SDK === "2"
+  ? await import("@modelcontextprotocol/client")
+  : { ...await import("@modelcontextprotocol/sdk/client/index.js"),
+      ...await import("@modelcontextprotocol/sdk/client/streamableHttp.js") };
+const use = async () => {
+  const client = new Client({ name: "test", version: "1" });
+  const headers = { "X-API-Key": process.env.KEY };
+  const transport = new StreamableHTTPClientTransport(new URL(process.env.URL), { requestInit: { headers } });
+  await client.connect(transport);
+  const tools = (await client.listTools()).tools.map((tool) => tool.name);
+  const servers = new Set();
+  for (let call = 0; call < 6; call++) {
+    servers.add((await client.callTool({ name: "who", arguments: {} })).content[0].text);
+  }
+  const sum = await client.callTool({ name: "add", arguments: { a: 2, b: 3 } });
+  const session = transport.sessionId, version = transport.protocolVersion;
+  await transport.terminateSession?.();
+  await client.close();
+  return { tools, servers: [...servers], sum: sum.content[0].text, session, version };
+};
+console.log(JSON.stringify(await Promise.all(Array.from({ length: 8 }, use))));
+"""
+
+
+@pytest.fixture(scope="module")
+def packages(request: pytest.FixtureRequest) -> Path:
+    return installed(request, *PACKAGES)
+
+
+def told_by(packages: Path, code: str, way: Way) -> Any:
+    return json.loads(run(packages, code, URL=way.url, KEY=way.key, TEXT=TEXT))
+
+
+def test_the_openai_client_reads_answers_streams_and_refusals(way: Way, packages: Path) -> None:
+    told = told_by(packages, OPENAI, way)
+    assert (told["whole"], told["text"]) == (f"echo: {TEXT}",) * 2
+    assert told["tokens"] > 0
+    assert told["usages"] == 0
+    if way.name == "gateway":
+        assert (told["status"], told["kind"], told["code"]) == (404, "NotFoundError", "model_not_found")
+
+
+def test_the_anthropic_client_reads_answers_streams_and_refusals(way: Way, packages: Path) -> None:
+    told = told_by(packages, ANTHROPIC, way)
+    assert told["whole"] == told["streamed"]
+    assert TEXT in told["whole"]
+    assert told["tokens"] > 0
+    if way.name == "gateway":
+        assert (told["status"], told["kind"]) == (404, "NotFoundError")
+
+
+@pytest.mark.parametrize("sdk", ["1", "2"])
+def test_sessions_of_the_mcp_client_stay_at_one_of_two_servers(twins: Twins, packages: Path, sdk: str) -> None:  # noqa: F811
+    uses = json.loads(run(packages, MCP, URL=twins.url("twins"), KEY=twins.gateway.key, SDK=sdk))
+    assert [(use["version"], use["sum"], len(use["servers"])) for use in uses] == [(LEGACY, "5", 1)] * 8
+    assert all({"add", "who"} <= set(use["tools"]) for use in uses)
+    assert len({use["session"] for use in uses}) == 8
+    assert {use["servers"][0] for use in uses} == {"first", "second"}
