@@ -62,8 +62,18 @@ def test_the_complete_example_runs(gateway: Gateway, marketplace: tuple[VastSimu
         _check(names, marketplace[0].market)
     finally:
         names["proxy"].close()  # the example leaves that to its end
-    usage = requests.get(f"{gateway.url}/api/v1/user/usage/calls", headers={"X-API-Key": gateway.key}, timeout=10)
-    assert usage.json()["data"][0]["path"] == "/api/v1/gpu/proxy"
+    assert _first_call(gateway)["path"] == "/api/v1/gpu/proxy"
+
+
+def _first_call(gateway: Gateway) -> Any:
+    """Return the call that the account shows, as soon as it does."""
+    deadline_s = time.monotonic() + 20
+    while True:
+        usage = requests.get(f"{gateway.url}/api/v1/user/usage/calls", headers={"X-API-Key": gateway.key}, timeout=10)
+        if calls := usage.json()["data"]:
+            return calls[0]
+        assert time.monotonic() < deadline_s, "no call is shown"
+        time.sleep(0.05)
 
 
 def _check(names: dict[str, Any], market: vast_market.Market) -> None:
