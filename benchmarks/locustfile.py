@@ -60,6 +60,11 @@ class Chatter(Caller):
     weight = 6
     wait_time = between(0.05, 0.2)
 
+    def on_start(self) -> None:
+        """See which models there are."""
+        super().on_start()
+        self.models()
+
     @task(10)
     def small_call(self) -> None:
         """Ask and get one answer, with what it used."""
@@ -156,6 +161,11 @@ class Looker(Caller):
 
     weight = 1
     wait_time = between(0.5, 2)
+
+    def on_start(self) -> None:
+        """Begin with what a dashboard shows first."""
+        super().on_start()
+        self.credit()
 
     @task(3)
     def credit(self) -> None:
