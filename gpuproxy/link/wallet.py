@@ -64,19 +64,23 @@ class Wallet:
         if self.spend(amount, now_ns):
             self.reserved += amount
             return True
-        self._line.append((amount, waiter))
-        if self._asked_least < 0:
-            self._question_for_head(now_ns)
+        self.wait(amount, now_ns, waiter)
         return False
 
     def spend(self, amount: int, now_ns: int) -> bool:
-        """Use an amount up, if it is here and nobody waits for it; `take` is the way to wait."""
+        """Use an amount up, if it is here and nobody waits for it."""
         self._was_used = True
         if self._line or not self._spend(amount, now_ns):
             return False
         if self.rest < self._renew_below and self._asked_least < 0:
             self._question(0)
         return True
+
+    def wait(self, amount: int, now_ns: int, waiter: Waiter) -> None:
+        """Stand in line for an amount that is not here; when `waiter` is told that it was taken, it is reserved."""
+        self._line.append((amount, waiter))
+        if self._asked_least < 0:
+            self._question_for_head(now_ns)
 
     def settle(self, reserved: int, used: int, now_ns: int) -> None:
         """End a reservation: what was not used can be taken again. More than was reserved comes out of the rest, as

@@ -50,9 +50,7 @@ class Purse:
         now_ns = time.monotonic_ns()
         if self.wallet.spend(amount, now_ns):
             return True
-        if self.wallet.take(amount, now_ns, waiter):
-            self.taken(amount)
-            return True
+        self.wallet.wait(amount, now_ns, waiter)
         return False
 
     def taken(self, amount: int) -> None:
