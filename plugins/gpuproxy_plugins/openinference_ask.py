@@ -9,7 +9,7 @@ import re
 import msgspec
 from msgspec import Raw, Struct
 
-from gpuproxy.plugin import EVENT_BYTES_MAX, AnswerEditor
+from gpuproxy.plugin import EVENT_BYTES_MAX, AnswerEditor, EventCutter
 
 _OPTIONS = b'"stream_options":{"include_usage":true}'
 _decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
@@ -27,7 +27,6 @@ _REFUSED = re.compile(
 _NEAR_BYTES = 17  # a piece may end in all but the last of the longest of these
 _USAGE, _NO_USAGE = b'"usage"', b'"usage":null'
 _REASON = b'"finish_reason":'
-_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
 class _Added(Struct, gc=False):
@@ -69,10 +68,10 @@ class UsageStripper:
     client waits for is ever held back.
     """
 
-    __slots__ = ("_held", "_seam")
+    __slots__ = ("_cutter", "_seam")
 
     def __init__(self) -> None:
-        self._held: bytes | None = None  # None: the added event is not near yet
+        self._cutter: EventCutter | None = None  # None: the added event is not near yet
         self._seam = b""
 
     def was_refused(self, body: bytes) -> bool:
@@ -81,7 +80,7 @@ class UsageStripper:
 
     def edit(self, data: bytes, is_last: bool) -> bytes:
         """Return what of the stream so far may be sent now."""
-        if self._held is None:
+        if self._cutter is None:
             if are_events_amid(data):
                 self._seam = data[-_NEAR_BYTES:]
                 return data
@@ -89,17 +88,11 @@ class UsageStripper:
             if not _NEAR.search(joined):
                 self._seam = joined[-_NEAR_BYTES:]
                 return data
-            self._held = b""
-        data = self._held + data
-        end = 0
-        kept: list[bytes] = []
-        for found in _EVENT_END.finditer(data):
-            kept.append(_without_added(data[end : found.end()]))
-            end = found.end()
-        self._held = data[end:]
-        if is_last or len(self._held) > EVENT_BYTES_MAX:
-            kept.append(_without_added(self._held))
-            self._held = b""
+            self._cutter = EventCutter()
+        cutter = self._cutter
+        kept = [_without_added(event) for event in cutter.feed(data)]
+        if is_last or cutter.held_bytes > EVENT_BYTES_MAX:
+            kept.append(_without_added(cutter.spill()))
         return b"".join(kept)
 
 
