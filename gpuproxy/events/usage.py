@@ -13,10 +13,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, and_, bindparam, delete, exists, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from gpuproxy.events.catalogue import EVERYTHING
 from gpuproxy.events.outbox import record
+from gpuproxy.store.engine import insert_into
 from gpuproxy.store.schema import usage_sums, webhook_events, webhooks
 
 NAME = "usage.recorded"
@@ -53,8 +53,7 @@ _ADD = (
 def want(connection: Connection, user_id: str, now: datetime) -> None:
     """Let the charges of an account be told from now on, for WANTED at least."""
     until = now + WANTED
-    kind = sqlite if connection.dialect.name == "sqlite" else postgresql
-    row = kind.insert(usage_sums).values(user_id=user_id, wanted_until=until, **EMPTY)
+    row = insert_into(usage_sums, connection.dialect).values(user_id=user_id, wanted_until=until, **EMPTY)
     later = {"wanted_until": until}
     connection.execute(
         row.on_conflict_do_update(index_elements=["user_id"], set_=later, where=_column.wanted_until < until)

@@ -12,15 +12,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Connection, Insert, case, cast, delete, func, select, text, tuple_
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import ColumnElement, Connection, Insert, case, delete, func, select, text, tuple_
 
 from gpuproxy.ledger import days
 from gpuproxy.ledger.settle import DAY_NS
+from gpuproxy.ledger.usage import sum_of_known
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.store.engine import Store
+from gpuproxy.store.engine import Store, insert_into
 from gpuproxy.store.rounds import pause, rounds
 from gpuproxy.store.schema import RECEIPT_SUMS, receipt_days, receipts
 from gpuproxy.types import TOOL_CALL
@@ -120,15 +119,13 @@ def _within(day: int) -> ColumnElement[bool]:
 
 def _summing(connection: Connection, chosen: ColumnElement[bool]) -> Insert:
     """Return the statement that adds receipts to the sums of their day."""
-    kind: Any = sqlite if connection.dialect.name == "sqlite" else postgresql
     query = select(*KEYS.values(), *_sums()).where(chosen).group_by(*KEYS.values())
-    insert = kind.insert(receipt_days).from_select([*KEYS, *RECEIPT_SUMS], query)
+    insert = insert_into(receipt_days, connection.dialect).from_select([*KEYS, *RECEIPT_SUMS], query)
     added = {name: receipt_days.c[name] + insert.excluded[name] for name in RECEIPT_SUMS}
     statement: Insert = insert.on_conflict_do_update(index_elements=list(KEYS), set_=added)
     return statement
 
 
 def _sums() -> list[ColumnElement[int]]:
-    """Return what is summed up; -1 stands for unknown. Cast, since PostgreSQL sums BIGINT to NUMERIC."""
-    counted = [case((_column[name] > 0, _column[name]), else_=0) for name in RECEIPT_SUMS if name != "requests"]
-    return [cast(func.count(), BigInteger), *(cast(func.sum(each), BigInteger) for each in counted)]
+    """Return what is summed up."""
+    return [func.count(), *(sum_of_known(_column[name]) for name in RECEIPT_SUMS if name != "requests")]

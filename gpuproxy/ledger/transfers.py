@@ -15,10 +15,10 @@ from uuid import uuid4
 
 from msgspec import Struct, field
 from sqlalchemy import Connection, Table, bindparam, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.outbox import record
+from gpuproxy.store.engine import insert_into
 from gpuproxy.store.schema import accounts, transfers
 
 REVENUE = "revenue"  # what calls and rentals were charged
@@ -221,5 +221,5 @@ def _check_same(connection: Connection, wanted: Transfer) -> None:
 
 def insert_new(connection: Connection, table: Table, row: Mapping[str, object]) -> bool:
     """Add a row; False if one with the same key exists."""
-    kind = sqlite if connection.dialect.name == "sqlite" else postgresql
-    return bool(connection.execute(kind.insert(table).values(**row).on_conflict_do_nothing()).rowcount)
+    added = insert_into(table, connection.dialect).values(**row).on_conflict_do_nothing()
+    return bool(connection.execute(added).rowcount)

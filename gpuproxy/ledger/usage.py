@@ -6,12 +6,12 @@ from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import BigInteger, ColumnElement, Connection, case, cast, func, select
 
+from gpuproxy.ledger.settle import DAY_NS
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import receipt_days, receipts
 from gpuproxy.types import TOOL_CALL
 
 GroupBy = Literal["day", "model", "key", "upstream", "tool"]
-DAY_NS = 86_400 * 10**9
 CALLS_MAX = 1_000
 SUMS = ("requests", "input_tokens", "cached_tokens", "output_tokens", "request_bytes", "response_bytes")
 
@@ -19,7 +19,7 @@ _column = receipts.c
 _day = receipt_days.c
 
 
-def _sum(column: ColumnElement[int]) -> ColumnElement[int]:
+def sum_of_known(column: ColumnElement[int]) -> ColumnElement[int]:
     """Sum what is known; -1 stands for unknown. Cast, since PostgreSQL sums BIGINT to NUMERIC."""
     return cast(func.coalesce(func.sum(case((column > 0, column), else_=0)), 0), BigInteger)
 
@@ -39,7 +39,7 @@ _SOURCES = (
         _column.user_id,
         _column.started_ns,
         _column.rpc_method == TOOL_CALL,
-        (func.count(), *(_sum(_column[name]) for name in SUMS[1:])),
+        (func.count(), *(sum_of_known(_column[name]) for name in SUMS[1:])),
         {
             "day": _column.started_ns // DAY_NS,
             "model": _column.model,
@@ -52,7 +52,7 @@ _SOURCES = (
         _day.user_id,
         _day.day * DAY_NS,
         _day.tool != "",
-        tuple(_sum(_day[name]) for name in SUMS),
+        tuple(sum_of_known(_day[name]) for name in SUMS),
         {
             "day": _day.day,
             "model": _day.model,

@@ -17,7 +17,7 @@ from typing import Any
 import aiosqlite
 from sqlalchemy import Engine, Executable, Insert, Row, Table, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.engine import URL, Connection, Dialect, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
@@ -78,9 +78,7 @@ class Store:
 
     def insert_new(self, table: Table) -> Insert:
         """Return an INSERT that passes over rows that exist already."""
-        if self.is_sqlite:
-            return sqlite.insert(table).on_conflict_do_nothing()
-        return postgresql.insert(table).on_conflict_do_nothing()
+        return insert_into(table, self.engine.dialect).on_conflict_do_nothing()
 
     async def is_healthy(self) -> bool:
         """Tell whether the database answers."""
@@ -96,6 +94,11 @@ class Store:
         if self._window is not None:
             self._window.dispose()
         await self.engine.dispose()
+
+
+def insert_into(table: Table, dialect: Dialect) -> "sqlite.Insert | postgresql.Insert":
+    """Return an INSERT in the words of a database that has ON CONFLICT."""
+    return sqlite.insert(table) if dialect.name == "sqlite" else postgresql.insert(table)
 
 
 def fault_of(error: Exception) -> str:
