@@ -10,7 +10,7 @@ from functools import lru_cache
 
 MESSAGE_BYTES_MAX = 1_048_576  # usage events repeat what was said, without the audio
 CLOSE_REASON_BYTES_MAX = 123  # RFC 6455 §5.5
-POLICY_VIOLATION, TRY_LATER, GOING_AWAY = 1008, 1013, 1001
+POLICY_VIOLATION, TRY_LATER, GOING_AWAY = 1008, 1013, 1001  # RFC 6455 §7.4.1; 1013 of the IANA registry
 
 TEXT, BINARY = 1, 2
 _FIN, _RSV, _MASK = 0x80, 0x70, 0x80
@@ -178,7 +178,7 @@ def _mask_table(byte: int) -> bytes:
     return bytes(value ^ byte for value in range(256))
 
 
-def close_frame(code: int, reason: str) -> bytes:
+def close_frame(code: int, reason: str = "") -> bytes:
     """Return a server's frame that closes the connection; a long reason is cut."""
     text = reason.encode()[:CLOSE_REASON_BYTES_MAX].decode("utf-8", "ignore").encode()
     return b"\x88%c%b%b" % (2 + len(text), code.to_bytes(2, "big"), text)

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.callers import invalid_credentials
 from gpuproxy.access.tickets import issue_ticket
-from gpuproxy.control.frames import GOING_AWAY
+from gpuproxy.codec.websocket import GOING_AWAY
 from gpuproxy.control.listener import Listener
 from gpuproxy.control.parts import CALLER, CONFIG, LISTENERS, STORE, USAGE_WANTED
 from gpuproxy.control.respond import success

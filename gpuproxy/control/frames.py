@@ -9,14 +9,14 @@ import struct
 from hashlib import sha1
 from typing import NamedTuple
 
+from gpuproxy.codec.websocket import BINARY, TEXT, unmasked
 from gpuproxy.errors import GatewayError
 
 MESSAGE_BYTES_MAX = 65_536
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+CONTINUATION, CLOSE, PING, PONG = 0x0, 0x8, 0x9, 0xA
 OPCODES = (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG)
 CONTROL_BYTES_MAX = 125
-NORMAL, GOING_AWAY, PROTOCOL_ERROR, UNSUPPORTED, INVALID_TEXT = 1000, 1001, 1002, 1003, 1007
-POLICY, TOO_BIG, TRY_AGAIN_LATER = 1008, 1009, 1013  # RFC 6455 §7.4.1; 1013 of the IANA registry
+NORMAL, PROTOCOL_ERROR, UNSUPPORTED, INVALID_TEXT, TOO_BIG = 1000, 1002, 1003, 1007, 1009  # RFC 6455 §7.4.1
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 KEY_BYTES = 16
 
@@ -95,7 +95,7 @@ def _frame_at(data: bytes, at: int) -> _Frame | None:
     end = begin + 4 + size
     if len(data) < end:
         return None
-    return _Frame(is_final, opcode, _unmasked(data[begin + 4 : end], data[begin : begin + 4]), end)
+    return _Frame(is_final, opcode, unmasked(data[begin + 4 : end], data[begin : begin + 4]), end)
 
 
 def _check(first: int, second: int, opcode: int, size: int, is_final: bool) -> None:
@@ -107,12 +107,6 @@ def _check(first: int, second: int, opcode: int, size: int, is_final: bool) -> N
         raise FrameError(PROTOCOL_ERROR, "a control frame is too long or in parts")
 
 
-def _unmasked(data: bytes, mask: bytes) -> bytes:
-    size = len(data)
-    key = (mask * (size // 4 + 1))[:size]  # as two integers: a loop over bytes costs a hundred times as much
-    return (int.from_bytes(data, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
-
-
 def frame(opcode: int, data: bytes) -> bytes:
     """Return a frame as a server sends it: whole and not masked."""
     size = len(data)
@@ -121,11 +115,6 @@ def frame(opcode: int, data: bytes) -> bytes:
     if size <= 0xFFFF:
         return struct.pack(">BBH", 0x80 | opcode, 126, size) + data
     return struct.pack(">BBQ", 0x80 | opcode, 127, size) + data
-
-
-def close_frame(code: int, reason: str = "") -> bytes:
-    """Return the frame that closes."""
-    return frame(CLOSE, code.to_bytes(2, "big") + reason.encode()[: CONTROL_BYTES_MAX - 2])
 
 
 def upgrade(version: str, key: str) -> bytes:

@@ -14,8 +14,8 @@ from msgspec import Meta, Struct
 
 from gpuproxy.access.callers import Caller, invalid_credentials
 from gpuproxy.access.tickets import PREFIX, Holder, redeem_ticket
+from gpuproxy.codec.websocket import POLICY_VIOLATION, TRY_LATER
 from gpuproxy.control.cookie import caller_by_cookie, is_trusted_page
-from gpuproxy.control.frames import POLICY, TRY_AGAIN_LATER
 from gpuproxy.control.identify import caller_of, identify
 from gpuproxy.control.parts import CONFIG, HUB, LISTENERS, STORE, STREAM, USAGE_WANTED
 from gpuproxy.control.wanting import USAGE_CHANNEL
@@ -126,7 +126,7 @@ class Listener:
         self._count = self._count + 1 if second == self._second else 1
         self._second = second
         if self._count > MESSAGES_PER_SECOND_MAX:
-            self.socket.close(POLICY, "too many messages a second")
+            self.socket.close(POLICY_VIOLATION, "too many messages a second")
             return
         try:
             message = _decode(text)
@@ -222,7 +222,7 @@ class Listener:
         """Write what waits as far as the client reads, or cut off who reads too slowly."""
         consumer, socket = self._consumer, self.socket
         if consumer.is_over:
-            socket.close(TRY_AGAIN_LATER, "read faster")
+            socket.close(TRY_LATER, "read faster")
             return
         while not self._is_held and socket.is_writable and not socket.is_closing and consumer.queue:
             socket.send(consumer.pop()[1])
@@ -233,7 +233,7 @@ class Listener:
         self._consumer.clear()
         self.holder = None
         self._refuse("UNAUTHORIZED", "the credential has expired or was revoked")
-        self.socket.close(POLICY, "the credential was revoked")
+        self.socket.close(POLICY_VIOLATION, "the credential was revoked")
 
     def leave(self) -> None:
         """Forget the client."""

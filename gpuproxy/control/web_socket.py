@@ -12,20 +12,18 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from gpuproxy.codec.websocket import BINARY, TEXT, close_frame
 from gpuproxy.control.frames import (
-    BINARY,
     CLOSE,
     INVALID_TEXT,
     NORMAL,
     PING,
     PONG,
     PROTOCOL_ERROR,
-    TEXT,
     UNSUPPORTED,
     FrameError,
     FrameReader,
     Message,
-    close_frame,
     frame,
     upgrade,
 )

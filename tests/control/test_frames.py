@@ -6,16 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuproxy.codec.websocket import TEXT, close_frame
 from gpuproxy.control.frames import (
     CLOSE,
     CONTINUATION,
     MESSAGE_BYTES_MAX,
     PING,
-    TEXT,
     FrameError,
     FrameReader,
     Message,
-    close_frame,
     frame,
     upgrade,
 )

@@ -7,9 +7,10 @@ import pytest
 from aiohttp import ClientError, web
 
 from gpuproxy.access.callers import Caller
+from gpuproxy.codec.websocket import TEXT, close_frame
 from gpuproxy.control import listener
 from gpuproxy.control.events import beat, close_all
-from gpuproxy.control.frames import CLOSE, PING, PONG, TEXT, close_frame, frame
+from gpuproxy.control.frames import CLOSE, PING, PONG, frame
 from gpuproxy.control.identify import identify
 from gpuproxy.control.parts import HUB, LISTENERS
 
