@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 
-import msgspec
 from aiohttp import web
 from msgspec import Raw
 
+from gpuproxy.codec.mcp import Fields, encode
 from gpuproxy.control.mcp_inner import Told
-from gpuproxy.control.mcp_names import Fields
 from gpuproxy.control.respond import request_id_of
-
-_encode = msgspec.json.Encoder().encode
 
 
 class RpcError(Exception):
@@ -44,13 +41,13 @@ class RpcError(Exception):
         if self._told is not None:
             return verbatim(self._told)
         detail = {"code": self._code, "message": self._message, "data": {"request_id": request_id_of(request)}}
-        body = _encode({"jsonrpc": "2.0", "id": self._rpc_id, "error": detail})
+        body = encode({"jsonrpc": "2.0", "id": self._rpc_id, "error": detail})
         return web.Response(status=self._status, body=body, content_type="application/json", headers=self._headers)
 
 
 def responded(message: Fields, result: Mapping[str, object]) -> web.Response:
     """Return a result."""
-    body = _encode({"jsonrpc": "2.0", "id": message.get("id"), "result": result})
+    body = encode({"jsonrpc": "2.0", "id": message.get("id"), "result": result})
     return web.Response(body=body, content_type="application/json")
 
 

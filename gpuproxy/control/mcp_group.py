@@ -16,6 +16,18 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from gpuproxy.codec.mcp import (
+    HEADER_MISMATCH,
+    STATELESS_SINCE,
+    UNREADABLE,
+    Fields,
+    decode_fields,
+    encode,
+    mirrored_name,
+    raw,
+    text_of,
+    unmirrored_name,
+)
 from gpuproxy.codec.seal import Seal
 from gpuproxy.config.mcp import McpGroup
 from gpuproxy.control.mcp_answers import RpcError, accepted, in_company, responded, verbatim
@@ -29,28 +41,12 @@ from gpuproxy.control.mcp_merge import (
     merged_session,
     next_cursor,
 )
-from gpuproxy.control.mcp_names import (
-    MARK,
-    UNREADABLE,
-    URI_MARK,
-    Fields,
-    decode_fields,
-    encode,
-    inward,
-    mirrored,
-    object_of,
-    raw,
-    split,
-    text_of,
-    unmirrored,
-)
+from gpuproxy.control.mcp_names import MARK, URI_MARK, inward, object_of, split
 from gpuproxy.control.mcp_relay import relay, while_there
 from gpuproxy.observe.logs import get_logger
 
-STATELESS_SINCE = "2026-07-28"
 PAGES_MAX = 50  # of one server's list
 NAMED = {"tools/call": ("name", MARK), "prompts/get": ("name", MARK), "resources/read": ("uri", URI_MARK)}
-HEADER_MISMATCH = -32020
 UNREACHABLE = -32066  # as calls to a single server have it
 SESSION_BYTES_MAX = 8_000  # a longer field aiohttp does not take from a client that brings it back
 COMPLAINT_S = 60.0  # between two log lines about one server
@@ -188,9 +184,10 @@ class Group:
         body = encode(turn.message | {"params": raw(params)})
         headers = {}
         if (told := turn.request.headers.get("Mcp-Name")) is not None:
-            if _is_stateless(turn.request) and unmirrored(told) != text_of(place, field):
+            named = unmirrored_name(told)
+            if _is_stateless(turn.request) and (told if named is None else named) != text_of(place, field):
                 raise RpcError(400, HEADER_MISMATCH, "Mcp-Name is not what the message says", turn.message.get("id"))
-            headers["mcp_name"] = mirrored(name)
+            headers["mcp_name"] = mirrored_name(name)
         return await self._passed(turn.request, server, body, turn.seats, **headers)
 
     # -- sessions ---------------------------------------------------------------------------------------------

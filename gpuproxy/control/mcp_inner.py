@@ -12,8 +12,8 @@ from aiohttp import web
 from msgspec import Raw, Struct
 from multidict import CIMultiDict
 
+from gpuproxy.codec.mcp import Fields, response_in
 from gpuproxy.codec.sse import event_payloads
-from gpuproxy.control.mcp_names import UNREADABLE, Fields, decode_fields
 
 MCP = "/api/v1/gpu/proxy/mcp"
 BOTH = "application/json, text/event-stream"
@@ -147,9 +147,4 @@ async def read_bounded(stream: aiohttp.StreamReader, bytes_max: int) -> bytes:
 
 def _response_in(content_type: str, body: bytes) -> Fields:
     payloads = event_payloads(body) if content_type == "text/event-stream" else (body,)
-    for payload in payloads:
-        with suppress(*UNREADABLE):
-            message = decode_fields(payload)
-            if "method" not in message and ("result" in message or "error" in message):
-                return message
-    return {}
+    return next((found for payload in payloads if (found := response_in(payload)) is not None), {})

@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from gpuproxy.codec.mcp import UNREADABLE, Fields, raw, text_of
 from gpuproxy.control.mcp_inner import Told
-from gpuproxy.control.mcp_names import UNREADABLE, Fields, decode_list, object_of, raw, relabelled, text_of
+from gpuproxy.control.mcp_names import decode_list, object_of, relabelled
 
 LISTS = {
     "tools/list": "tools",

@@ -3,35 +3,17 @@
 Nothing else of a message is changed: numbers and the order of fields stay as the server or client wrote them.
 """
 
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 
 import msgspec
 from msgspec import Raw
 
+from gpuproxy.codec.mcp import UNREADABLE, Fields, decode_fields, encode, raw, text_of
+
 MARK = "__"  # no server of a group has it in its name
 URI_MARK = "+"  # a scheme may hold it (RFC 3986 §3.1), a server's name not
 
-Fields = dict[str, Raw]
-
-encode = msgspec.json.Encoder().encode
-decode_fields = msgspec.json.Decoder(Fields).decode
 decode_list = msgspec.json.Decoder(list[Raw]).decode
-decode_text = msgspec.json.Decoder(str).decode
-UNREADABLE = (ValueError, RecursionError)
-
-
-def raw(value: object) -> Raw:
-    """Return a value as JSON."""
-    return Raw(encode(value))
-
-
-def text_of(fields: Fields, name: str) -> str:
-    """Return a field that is text, empty if it is not."""
-    try:
-        return decode_text(fields[name]) if name in fields else ""
-    except UNREADABLE:
-        return ""
 
 
 def object_of(fields: Fields, name: str) -> Fields:
@@ -50,22 +32,6 @@ def shown_name(server: str, name: str) -> str:
 def shown_uri(server: str, uri: str) -> str:
     """Return the URI of a server's resource as clients see it."""
     return f"{server}{URI_MARK}{uri}"
-
-
-def mirrored(name: str) -> str:
-    """Return a name as it stands in Mcp-Name (MCP 2026-07-28 Transports): visible ASCII, else encoded."""
-    is_plain = name.isascii() and name.isprintable() and name == name.strip() and not name.startswith("=?base64?")
-    return name if is_plain else f"=?base64?{b64encode(name.encode()).decode()}?="
-
-
-def unmirrored(value: str) -> str:
-    """Return the name that Mcp-Name tells; the value itself if it cannot be decoded."""
-    if not (value.startswith("=?base64?") and value.endswith("?=")):
-        return value
-    try:
-        return b64decode(value[9:-2], validate=True).decode()
-    except ValueError:
-        return value
 
 
 def split(text: str, mark: str, servers: Iterable[str]) -> tuple[str, str]:

@@ -5,6 +5,7 @@ A plugin is a module with ``def register(registry: Registry) -> None``, named by
 and nothing else of gpuproxy. A wrong one stops the start with its name and the remedy.
 """
 
+from gpuproxy.codec import mcp as mcp_codec
 from gpuproxy.codec.events import EventCutter, with_data
 from gpuproxy.codec.seal import Seal
 from gpuproxy.codec.sse import EVENT_BYTES_MAX, TAIL_BYTES, EventFilter, event_payloads
@@ -136,6 +137,7 @@ __all__ = [
     "is_same_model",
     "load_plugins",
     "may_use",
+    "mcp_codec",
     "routing_faults",
     "short_model",
     "with_data",

@@ -24,6 +24,7 @@ from gpuproxy.plugin import (
     UsageReader,
     Visit,
     event_payloads,
+    mcp_codec,
 )
 from gpuproxy_plugins.mcp_completion import completed
 from gpuproxy_plugins.mcp_meter import (
@@ -66,9 +67,6 @@ RPC_CODES = {
     "REQUEST_TIMEOUT": -32068,
     "UPSTREAM_TIMEOUT": -32068,
 }
-
-
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Mcp:
@@ -153,7 +151,7 @@ class Mcp:
             body = ToolLists(kept(call)).edit(body, is_last=True)
         if content_type[:17].lower() != b"text/event-stream":
             return content_type, body
-        responses = [payload for payload in event_payloads(body) if _is_response(payload)]
+        responses = [payload for payload in event_payloads(body) if mcp_codec.response_in(payload) is not None]
         return (b"application/json", responses[-1]) if responses else (content_type, body)
 
     def refuse(self, path: bytes, error: GatewayError, request_id: str) -> bytes:
@@ -181,14 +179,6 @@ def metadata_url(visit: Visit) -> bytes:
     if not path.startswith(MOUNT):
         return url
     return url + MOUNT + path[len(MOUNT) :].partition(b"/")[0].translate(None, b'\\"')
-
-
-def _is_response(payload: bytes) -> bool:
-    try:
-        message = _decode_fields(payload)
-    except (ValueError, RecursionError):
-        return False
-    return "method" not in message and ("result" in message or "error" in message)
 
 
 def register(registry: Registry) -> None:

@@ -10,8 +10,6 @@ depend on how the answer was split, and no more than ANSWER_BYTES_MAX of it are 
 """
 
 import re
-from binascii import Error as Base64Error
-from binascii import a2b_base64
 from typing import Any
 
 import msgspec
@@ -26,12 +24,11 @@ from gpuproxy.plugin import (
     Usage,
     UsageReader,
     event_payloads,
+    mcp_codec,
 )
 
-MODERN = "2026-07-28"
 BATCH = "batch"  # as the method of several messages in one call (revision 2025-03-26)
 NAME_FIELDS = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
-HEADER_MISMATCH = -32020
 
 METHOD_CHARACTERS_MAX = 100
 NAME_CHARACTERS_MAX = 200  # for receipts and prices; rules see the whole name
@@ -42,8 +39,6 @@ TAIL_BYTES = 8_192  # of a longer answer; `isError` stands at its end
 BACKSLASH = 0x5C
 _MIRRORED = (b"mcp-protocol-version", b"mcp-method", b"mcp-name")
 _VERSION = re.compile(r"\d{4}-\d\d-\d\d")
-_BASE64 = re.compile(r"=\?base64\?([A-Za-z0-9+/]*={0,2})\?=")
-UNREADABLE = (ValueError, RecursionError)
 
 
 class RpcError(GatewayError):
@@ -128,7 +123,7 @@ def read_body(body: bytes) -> Rpc | None:
         if body.lstrip()[:1] == b"[":
             return _batch(_decode_batch(body))
         return _single(_decode_message(body))
-    except UNREADABLE:
+    except mcp_codec.UNREADABLE:
         return None
 
 
@@ -166,24 +161,13 @@ def mirrored(fields: HeaderList) -> Rpc | None:
                 return None  # servers differ in which of two they read
             found[lower] = value.decode("latin-1")
     version, method = found.get(b"mcp-protocol-version", ""), found.get(b"mcp-method", "")
-    if not method or not _VERSION.fullmatch(version) or version < MODERN:
+    if not method or not _VERSION.fullmatch(version) or version < mcp_codec.STATELESS_SINCE:
         return None
-    name = decoded(found.get(b"mcp-name", ""))
+    name = mcp_codec.unmirrored_name(found.get(b"mcp-name", ""))
     if name is None or (method in NAME_FIELDS and not name):
         return None
     tools = (name,) if method == "tools/call" else ()
     return Rpc(method, name if method in NAME_FIELDS else "", b"", tools, not method.startswith("notifications/"))
-
-
-def decoded(value: str) -> str | None:
-    """Return the value that ``=?base64?…?=`` stands for, any other as it is; None for one that cannot be decoded."""
-    match = _BASE64.fullmatch(value)
-    if match is None:
-        return value
-    try:
-        return a2b_base64(match[1], strict_mode=True).decode()
-    except (Base64Error, ValueError):
-        return None
 
 
 def _check_mirrored(fields: HeaderList, rpc: Rpc) -> None:
@@ -194,7 +178,7 @@ def _check_mirrored(fields: HeaderList, rpc: Rpc) -> None:
     if told.method != rpc.method:
         name, header, body = "Mcp-Method", told.method, rpc.method
     message = f"header mismatch: {name} is {header[:100]!r}, the body says {body[:100]!r}"
-    raise RpcError("BAD_REQUEST", message, rpc.id, HEADER_MISMATCH)
+    raise RpcError("BAD_REQUEST", message, rpc.id, mcp_codec.HEADER_MISMATCH)
 
 
 def shown(rpc: Rpc) -> tuple[str, str, tuple[str, ...]]:
@@ -209,7 +193,7 @@ def outcome_of(payload: bytes) -> str:
     try:
         is_batch = payload.lstrip()[:1] == b"["
         found = {_outcome(answer) for answer in (_decode_answers(payload) if is_batch else [_decode_answer(payload)])}
-    except UNREADABLE:
+    except mcp_codec.UNREADABLE:
         return ""
     return min(found - {""}, key=_badness, default="")
 
@@ -231,7 +215,7 @@ def _badness(outcome: str) -> tuple[bool, str]:
 def _read(decode: Any, data: Raw, default: Any) -> Any:
     try:
         return decode(data)
-    except UNREADABLE:
+    except mcp_codec.UNREADABLE:
         return default
 
 

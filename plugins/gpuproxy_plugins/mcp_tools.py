@@ -23,15 +23,15 @@ from gpuproxy.plugin import (
     Pin,
     UpstreamRequest,
     may_use,
+    mcp_codec,
     with_data,
 )
-from gpuproxy_plugins.mcp_meter import UNREADABLE, Rpc, RpcError
+from gpuproxy_plugins.mcp_meter import Rpc, RpcError
 
 HELD_BYTES_MAX = 4 << 20  # of a list, or of one event; a list that is longer is not shown
 OBJECTS_MAX, PARTS_MAX = 50_000, 1_000_000  # of a message; to read so many holds all other calls up for 0.3 s
 _WORDS = ("method", "params", "name")
 
-Fields = dict[str, Raw]
 Keep = Callable[[str], bool]
 
 
@@ -39,8 +39,6 @@ class _Tool(Struct, gc=False):
     name: str = ""
 
 
-_encode = msgspec.json.Encoder().encode
-_decode_fields = msgspec.json.Decoder(Fields).decode
 _decode_list = msgspec.json.Decoder(list[Raw]).decode
 _decode_tool = msgspec.json.Decoder(_Tool).decode
 
@@ -93,7 +91,7 @@ def _pairs_in(body: bytes) -> Any:
 def _is_plain(body: bytes) -> bool:
     try:
         found = _pairs_in(body)
-    except UNREADABLE:
+    except mcp_codec.UNREADABLE:
         return False
     messages = found if isinstance(found, list) else [found]
     return all(isinstance(message, _Pairs) and _says_once(message) for message in messages)
@@ -113,7 +111,7 @@ def tools_in(body: bytes) -> tuple[str, ...] | None:
     """Return the tools that any server may find called in a message; None if it cannot be read."""
     try:
         found = _pairs_in(body)
-    except UNREADABLE:
+    except mcp_codec.UNREADABLE:
         return None
     messages = [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, _Pairs)]
     return tuple(tool for message in messages if "tools/call" in _all(message, "method") for tool in _named(message))
@@ -133,16 +131,16 @@ def narrowed(payload: bytes, keep: Keep) -> bytes:
     try:
         if payload.lstrip()[:1] == b"[":
             return b"[%b]" % b",".join(narrowed(bytes(each), keep) for each in _decode_list(payload))
-        message = _decode_fields(payload)
-        result = _decode_fields(message["result"])
+        message = mcp_codec.decode_fields(payload)
+        result = mcp_codec.decode_fields(message["result"])
         tools = _decode_list(result["tools"])
-        result["tools"] = Raw(_encode([tool for tool in tools if keep(_decode_tool(tool).name)]))
-    except (*UNREADABLE, KeyError):
+        result["tools"] = Raw(mcp_codec.encode([tool for tool in tools if keep(_decode_tool(tool).name)]))
+    except (*mcp_codec.UNREADABLE, KeyError):
         return payload
     if "cacheScope" in result:
         result["cacheScope"] = Raw(b'"private"')  # others may use other tools
-    message["result"] = Raw(_encode(result))
-    return _encode(message)
+    message["result"] = Raw(mcp_codec.encode(result))
+    return mcp_codec.encode(message)
 
 
 class BoundHead:

@@ -20,13 +20,14 @@ from gpuproxy.plugin import (
     Pin,
     Station,
     UpstreamRequest,
+    mcp_codec,
 )
 from gpuproxy_plugins.mcp_origins import ORIGIN, Origins, made_readable
 from gpuproxy_plugins.mcp_sessions import Sealed
 from gpuproxy_plugins.mcp_sse import EndpointEditor
 
 SESSION_FIELD = b"Mcp-Session-Id"
-STATELESS_SINCE = b"2026-07-28"
+STATELESS_SINCE = mcp_codec.STATELESS_SINCE.encode()
 ADDRESS = b"/-/at?sessionId="  # below a server's URL: what follows is a sealed address; SDKs show it as session id
 MOUNT = PROXY_PREFIX + b"/mcp/"
 
@@ -186,5 +187,5 @@ def _said(headers: HeaderList) -> tuple[bytes, bytes, bytes]:
 def _initializes(body: bytes | None) -> bool:
     try:
         return body is not None and _decode_message(body).method == "initialize"
-    except (ValueError, RecursionError):
+    except mcp_codec.UNREADABLE:
         return False

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
+from gpuproxy.codec.mcp import decode_fields, mirrored_name, unmirrored_name
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Told, inner_fields
 from gpuproxy.control.mcp_merge import merged_discovery, merged_list
-from gpuproxy.control.mcp_names import MARK, URI_MARK, decode_fields, inward, mirrored, outward, split, unmirrored
+from gpuproxy.control.mcp_names import MARK, URI_MARK, inward, outward, split
 from gpuproxy.control.mcp_relay import EventRelabeller
 
 RESULT = {"jsonrpc": "2.0", "id": 3, "result": {"content": [{"type": "text", "text": "uri"}]}}
@@ -127,8 +128,8 @@ def test_a_group_speaks_the_revisions_that_all_its_servers_speak() -> None:
 
 @pytest.mark.parametrize(("name", "shown"), [("a b", "a b"), (" a", "=?base64?IGE=?="), ("é", "=?base64?w6k=?=")])
 def test_a_name_is_mirrored_as_the_revision_says(name: str, shown: str) -> None:
-    assert mirrored(name) == shown
-    assert unmirrored(shown) == name
+    assert mirrored_name(name) == shown
+    assert unmirrored_name(shown) == name
 
 
 def test_a_body_that_was_unpacked_on_its_way_is_not_called_packed() -> None:

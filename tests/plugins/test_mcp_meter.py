@@ -9,7 +9,6 @@ from gpuproxy_plugins.mcp import Mcp
 from gpuproxy_plugins.mcp_meter import (
     ANSWER_BYTES_MAX,
     BATCH,
-    HEADER_MISMATCH,
     NAME_CHARACTERS_MAX,
     JsonOutcome,
     RpcError,
@@ -21,6 +20,7 @@ from gpuproxy_plugins.mcp_meter import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gpuproxy.codec.mcp import HEADER_MISMATCH
 from gpuproxy.plugin import Call, Intent
 
 MCP = Mcp()
