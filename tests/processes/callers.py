@@ -14,6 +14,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}]}
 STREAM = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
 HELD = {**STREAM, "user": "held"}
 CALL_S = 15.0
+COUNT_DIGITS = 10  # at the end of a request id; before them stands what tells its worker from every other
 
 
 class Answer(NamedTuple):
@@ -27,7 +28,7 @@ class Answer(NamedTuple):
     @property
     def worker(self) -> str:
         """Name the worker that gave the request its id."""
-        return self.request_id[:16]
+        return self.request_id[:-COUNT_DIGITS]
 
     @property
     def code(self) -> str:
@@ -119,7 +120,7 @@ class Caller:
     async def _rest(self, reader: asyncio.StreamReader, first: bytes) -> Answer:
         head = first + await reader.readuntil(b"\r\n\r\n")
         fields = dict(line.split(": ", 1) for line in head.decode("latin-1").lower().split("\r\n")[1:-2])
-        self.worker = fields["x-request-id"][:16]
+        self.worker = fields["x-request-id"][:-COUNT_DIGITS]
         if "content-length" in fields:
             body = await reader.readexactly(int(fields["content-length"]))
         else:
