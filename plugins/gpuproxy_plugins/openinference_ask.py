@@ -85,10 +85,14 @@ class UsageStripper:
                 self._seam = data[-_NEAR_BYTES:]
                 return data
             joined = self._seam + data
-            if not _NEAR.search(joined):
+            near = _NEAR.search(joined)
+            if near is None:
                 self._seam = joined[-_NEAR_BYTES:]
                 return data
             self._cutter = EventCutter()
+            at = data.rfind(b"\n\n", 0, max(near.start() - len(self._seam), 0)) + 2
+            if at >= 2:
+                return data[:at] + self.edit(data[at:], is_last)
         cutter = self._cutter
         kept = [_without_added(event) for event in cutter.feed(data)]
         if is_last or cutter.held_bytes > EVENT_BYTES_MAX:

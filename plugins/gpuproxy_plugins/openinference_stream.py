@@ -33,7 +33,9 @@ _END_MARKERS = (
 _MARKER_BYTES_MAX = 65_536
 
 
-_END = re.compile(rb'"finish_reason": ?"|\ndata: ?\[DONE\]')  # in a text the quotes are escaped, a line does not end
+# In a text the quotes are escaped, and a line does not end. Two patterns: each begins with what it is searched by.
+_REASON = re.compile(rb'"finish_reason": ?"')
+_DONE = re.compile(rb"\ndata: ?\[DONE\]")
 _SEAM_BYTES = 64  # hold the end of a stream: [DONE], or the whole event message_stop
 
 
@@ -143,10 +145,11 @@ class StreamUsageReader(EventFilter):
         self._is_between = self._held is None and self._seam[-2:] == b"\n\n" and self._text == _DATA
 
     def _look_for_end(self, joined: bytes) -> None:
-        found = _END.search(joined)
-        if found is not None:
+        reason = _REASON.search(joined)
+        end = _DONE.search(joined, 0, reason.start() if reason else len(joined)) or reason
+        if end is not None:
             self._is_over = True
-            self._count -= joined.count(self._text, found.start()) + (found[0][:1] == b'"')
+            self._count -= joined.count(self._text, end.start()) + (end is reason)
 
     def take(self, data: bytes) -> None:
         """Read one event that mentions usage."""
