@@ -5,12 +5,11 @@ script can read it, and the API does not take it, so that another site can make 
 it and does something asks `is_same_origin` first, for SameSite=Lax knows sites and not origins (RFC 6265bis §5.6.7).
 """
 
-from urllib.parse import urlsplit
-
 from aiohttp import web
 
 from gpuproxy.access import tokens
 from gpuproxy.access.callers import Caller, caller_by_token
+from gpuproxy.control.here import is_https, is_same_origin
 from gpuproxy.control.parts import CONFIG, KEYRING, STORE
 from gpuproxy.errors import GatewayError
 
@@ -48,23 +47,6 @@ def set_cookie(request: web.Request, response: web.StreamResponse, user_id: str,
 def forget_cookie(request: web.Request, response: web.StreamResponse) -> None:
     """Take the cookie from the browser."""
     response.del_cookie(_name(request), path="/", secure=is_https(request), httponly=True, samesite="Lax")
-
-
-def is_https(request: web.Request) -> bool:
-    """Tell whether the browser came by TLS. Workers keep what a proxy says of that from a trusted one only."""
-    return request.headers.get("X-Forwarded-Proto", "").lower() == "https"
-
-
-def is_same_origin(request: web.Request) -> bool:
-    """Tell whether a page of ours sent this; browsers say so, and what says nothing is none of ours.
-
-    Sec-Fetch-Site is sent over TLS and to the own machine; Origin with every POST and every WebSocket.
-    """
-    site = request.headers.get("Sec-Fetch-Site")
-    if site is not None:
-        return site == "same-origin"
-    host = request.headers.get("X-Forwarded-Host") or request.host
-    return urlsplit(request.headers.get("Origin", "")).netloc.lower() == host.lower()
 
 
 def is_trusted_page(request: web.Request) -> bool:

@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from gpuproxy.codec.base_url import base_url
+from gpuproxy.control.here import base_url
 from gpuproxy.control.parts import CONFIG
 from gpuproxy.errors import GatewayError
 
@@ -41,12 +41,5 @@ def _metadata(request: web.Request, path: str) -> web.Response:
     if not servers:
         raise GatewayError("NOT_FOUND", "keys are not given out by OAuth here; see [mcp] authorization_servers")
     fields = {"Access-Control-Allow-Origin": "*"}  # pages of any origin may read it: it is the same for all
-    resource = Resource(_base_url(request) + path, servers, ["header"])
+    resource = Resource(base_url(request) + path, servers, ["header"])
     return web.json_response(body=msgspec.json.encode(resource), headers=fields)
-
-
-def _base_url(request: web.Request) -> str:
-    # the worker has written both fields: what a trusted proxy said, else what it saw
-    scheme = request.headers.get("X-Forwarded-Proto", "").partition(",")[0]
-    host = request.headers.get("X-Forwarded-Host", "").partition(",")[0] or request.host
-    return base_url(request.app[CONFIG].server.public_url, scheme, host)

@@ -3,7 +3,8 @@
 from aiohttp import web
 
 from gpuproxy.control.cookie import caller_by_cookie
-from gpuproxy.control.pages.render import base_url, page
+from gpuproxy.control.here import base_url
+from gpuproxy.control.pages.render import page
 from gpuproxy.control.pages.visit import Visit
 from gpuproxy.control.parts import CALLER, CONFIG
 

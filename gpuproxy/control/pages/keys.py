@@ -6,7 +6,8 @@ from aiohttp import web
 
 from gpuproxy.access.accounts import ADMIN_SCOPE
 from gpuproxy.control import keys
-from gpuproxy.control.pages.render import base_url, page
+from gpuproxy.control.here import base_url
+from gpuproxy.control.pages.render import page
 from gpuproxy.control.pages.serve import PREFIX, see_other
 from gpuproxy.control.pages.visit import Visit
 from gpuproxy.types import ALL_SCOPES

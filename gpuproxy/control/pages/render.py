@@ -10,7 +10,6 @@ import jinja2
 from aiohttp import web
 
 from gpuproxy import __version__
-from gpuproxy.control.cookie import is_https
 from gpuproxy.control.pages.static import VERSION
 from gpuproxy.control.pages.visit import Visit
 from gpuproxy.control.parts import FLEET
@@ -53,12 +52,6 @@ def page(visit: Visit, template: str, status: int = 200, **context: Any) -> web.
     response.set_status(status if visit.error is None else visit.error.status)
     response.headers.update(HEADERS)
     return response
-
-
-def base_url(request: web.Request) -> str:
-    """Return the gateway's address as the browser knows it."""
-    host = request.headers.get("X-Forwarded-Host") or request.host
-    return f"{'https' if is_https(request) else 'http'}://{host}"
 
 
 def usd(nanousd: int) -> str:

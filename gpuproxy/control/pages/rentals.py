@@ -7,7 +7,8 @@ from aiohttp import web
 
 from gpuproxy.control import gpu_offers, gpu_rentals, gpu_renting
 from gpuproxy.control.gpu_shapes import NewInstance
-from gpuproxy.control.pages.render import base_url, page
+from gpuproxy.control.here import base_url
+from gpuproxy.control.pages.render import page
 from gpuproxy.control.pages.serve import PREFIX, see_other
 from gpuproxy.control.pages.visit import Visit
 from gpuproxy.control.parts import FLEET

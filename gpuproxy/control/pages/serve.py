@@ -9,7 +9,8 @@ from aiohttp import web
 from msgspec import Struct
 from multidict import MultiDict
 
-from gpuproxy.control.cookie import caller_by_cookie, is_same_origin
+from gpuproxy.control.cookie import caller_by_cookie
+from gpuproxy.control.here import is_same_origin
 from gpuproxy.control.pages.render import page
 from gpuproxy.control.pages.visit import Visit
 from gpuproxy.control.parts import CALLER
