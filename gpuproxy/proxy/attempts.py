@@ -102,7 +102,7 @@ class Attempts(Tunnelled):
         endpoint = self._endpoint
         assert endpoint is not None
         assert endpoint.replica is not None
-        tried = self._tried = [*(self._tried if self._attempts > 1 else ()), endpoint.replica]
+        tried = self._tried = [*getattr(self, "_tried", ()), endpoint.replica]  # unset until the first one
         key = self._affinity_key(destination) if destination.affinity_header else 0
         models = self._grant.models if self._grant is not None else None
         other = destination.another(tried, key, models, any=not reason)

@@ -109,7 +109,7 @@ class ExchangeState:
     _started_ns: int
     _unpaid: "tuple[Intent, bytes | None, Endpoint | None, int]"
     _sending: tuple[bytes, bytes, list[Field], bytes | None, UpstreamRequest]
-    _tried: list["Replica"]  # valid after the first attempt has failed
+    _tried: list["Replica"]  # where the call has failed; unset as long as it has not
     _asked: str  # the model's name as the caller wrote it
 
     def __init__(self, plane: "Plane", downstream: "Downstream", head: RequestHead, content_length: int) -> None:

@@ -72,6 +72,26 @@ async def test_one_that_dies_before_its_answer_is_stood_in_for(
     assert told(await gateway.receipt()) == ("b", 200, "ok", "", 2)
 
 
+async def test_one_that_dies_with_the_connections_it_had_is_stood_in_for(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair))
+    client = await ask(gateway)
+    kept = await take(pair[0])
+    await kept.send(OK)
+    await client.expect(OK_SENT)
+    client = await ask(gateway)
+    await (await take(pair[1])).send(OK)
+    await client.expect(OK_SENT)
+    client = await ask(gateway)
+    await kept.read_head()
+    await kept.expect(BODY)
+    pair[0].close()  # its process died: what it had taken ends, and no new connection can be made
+    upstream = pair[1].wires[0]
+    await upstream.read_head()
+    await upstream.send(OK)
+    assert (await client.answer()).field(b"x-gpuproxy-attempts") == b"3"
+    assert told(await gateway.receipt(3)) == ("b", 200, "ok", "", 3)
+
+
 async def test_one_that_dies_in_the_middle_of_a_stream_leaves_a_broken_stream(serve: Serve, pair: Pair) -> None:
     gateway = await serve(**blocks(pair))
     client = await ask(gateway)
