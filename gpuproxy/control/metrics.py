@@ -17,7 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 from sqlalchemy import func, select
 
-from gpuproxy.control.parts import STORE
+from gpuproxy.control.parts import FLEET, ROUTING, STORE
 from gpuproxy.fleet import findings
 from gpuproxy.fleet.states import ENDED
 from gpuproxy.link.messages import EndpointState
@@ -74,7 +74,7 @@ REGISTRY = web.AppKey("registry", CollectorRegistry)
 def add_metrics(app: web.Application) -> None:
     """Let the application count its own answers and serve `show`."""
     registry = CollectorRegistry()
-    app[TRAFFIC], app[GAUGES_READ], app[REGISTRY] = Traffic(), Gauges(), registry
+    app[TRAFFIC], app[GAUGES_READ], app[REGISTRY] = Traffic(app[ROUTING].is_model), Gauges(), registry
     registry.register(app[TRAFFIC])
     registry.register(app[GAUGES_READ])
     app[MANAGED] = Histogram(MANAGED_NAME, *MANAGEMENT[MANAGED_NAME], registry=registry)
@@ -87,7 +87,7 @@ async def show(request: web.Request) -> web.Response:
     gauges = request.app[GAUGES_READ]
     with suppress(Exception):
         async with asyncio.timeout(READ_TIMEOUT_S):
-            gauges.stored = await _stored(request.app[STORE])
+            gauges.stored = await _stored(request.app[STORE], request.app[FLEET].providers)
     encode, content_type = choose_encoder(request.headers.get("Accept", ""))
     return web.Response(body=encode(request.app[REGISTRY]), headers={"Content-Type": content_type})
 
@@ -123,13 +123,14 @@ def _code_of(response: web.StreamResponse) -> str:
         return ""
 
 
-async def _stored(store: Store) -> dict[str, Reading]:
+async def _stored(store: Store, providers: Iterable[str]) -> dict[str, Reading]:
     query = select(rentals.c.provider, func.count()).where(rentals.c.state.not_in(ENDED)).group_by(rentals.c.provider)
     async with store.reading() as connection:
         counted = (await connection.execute(query)).all()
         found = await connection.run_sync(findings.open_counts)
         looks = (await connection.run_sync(findings.looks)).values()
-    active: Reading = {(provider,): float(count) for provider, count in counted}
+    active: Reading = {(provider,): 0.0 for provider in providers}  # none is a number too
+    active |= {(provider,): float(count) for provider, count in counted}
     amiss: Reading = {labels: float(count) for labels, count in found.items()}
     listed: Reading = {(look.provider,): look.listed_at.timestamp() for look in looks if look.listed_at}
     return dict(zip(STORED, (active, amiss, listed), strict=True))

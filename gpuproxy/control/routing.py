@@ -6,7 +6,7 @@ configuration any more, after a change of the file, are told in the log, and the
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,11 +50,16 @@ class RoutingFeed:
         self._seen: object = None
         self._woken = asyncio.Event()
         self.set_names: set[tuple[str, str]] = set()  # kind and name of the blocks in force that were set while running
-        self.config = config
+        self._model_names: frozenset[str] = frozenset()
+        self._use(config)
 
     def wake(self, _text: str = "") -> None:
         """Let `run` look at once."""
         self._woken.set()
+
+    def is_model(self, name: str) -> bool:
+        """Tell whether this is a name of a model in force: its own, an alias, or what an upstream calls it."""
+        return name in self._model_names
 
     def configured(self, kind: str) -> set[str]:
         """Return the names of the blocks of the configuration file."""
@@ -99,18 +104,30 @@ class RoutingFeed:
 
     def _take(self, blocks: list[Block]) -> None:
         try:
-            self.config = self.merged(blocks)
+            self._use(self.merged(blocks))
             self.set_names = {(block.kind, block.name) for block in blocks}
         except ConfigError as error:
             logger.error("upstreams and models set while running do not fit the configuration", faults=str(error))
-            self.config, self.set_names = self._configured, set()
+            self._use(self._configured)
+            self.set_names = set()
         if self._link is not None:
             self._link.publish_routing(Routing(self.config.upstreams, self.config.models))
+
+    def _use(self, config: Config) -> None:
+        self.config = config
+        self._model_names = frozenset(_model_names(config))
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Poll until `stopping` is set, through outages of the store."""
         complain = partial(logger.error, "upstreams and models cannot be read, will go on")
         await rounds(self.poll_once, POLL_S, stopping, complain, self._woken)
+
+
+def _model_names(config: Config) -> Iterator[str]:
+    for upstream in config.upstreams:
+        yield from upstream.models
+    for model in config.models:
+        yield from (model.name, *model.aliases, *(target.name_there for target in model.targets))
 
 
 async def _blocks(connection: AsyncConnection) -> list[Block]:

@@ -1,12 +1,12 @@
 """What calls add up to, counted from receipts: each call once, whichever worker served it, with no work in workers.
 
 Receipts are counted a batch at a time, those with the same labels together: half a µs each where labels are few. No
-label is unbounded: a model counts by name only if it was routed to a configured upstream, and of those only MODELS_MAX;
-a tool only once it has answered without an error, and so TOOLS_MAX.
+label is unbounded: a model counts by name only if it is one of the configuration, for callers of an upstream may name
+any; a tool only once it has answered without an error, and so TOOLS_MAX.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
@@ -15,7 +15,6 @@ from prometheus_client.registry import Collector
 from gpuproxy.observe.series import COUNTERS, HISTOGRAMS, Labels
 from gpuproxy.types import TOOL_CALL, Receipt
 
-MODELS_MAX = 500
 TOOLS_MAX = 500
 OTHER = "other"
 TUNNEL = 101  # a status: how long a tunnel lasts, and when those at its ends speak, is up to them
@@ -54,12 +53,12 @@ class Histogram:
 
 
 class Traffic(Collector):
-    """The sums of this process's life."""
+    """The sums of this process's life. ``is_model`` tells which names are those of models of the configuration."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_model: Callable[[str], bool]) -> None:
+        self._is_model = is_model
         self._counters: dict[str, dict[Labels, float]] = {name: {} for name in COUNTERS}
         self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in HISTOGRAMS}
-        self._models: set[str] = set()
         self._tools: set[tuple[str, str]] = set()
 
     def add(self, receipts: Iterable[Receipt]) -> None:
@@ -101,7 +100,7 @@ class Traffic(Collector):
     def _add(self, group: list[Receipt]) -> None:
         """Count receipts whose labels are the same."""
         one, count = group[0], len(group)
-        model, protocol, upstream = self._model(one), one.protocol, one.upstream
+        model, protocol, upstream = self._model(one.model), one.protocol, one.upstream
         self._count("gpuproxy_requests_total", (protocol, upstream, model, str(one.status), one.outcome), count)
         if one.status != TUNNEL:
             self._observe("gpuproxy_latency_seconds", (protocol, upstream), [each.duration_us / 1e6 for each in group])
@@ -128,14 +127,8 @@ class Traffic(Collector):
             timed = [each for each in told if each.output_tokens > 1 and each.first_byte_us >= 0]
             self._observe("gpuproxy_time_per_output_token_seconds", (model,), [_per_token_s(each) for each in timed])
 
-    def _model(self, receipt: Receipt) -> str:
-        model = receipt.model
-        if not model or model in self._models:
-            return model
-        if not receipt.upstream or len(self._models) >= MODELS_MAX:
-            return OTHER
-        self._models.add(model)
-        return model
+    def _model(self, name: str) -> str:
+        return name if not name or self._is_model(name) else OTHER
 
     def _tool(self, receipt: Receipt) -> str:
         place = receipt.upstream, receipt.rpc_name

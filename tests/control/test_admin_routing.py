@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import select
 
 from gpuproxy.config import Config, build
+from gpuproxy.control.parts import ROUTING
 from gpuproxy.control.routing import Block, RoutingFeed
 from gpuproxy.link.messages import EndpointState
 from gpuproxy.store.schema import audit
@@ -80,6 +81,15 @@ async def test_a_model_names_upstreams_of_file_and_api(ask: Callable[..., Any]) 
     await ask(200, "DELETE", f"{UPSTREAMS}/made")
     await ask(200, "DELETE", f"{MODELS}/org%2Fbig")
     assert (await ask(200, "GET", MODELS))["count"] == 0
+
+
+async def test_models_in_force_are_known_by_every_name(ask: Callable[..., Any], api: Api) -> None:
+    feed = api.client.app[ROUTING]
+    target = {"upstream": "file", "as": "there"}
+    await ask(201, "POST", MODELS, {"name": "made", "aliases": ["alias"], "targets": [target]})
+    assert [name for name in ("m", "made", "alias", "there", "rubbish") if not feed.is_model(name)] == ["rubbish"]
+    await ask(200, "DELETE", f"{MODELS}/made")
+    assert [name for name in ("m", "made", "alias", "there") if feed.is_model(name)] == ["m"]
 
 
 async def test_what_does_not_fit_is_refused_with_every_fault_and_changes_nothing(ask: Callable[..., Any]) -> None:

@@ -3,6 +3,8 @@
 from gpuproxy.control.metrics import endpoint_calls, open_breakers
 from gpuproxy.link.messages import EndpointState
 
+from .conftest import Api
+
 A, B = "http://127.0.0.1:1", "http://127.0.0.1:2"
 
 
@@ -14,3 +16,8 @@ def test_states_of_all_workers_are_summed_by_endpoint() -> None:
     states = [told(A, "closed", 2), told(A, "open", 1), told(B, "half_open", 0), told(A, "half_open", 4)]
     assert open_breakers(states) == {("llm", A): 2, ("llm", B): 1}
     assert endpoint_calls(states) == {("llm", A): 7, ("llm", B): 0}
+
+
+async def test_a_provider_without_rentals_has_none_and_not_no_number(api: Api) -> None:
+    async with api.client.get("/metrics") as answer:
+        assert 'gpuproxy_active_instances{provider="simulated"} 0.0' in (await answer.text()).splitlines()
