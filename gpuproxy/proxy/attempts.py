@@ -50,7 +50,10 @@ class Attempts(Tunnelled):
 
     def _go(self, destination: "Destination") -> None:
         """Send the call to an endpoint, or let it wait for one. Raises GatewayError UPSTREAM_BUSY."""
-        endpoint = destination.only or self.choose_from(destination)
+        endpoint = destination.only
+        if endpoint is None:
+            destination.budget.earn()
+            endpoint = self.choose_from(destination)
         if endpoint is not None:
             self._forward(endpoint)
         else:

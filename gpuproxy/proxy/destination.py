@@ -61,6 +61,7 @@ class Destination:
         "model",
         "only",
         "places",
+        "stands_in_for",
         "terms",
         "upstream",
         "waiting",
@@ -84,6 +85,7 @@ class Destination:
         self.affinity_header = terms.affinity_header if terms.strategy == "affinity" else b""
         self.budget = Budget(terms.budget_percent)
         self.fallbacks: tuple[Destination, ...] = ()
+        self.stands_in_for: tuple[Destination, ...] = ()  # whose fallbacks have this one among them
         self.waiting: OrderedDict[Attempts, None] = OrderedDict()
         self._turn = 0
         self.levels = tuple(_levels(self.endpoints, terms.strategy, replicas, cost))
@@ -116,8 +118,7 @@ class Destination:
     # -- choosing ---------------------------------------------------------------------------------------------
 
     def choose(self, key: int, models: Sequence[str] | None) -> Endpoint | None:
-        """Return the endpoint for a new call, None if all are at their limit. `models` may be used, None: all."""
-        self.budget.earn()
+        """Return the endpoint for a call, None if all are at their limit. `models` may be used, None: all."""
         for level in self.levels:
             endpoint = level.pick(key)
             if endpoint is not None:
@@ -201,8 +202,10 @@ class _Gate:
     """Watches endpoints that have a limit."""
 
     def moved(self, endpoint: Endpoint, by: int) -> None:
-        """List it or not."""
+        """List it or not. One that is left alone is not listed when a call ends, but may be a last resort."""
         endpoint.refresh()
+        if by < 0:
+            endpoint.wake()
 
 
 def _untried(level: Level, tried: Sequence[Replica]) -> Endpoint | None:

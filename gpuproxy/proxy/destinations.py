@@ -68,8 +68,11 @@ class Builder:
             destination = self._model(model)
             found.update(dict.fromkeys((model.name, *model.aliases), destination))
         for model in described.values():
-            found[model.name].fallbacks = tuple(found[name] for name in model.fallback)
-            found[model.name].settle()
+            place = found[model.name]
+            place.fallbacks = tuple(found[name] for name in model.fallback)
+            for other in place.fallbacks:
+                other.stands_in_for += (place,)
+            place.settle()
         return found
 
     def _model(self, model: Model) -> Destination:

@@ -82,10 +82,17 @@ class Endpoint:
         self.is_listed = is_listed
         if is_listed:
             self.level.add(self)
-            if self.destination is not None:
-                self.destination.serve_waiting()
+            self.wake()
         else:
             self.level.remove(self)
+
+    def wake(self) -> None:
+        """Let calls that wait look at it: one has ended here, or it is listed again."""
+        destination = self.destination
+        if destination is not None:
+            destination.serve_waiting()
+            for other in destination.stands_in_for:
+                other.serve_waiting()
 
     def weigh(self) -> None:
         """Take weight and share into account."""

@@ -356,6 +356,68 @@ async def test_a_full_queue_is_refused_at_once(serve: Serve, pair: Pair) -> None
     assert (await second.answer()).status == 200
 
 
+async def test_calls_that_wait_get_an_endpoint_that_is_left_alone_before_none(serve: Serve, pair: Pair) -> None:
+    tree = one(pair, target={"concurrency_max": 1})
+    gateway = await serve(**tree, routing={"failures_max": 1, "open_s": 60.0})
+    first = await ask(gateway)
+    upstream = await take(pair[0])
+    second = await ask(gateway, id=b"t2")
+    await until(lambda: bool(gateway.plane.router.models["m1"].waiting), "the call to wait")
+    await upstream.send(OK.replace(b"200 OK", b"502 Bad"))
+    assert (await first.answer()).status == 502
+    await upstream.read_head()
+    await upstream.expect(b'{"model":"m1"}')
+    await upstream.send(OK)
+    assert (await second.answer()).status == 200
+
+
+async def test_calls_that_wait_go_to_a_fallback_that_has_room_first(serve: Serve, pair: Pair) -> None:
+    tree = one(pair, target={"concurrency_max": 1}, fallback=["spare"])
+    tree["upstreams"].append({"name": "b", "protocol": "openinference", "urls": [pair[1].url]})
+    tree["models"].append({"name": "spare", "targets": [{"upstream": "b", "concurrency_max": 1}]})
+    gateway = await serve(**tree)
+    main = await ask(gateway)
+    upstream = await take(pair[0])
+    spare = await ask(gateway, b'{"model":"spare"}', b"t2")
+    other = await take(pair[1], b'{"model":"spare"}')
+    waits = await ask(gateway, id=b"t3")
+    await until(lambda: bool(gateway.plane.router.models["m1"].waiting), "the call to wait")
+    await other.send(OK)
+    await spare.expect(OK_SENT.replace(b"t1", b"t2"))
+    await other.read_head()
+    await other.expect(b'{"model":"spare"}')
+    await other.send(OK)
+    assert (await waits.answer()).status == 200
+    await upstream.send(OK)
+    await main.expect(OK_SENT)
+    assert {(each.request_id, each.model) for each in gateway.receipts()} == {
+        ("t1", "m1"),
+        ("t2", "spare"),
+        ("t3", "spare"),
+    }
+
+
+async def test_a_call_that_waits_earns_second_tries_once(serve: Serve, pair: Pair) -> None:
+    tree = one(pair, target={"concurrency_max": 1})
+    tree["upstreams"][0]["urls"].append(pair[1].url)
+    gateway = await serve(**tree)
+    place = gateway.plane.router.models["m1"]
+    running = [(await ask(gateway, id=b"r%d" % number), await take(pair[number])) for number in (0, 1)]
+    waiting = [await ask(gateway, id=b"w%d" % number) for number in range(3)]
+    await until(lambda: len(place.waiting) == 3, "the calls to wait")
+    place.budget.tokens = 0
+    upstream = running[0][1]
+    for client in (running[0][0], *waiting):
+        await upstream.send(OK)
+        assert (await client.answer()).status == 200
+        if client is not waiting[-1]:
+            await upstream.read_head()
+            await upstream.expect(b'{"model":"m1"}')
+    assert place.budget.tokens == 0
+    await running[1][1].send(OK)
+    assert (await running[1][0].answer()).status == 200
+
+
 async def test_a_limit_is_shared_out_over_the_workers(serve: Serve, pair: Pair) -> None:
     tree = one(pair, target={"concurrency_max": 9})
     gateway = await serve(**tree | {"server": {"workers": 4}})
