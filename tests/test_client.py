@@ -2,59 +2,15 @@
 
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
-import msgspec
 import pytest
+from scripted_gateway import ScriptedGateway, answer, scripted_gateway
 
 import gpuproxy
 from gpuproxy.client import ProxyStream
-
-Script = Callable[[BaseHTTPRequestHandler, bytes], None]
-
-
-class ScriptedGateway(ThreadingHTTPServer):
-    """Answers every request by `script` and remembers what was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.script: Script = lambda handler, body: answer(handler, 200, {})
-        self.asked: list[tuple[str, str, dict[str, str], Any]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/api/v1"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: ScriptedGateway
-
-    def handle_any(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.asked.append((self.command, self.path, headers, msgspec.json.decode(body) if body else None))
-        self.server.script(self, body)
-
-    do_GET = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815 (the names http.server calls)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-def answer(handler: BaseHTTPRequestHandler, status: int, body: Any, **headers: str) -> None:
-    content = body if isinstance(body, bytes) else msgspec.json.encode(body)
-    handler.send_response(status)
-    for name, value in headers.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.send_header("Content-Length", str(len(content)))
-    handler.end_headers()
-    handler.wfile.write(content)
 
 
 def cut_after_the_head(handler: BaseHTTPRequestHandler, body: bytes) -> None:
@@ -67,13 +23,8 @@ def cut_after_the_head(handler: BaseHTTPRequestHandler, body: bytes) -> None:
 
 @pytest.fixture
 def gateway() -> Iterator[ScriptedGateway]:
-    server = ScriptedGateway()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with scripted_gateway() as server:
+        yield server
 
 
 @pytest.fixture
@@ -176,7 +127,8 @@ def test_an_upstreams_refusal_of_a_stream_is_handed_over(gateway: ScriptedGatewa
 
 
 def test_the_gateways_refusal_of_a_stream_is_raised(gateway: ScriptedGateway, client: gpuproxy.Client) -> None:
-    gateway.script = lambda handler, sent: answer(handler, 502, {"error": "gone", "code": "UPSTREAM_UNREACHABLE"})
+    refusal = {"error": "gone", "code": "UPSTREAM_UNREACHABLE", "request_id": "r-1"}
+    gateway.script = lambda handler, sent: answer(handler, 502, refusal, X_Request_Id="r-1")
     with pytest.raises(gpuproxy.GpuproxyError, match="gone"):
         client.proxy_request("openinference", "http://x.example", body={}, stream=True)
 
@@ -211,3 +163,41 @@ def test_importing_the_clients_does_not_import_the_server() -> None:
 def test_an_unknown_attribute_is_named() -> None:
     with pytest.raises(AttributeError, match="Klient"):
         gpuproxy.Klient  # noqa: B018
+
+
+PROGRAM = """
+import gpuproxy
+from gpuproxy.client import AsyncClient, NotFoundError
+
+client = gpuproxy.Client("http://localhost:8080/api/v1", "key")
+gpus = client.list_gpus()
+best = sorted(gpus, key=lambda x: x["price_per_hour"])[0]
+print(f"Found {gpus['count']} GPUs", best["id"])
+
+
+def call(stream: bool) -> None:
+    try:
+        print(client.proxy_request("https", "https://x.example", stream=stream))
+        print(client.proxy_request("https", "https://x.example")["data"])
+    except NotFoundError as error:
+        print(error.code.lower())
+
+
+async def later() -> None:
+    async with AsyncClient("http://localhost:8080/api/v1", "key") as other:
+        async for piece in await other.proxy_request("https", "https://x.example", stream=True):
+            print(piece.hex())
+        async for event in other.events(["billing_events"]):
+            print(event["type"])
+
+
+client.lst_gpus()
+"""
+
+
+def test_a_program_that_uses_the_client_is_checked_by_its_types(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    words = ["-m", "mypy", "--strict", "--no-error-summary", "program.py"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    (complaint,) = done.stdout.splitlines()
+    assert "lst_gpus" in complaint

@@ -13,9 +13,11 @@ from gpuproxy.client.calls import (
     Call,
     Listing,
     answer_of,
+    check_key,
+    may_be_refusal,
     own_refusal,
 )
-from gpuproxy.client.errors import GpuproxyError, no_answer
+from gpuproxy.client.errors import no_answer
 from gpuproxy.client.happening import happening
 from gpuproxy.client.instances import POLL_S, WAIT_S
 from gpuproxy.client.steps import Planner, Result, Steps, Wait
@@ -26,8 +28,9 @@ Sleep = Callable[[float], Awaitable[None]]
 class AsyncProxyStream:
     """An upstream's streamed answer as it arrives: iterate for bytes, close when leaving early."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, content: bytes = b"") -> None:
         self._response = response
+        self._content = content  # what of the body is read already
         self.status_code = response.status
         self.headers: Mapping[str, str] = response.headers
 
@@ -35,6 +38,8 @@ class AsyncProxyStream:
         """Yield the body in the pieces it arrives in. Raises GpuproxyError when it breaks off."""
         async with self:
             try:
+                if self._content:
+                    yield self._content
                 async for piece in self._response.content.iter_any():
                     yield piece
             except (aiohttp.ClientError, TimeoutError) as error:
@@ -68,7 +73,7 @@ class AsyncClient:
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.api_url = api_url.rstrip("/")
-        self._api_key = api_key
+        self._api_key = check_key(api_key)
         self._sleep = sleep
         self._plan = Planner(timeout_s, retries)
         self._opened: aiohttp.ClientSession | None = None
@@ -107,6 +112,10 @@ class AsyncClient:
         """Send `body` as JSON by PUT and return the decoded answer. Raises GpuproxyError."""
         return await self._run(self._plan.call("PUT", path, body))
 
+    async def patch(self, path: str, body: Any = None) -> Any:
+        """Send `body` as JSON by PATCH and return the decoded answer. Raises GpuproxyError."""
+        return await self._run(self._plan.call("PATCH", path, body))
+
     async def delete(self, path: str) -> Any:
         """Return what DELETE `path` answers, decoded; None when it answers nothing. Raises GpuproxyError."""
         return await self._run(self._plan.call("DELETE", path))
@@ -115,6 +124,7 @@ class AsyncClient:
         """Return the GPUs that can be rented, each a dict; the list also answers ``["count"]``.
 
         `min_vram` is in GB. `filters` are the other parameters of ``GET /gpu/instances``, such as max_price.
+        At most 100 come at once, or `limit`; if ``gpus.fields`` has a next_cursor, more come with it as `cursor`.
         """
         return await self._run(self._plan.list_gpus(provider, min_vram, filters))
 
@@ -129,7 +139,8 @@ class AsyncClient:
     ) -> dict[str, Any]:
         """Rent the offer `instance_id` and return it, by default when it runs: ``["ip"]``, ``["contract_id"]``.
 
-        Raises InstanceFailedError if it fails, or does not run after `wait_s`; it is still rented then.
+        Raises InstanceFailedError if it fails, does not run after `wait_s`, or is heard of no more; it is still rented
+        then, as when the wait is interrupted: a note on the exception says which it is.
         """
         steps = self._plan.create_instance(provider, instance_id, config or {}, wait_s if wait else None, poll_s)
         return await self._run(steps)
@@ -163,6 +174,18 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> AsyncProxyStream: ...
 
+    @overload
+    async def proxy_request(
+        self,
+        protocol: str,
+        target_url: str,
+        method: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        stream: bool = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any] | AsyncProxyStream: ...
+
     async def proxy_request(
         self,
         protocol: str,
@@ -193,7 +216,7 @@ class AsyncClient:
                 step = resume(came)
                 try:
                     resume, came = steps.send, await self._do(step)
-                except GpuproxyError as error:
+                except BaseException as error:  # an interruption too: the steps know what is left behind
                     resume, came = steps.throw, error
         except StopIteration as end:
             result: Result = end.value
@@ -213,14 +236,17 @@ class AsyncClient:
 
     async def _open_stream(self, call: Call) -> AsyncProxyStream:
         response = await self._send(call)
-        if response.status >= 400:
-            content = await _read(response)
-            if refusal := own_refusal(response.status, response.headers, content):
-                raise refusal
-        return AsyncProxyStream(response)
+        if not may_be_refusal(response.status, response.headers):
+            return AsyncProxyStream(response)
+        content = await _read(response)
+        if refusal := own_refusal(response.status, response.headers, content, is_stream=True):
+            raise refusal
+        return AsyncProxyStream(response, content)
 
     async def _send(self, call: Call) -> aiohttp.ClientResponse:
-        bounds = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=call.wait_s)
+        bounds = aiohttp.ClientTimeout(
+            total=None, connect=call.wait_s, sock_connect=CONNECT_TIMEOUT_S, sock_read=call.wait_s
+        )
         try:
             return await self._http.request(
                 call.method,
@@ -229,6 +255,7 @@ class AsyncClient:
                 data=call.body,
                 headers=call.headers,
                 timeout=bounds,
+                allow_redirects=False,  # an upstream's would carry the key away
             )
         except (aiohttp.ClientError, TimeoutError) as error:
             raise no_answer(error, isinstance(error, TimeoutError)) from error

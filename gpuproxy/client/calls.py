@@ -1,11 +1,12 @@
 """What both clients have in common, without I/O: how a call is written, how its answer is read, whether it is repeated.
 
 Repeated is what the gateway refused before anything happened (429, 503), and what broke in between if it cannot happen
-twice: a GET, PUT or DELETE, or a POST that makes something and carries an Idempotency-Key.
+twice: any method but POST, or a POST that makes something and carries an Idempotency-Key.
 """
 
 import random
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
@@ -14,6 +15,7 @@ import msgspec
 from msgspec import UNSET, Struct
 
 from gpuproxy.client.errors import GpuproxyError, failed
+from gpuproxy.codec.retry_after import seconds_asked
 
 DEFAULT_TIMEOUT_S = 600.0  # an answer of a large model may take minutes
 CONNECT_TIMEOUT_S = 5.0
@@ -21,12 +23,13 @@ GRACE_S = 5.0  # lets the gateway's own 504 arrive before this side gives up
 RETRIES = 2
 WAIT_S = 0.5  # before the first repetition, twice as long before each further one
 WAIT_S_MAX = 8.0
+REFUSAL_BYTES_MAX = 65_536
 RETRY_AFTER_S_MAX = 60  # who is asked to wait longer is told so
 
 # POSTs that make something and heed Idempotency-Key.
 MAKES = re.compile(
     r"auth/apikey(/[^/]+/rotate)?|webhooks(/billing|/[^/]+/rotate-secret)?|gpu/instances/(reserve|[^/]+/[^/]+)"
-    r"|admin/credits/add"
+    r"|(user|admin)/budgets|billing/(checkout|refunds|payments/[^/]+/confirm)|admin/(credits/add|prices)"
 )
 NOTHING_HAPPENED = (429, 503)
 MAY_HAVE_HAPPENED = ("CONNECTION_FAILED", "TIMED_OUT", "INTERNAL", "CONFLICT")
@@ -59,6 +62,13 @@ def call_of(
         headers["Idempotency-Key"] = str(uuid4())
     encoded = None if body is None else msgspec.json.encode(body)
     return Call(method, path, encoded, _texts(params or {}), headers, wait_s)
+
+
+def check_key(api_key: str) -> str:
+    """Return the key. Raises ValueError, which does not show it, for one that no header can carry."""
+    if not all(33 <= ord(character) <= 126 for character in api_key):
+        raise ValueError("api_key holds a space, a line break or another character that no key has; strip it")
+    return api_key
 
 
 def _texts(params: Mapping[str, Any]) -> dict[str, str]:
@@ -105,22 +115,37 @@ class _Refusal(Struct):
     request_id: str = ""
 
 
-def own_refusal(status: int, headers: Mapping[str, str], content: bytes) -> GpuproxyError | None:
-    """Return the gateway's own refusal if the answer is one, else None."""
+def may_be_refusal(status: int, headers: Mapping[str, str]) -> bool:
+    """Tell whether a stream's head may be that of the gateway's own refusal, which is short and says how long it is."""
+    length = headers.get("Content-Length", "")
+    return status >= 400 and length.isdecimal() and int(length[:9]) <= REFUSAL_BYTES_MAX
+
+
+def own_refusal(
+    status: int, headers: Mapping[str, str], content: bytes, is_stream: bool = False
+) -> GpuproxyError | None:
+    """Return the gateway's own refusal if the answer is one, else None.
+
+    Where an upstream's answer may come instead, ours is told by the request id, which the gateway alone gives.
+    """
     try:
         told = msgspec.json.decode(content, type=_Refusal)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    wait = headers.get("Retry-After", "")
-    request_id = told.request_id or headers.get("X-Request-Id", "")
-    return failed(told.error, told.code, status, request_id, int(wait) if wait.isdecimal() else None)
+    given_id = headers.get("X-Request-Id", "")
+    if is_stream and not (told.request_id and told.request_id == given_id):
+        return None
+    wait_s = seconds_asked(headers.get("Retry-After", ""), time.time())
+    return failed(told.error, told.code, status, told.request_id or given_id, wait_s)
 
 
 def answer_of(url: str, status: int, headers: Mapping[str, str], content: bytes) -> Any:
     """Return the decoded answer, None for an empty one. Raises GpuproxyError."""
     request_id = headers.get("X-Request-Id", "")
-    if status >= 400:
-        stranger = failed(f"{url} answered {status}", "INVALID_ANSWER", status, request_id)
+    if status >= 300:
+        led = f", which leads to {headers['Location'][:200]}: is api_url right?" if "Location" in headers else ""
+        wait_s = seconds_asked(headers.get("Retry-After", ""), time.time())
+        stranger = failed(f"{url} answered {status}{led}", "INVALID_ANSWER", status, request_id, wait_s)
         raise own_refusal(status, headers, content) or stranger
     if not content:
         return None
@@ -133,7 +158,9 @@ def answer_of(url: str, status: int, headers: Mapping[str, str], content: bytes)
 
 def wait_before_retry(call: Call, error: GpuproxyError, retries_done: int, retries_max: int) -> float | None:
     """Return how many seconds to wait before the call is repeated; None if it is not."""
-    is_safe = error.status in NOTHING_HAPPENED or (call.is_repeatable and error.code in MAY_HAVE_HAPPENED)
+    is_ours = error.code != "INVALID_ANSWER"  # something in between may say 503 of a call that the gateway has
+    is_safe = error.status in NOTHING_HAPPENED and (is_ours or call.is_repeatable)
+    is_safe = is_safe or (call.is_repeatable and error.code in MAY_HAVE_HAPPENED)
     if error.code == "CONFLICT" and error.retry_after_s is None:
         is_safe = False  # only the call with the same key that still runs is worth a wait
     if not is_safe or retries_done >= retries_max or (error.retry_after_s or 0) > RETRY_AFTER_S_MAX:

@@ -1,5 +1,8 @@
 """What can go wrong for a caller: one exception type for each thing that is to be done about it."""
 
+import copyreg
+from typing import Any
+
 
 class GpuproxyError(Exception):
     """A call that failed; the gateway's own failures carry its error ``code`` and HTTP ``status``.
@@ -22,6 +25,10 @@ class GpuproxyError(Exception):
     def __str__(self) -> str:
         """Return message, code and request id in one line."""
         return f"{self.message} ({self.code}, request {self.request_id or 'unknown'})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it be told to another process as it is."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class InvalidRequestError(GpuproxyError):
@@ -77,7 +84,7 @@ class InvalidAnswerError(GpuproxyError):
 
 
 class InstanceFailedError(GpuproxyError):
-    """An instance was rented but does not run; ``contract_id`` names it."""
+    """An instance was rented but does not run, or nothing is heard of it; ``contract_id`` names it."""
 
     def __init__(self, message: str, code: str, contract_id: str) -> None:
         super().__init__(message, code)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from gpuproxy.client.errors import InstanceFailedError
+from gpuproxy.client.errors import GpuproxyError, InstanceFailedError
 
 WAIT_S = 900.0  # a large image takes minutes to arrive
 POLL_S = 2.0
@@ -43,6 +43,22 @@ def not_in_time(rental: Mapping[str, Any], wait_s: float) -> InstanceFailedError
     contract_id = str(rental["contract_id"])
     message = f"instance {contract_id} is {rental['status']} after {wait_s:g} s; it is still rented: destroy it or wait"
     return InstanceFailedError(message, "TIMED_OUT", contract_id)
+
+
+@contextmanager
+def left_behind(rental: Mapping[str, Any]) -> Iterator[None]:
+    """Name the instance to who stops waiting for it, by a failure or an interruption: it is rented and costs."""
+    contract_id = str(rental["contract_id"])
+    try:
+        yield
+    except InstanceFailedError:
+        raise
+    except GpuproxyError as error:
+        message = f"instance {contract_id} is rented, but how it is cannot be told: {error.message}"
+        raise InstanceFailedError(message, error.code, contract_id) from error
+    except BaseException as error:
+        error.add_note(f"instance {contract_id} is rented and stays so: destroy it or wait for it")
+        raise
 
 
 @contextmanager

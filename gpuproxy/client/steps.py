@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from gpuproxy.client.calls import Call, Listing, call_of, gpus_call, proxied, wait_before_retry
 from gpuproxy.client.errors import GpuproxyError
-from gpuproxy.client.instances import instance_path, is_up, not_in_time, progress, rental_of, rental_path
+from gpuproxy.client.instances import instance_path, is_up, left_behind, not_in_time, progress, rental_of, rental_path
 
 Result = TypeVar("Result")
 
@@ -50,7 +50,7 @@ class Planner:
         if wait_s is None:
             return rental
         until = time.monotonic() + wait_s
-        with progress(rental) as show:
+        with left_behind(rental), progress(rental) as show:
             while not is_up(rental):
                 if time.monotonic() >= until:
                     raise not_in_time(rental, wait_s)

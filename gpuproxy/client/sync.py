@@ -13,9 +13,11 @@ from gpuproxy.client.calls import (
     Call,
     Listing,
     answer_of,
+    check_key,
+    may_be_refusal,
     own_refusal,
 )
-from gpuproxy.client.errors import GpuproxyError, no_answer
+from gpuproxy.client.errors import no_answer
 from gpuproxy.client.instances import POLL_S, WAIT_S
 from gpuproxy.client.steps import Planner, Result, Steps, Wait
 
@@ -33,7 +35,7 @@ class ProxyStream:
         with self:
             try:
                 yield from self._response.iter_bytes()
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 raise no_answer(error, isinstance(error, httpx.TimeoutException)) from error
 
     def __enter__(self) -> Self:
@@ -65,13 +67,13 @@ class Client:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.api_url = api_url.rstrip("/")
-        self._api_key = api_key
+        self._api_key = check_key(api_key)
         self._timeout_s = timeout_s
         self._retries = retries
         self._sleep = sleep
         self._plan = Planner(timeout_s, retries)
         self._http = httpx.Client(
-            headers={"X-API-Key": api_key}, timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+            headers={"X-API-Key": self._api_key}, timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         )
 
     def __enter__(self) -> Self:
@@ -98,6 +100,10 @@ class Client:
         """Send `body` as JSON by PUT and return the decoded answer. Raises GpuproxyError."""
         return self._run(self._plan.call("PUT", path, body))
 
+    def patch(self, path: str, body: Any = None) -> Any:
+        """Send `body` as JSON by PATCH and return the decoded answer. Raises GpuproxyError."""
+        return self._run(self._plan.call("PATCH", path, body))
+
     def delete(self, path: str) -> Any:
         """Return what DELETE `path` answers, decoded; None when it answers nothing. Raises GpuproxyError."""
         return self._run(self._plan.call("DELETE", path))
@@ -106,6 +112,7 @@ class Client:
         """Return the GPUs that can be rented, each a dict; the list also answers ``["count"]``.
 
         `min_vram` is in GB. `filters` are the other parameters of ``GET /gpu/instances``, such as max_price.
+        At most 100 come at once, or `limit`; if ``gpus.fields`` has a next_cursor, more come with it as `cursor`.
         """
         return self._run(self._plan.list_gpus(provider, min_vram, filters))
 
@@ -120,7 +127,8 @@ class Client:
     ) -> dict[str, Any]:
         """Rent the offer `instance_id` and return it, by default when it runs: ``["ip"]``, ``["contract_id"]``.
 
-        Raises InstanceFailedError if it fails, or does not run after `wait_s`; it is still rented then.
+        Raises InstanceFailedError if it fails, does not run after `wait_s`, or is heard of no more; it is still rented
+        then, as when the wait is interrupted: a note on the exception says which it is.
         """
         steps = self._plan.create_instance(provider, instance_id, config or {}, wait_s if wait else None, poll_s)
         return self._run(steps)
@@ -153,6 +161,18 @@ class Client:
         stream: Literal[True],
         timeout_s: float | None = None,
     ) -> ProxyStream: ...
+
+    @overload
+    def proxy_request(
+        self,
+        protocol: str,
+        target_url: str,
+        method: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        stream: bool = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any] | ProxyStream: ...
 
     def proxy_request(
         self,
@@ -201,7 +221,7 @@ class Client:
                 step = resume(came)
                 try:
                     resume, came = steps.send, self._do(step)
-                except GpuproxyError as error:
+                except BaseException as error:  # an interruption too: the steps know what is left behind
                     resume, came = steps.throw, error
         except StopIteration as end:
             result: Result = end.value
@@ -220,12 +240,12 @@ class Client:
 
     def _open_stream(self, call: Call) -> ProxyStream:
         response = self._send(call, stream=True)
-        if response.status_code >= 400:
+        if may_be_refusal(response.status_code, response.headers):
             try:
                 content = response.read()
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 raise no_answer(error, isinstance(error, httpx.TimeoutException)) from error
-            if refusal := own_refusal(response.status_code, response.headers, content):
+            if refusal := own_refusal(response.status_code, response.headers, content, is_stream=True):
                 raise refusal
         return ProxyStream(response)
 
@@ -240,5 +260,5 @@ class Client:
         )
         try:
             return self._http.send(request, stream=stream)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise no_answer(error, isinstance(error, httpx.TimeoutException)) from error

@@ -6,13 +6,11 @@ hang must not make other work wait.
 """
 
 import asyncio
-import math
 import socket
 import ssl
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -20,6 +18,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from gpuproxy import __version__
+from gpuproxy.codec.retry_after import seconds_asked
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.deliveries import Outcome
 from gpuproxy.guard import Guard, Target, parse_target
@@ -131,19 +130,9 @@ class Poster:
 def rest_asked(status: int, retry_after: str, now_s: float) -> int:
     """Return for how many seconds a receiver wants nothing, at most REST_S_MAX; 0: it does not say so.
 
-    Retry-After is seconds or a date, RFC 9110 §10.2.3; it is heeded where it means too much or too busy.
+    Retry-After is heeded where it means too much or too busy.
     """
-    if status not in RESTING:
-        return 0
-    text = retry_after.strip()
-    if text.isascii() and text.isdigit():
-        seconds = int(text[:10])
-    else:
-        try:
-            seconds = math.ceil(parsedate_to_datetime(text).timestamp() - now_s)
-        except (ValueError, OverflowError):
-            return 0
-    return max(0, min(seconds, REST_S_MAX))
+    return min(seconds_asked(retry_after, now_s) or 0, REST_S_MAX) if status in RESTING else 0
 
 
 class _Pinned(AbstractResolver):
