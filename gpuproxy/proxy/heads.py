@@ -195,7 +195,7 @@ class Memory:
         self._prefix = self._suffix = b""
         self._prefix_size = self._suffix_size = 0
         end = data.find(b"\r\n\r\n") + 4
-        if self._chances == 0 or end < 4:
+        if self._chances == 0 or end < 4 or data[0] in b"\r\n":  # empty lines before a head are no part of it
             self.head = None
             return
         if length < 0:

@@ -58,6 +58,7 @@ class RequestReader(asyncio.Protocol):
         "_head_bytes",
         "_head_count",
         "_ignores_upgrade",
+        "_is_between",
         "_is_deaf",
         "_is_primed",
         "_last_head",
@@ -93,6 +94,7 @@ class RequestReader(asyncio.Protocol):
         self._field_count = 0
         self._special_bytes = 0
         self._head_bytes = 0
+        self._is_between = True  # the parser has begun no message: only then may a remembered head stand in for it
         self._is_deaf = False
         self._fault: GatewayError | None = None
         self.after_upgrade: bytes | None = None
@@ -121,7 +123,7 @@ class RequestReader(asyncio.Protocol):
             return
         is_start = False
         if self.receiving is None:
-            is_start = self._head_bytes == 0
+            is_start = self._is_between and self._head_bytes == 0
             if is_start and (body := self._memory.recall(data)) is not None:
                 self._take_whole(body)
                 return
@@ -136,7 +138,7 @@ class RequestReader(asyncio.Protocol):
         else:
             if self._head_bytes:
                 self._await_head(len(data))
-            elif is_start and self._head_count == count + 1 and self.receiving is None:
+            elif is_start and self._head_count == count + 1 and self._is_between:
                 head = self._last_head
                 if head is not None and head.is_plain and len(data) <= LEARNED_BYTES_MAX:
                     self._memory.learn(data, head, self._length)
@@ -187,6 +189,10 @@ class RequestReader(asyncio.Protocol):
         self.after_upgrade += data
         if len(self.after_upgrade) > self.plane.limits.write_buffer_bytes:
             self.block_reading(READ_BUFFER)
+
+    def on_message_begin(self) -> None:
+        """Note that a message has begun; some 50 ns for each that is parsed."""
+        self._is_between = False
 
     def on_url(self, url: bytes) -> None:
         """Take (a piece of) the request target: a head has begun."""
@@ -358,6 +364,7 @@ class RequestReader(asyncio.Protocol):
         """The request is whole."""
         if self._ignores_upgrade:  # so says llhttp; see `_after_upgrade`
             return
+        self._is_between = True
         exchange, self.receiving = self.receiving, None
         assert exchange is not None
         exchange.is_received = True

@@ -364,6 +364,36 @@ async def test_a_remembered_head_followed_by_another_request_serves_both(gateway
         assert (await client.answer()).body == b"ok"
 
 
+async def test_a_remembered_head_inside_another_head_is_no_request(gateway: Gateway) -> None:
+    remembered = request(b"GET " + RAW + b"/a", id=b"")
+    begun = b"GET " + RAW + b"/b HTTP/1.1\r\nX-Value: "
+    client = await gateway.ask(remembered + begun)
+    upstream = await gateway.raw.accept()
+    assert (await upstream.read_head()).startswith(b"GET /a ")
+    await upstream.send(OK)
+    assert (await client.answer()).body == b"ok"
+    await client.send(remembered)
+    head = await upstream.read_head()
+    assert head.startswith(b"GET /b ")
+    assert b"\r\nX-Value: GET " + RAW + b"/a HTTP/1.1\r\n" in head
+    await upstream.send(OK)
+    assert (await client.answer()).body == b"ok"
+
+
+async def test_empty_lines_are_not_taken_for_a_remembered_head(gateway: Gateway) -> None:
+    client = await gateway.ask(b"\r\n\r\n" + request(b"GET " + RAW + b"/a", id=b""))
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    await upstream.send(OK)
+    assert (await client.answer()).body == b"ok"
+    await client.send(b"\r\n\r\n")
+    await gateway.turn()
+    await client.send(request(b"GET " + RAW + b"/b"))
+    assert (await upstream.read_head()).startswith(b"GET /b ")
+    await upstream.send(OK)
+    await client.expect(OK_SENT)
+
+
 async def test_a_remembered_head_is_authorized_anew_each_time(gateway: Gateway) -> None:
     key = gateway.keys.add(key_id="short")
     sent = _post(b"abc").replace(KEY, key)
