@@ -58,7 +58,7 @@ _DENIED_PORTS = frozenset((0, 1, 7, 9, 19, 20, 21, 22, 23, 25, 53, 69, 110, 111,
 _TARGET = re.compile(
     r"(?P<scheme>https?)://(?P<host>[a-z0-9](?:[a-z0-9._-]{0,252})|\[[0-9a-f:.]{2,45}\])(?::(?P<port>[0-9]{1,5}))?"
     r"(?P<path>/[!-~]*)?(?P<query>\?[!-~]*)?\Z",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,  # or "ſ" is an "s"
 )
 
 

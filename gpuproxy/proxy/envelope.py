@@ -32,12 +32,15 @@ class Envelope(Struct, forbid_unknown_fields=True):
     stream: bool = False
 
     def content(self) -> bytes | None:
-        """Return the bytes to send, None for no body."""
+        """Return the bytes to send, None for no body. Raises GatewayError INVALID_JSON for a string that is none."""
         raw = bytes(self.body)
         if raw == b"null":
             return None
         if raw[:1] == b'"':
-            return str(orjson.loads(raw)).encode()
+            try:
+                return str(orjson.loads(raw)).encode()
+            except orjson.JSONDecodeError as error:
+                raise GatewayError("INVALID_JSON", f"body is not valid JSON: {error}", param="body") from None
         return raw
 
 

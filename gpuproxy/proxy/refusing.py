@@ -93,12 +93,12 @@ class Refusing(Settled):
         self.upstream = None
         if self.has_sent_head:
             self._cut("UPSTREAM_INVALID")
-        elif connection.is_reused and connection.head_bytes == 0 and self._can_replay():
+        elif connection.is_reused and not connection.has_begun and self._can_replay():
             # it closed an idle connection while our request was on its way: ask on a new one, once
             assert self._origin is not None
             self._attempts += 1
             self._connect_to(self._origin)
-        elif not self._goes_elsewhere("lost"):
+        elif connection.has_head or not self._goes_elsewhere("lost"):
             message = f"{connection.origin.label} closed the connection before its answer was whole"
             self.refuse(GatewayError("UPSTREAM_INVALID", message))
 
@@ -133,9 +133,13 @@ class Refusing(Settled):
             self.refuse(self._destination.busy())  # type: ignore[union-attr]  # it waits there
         elif state == ADMITTING:
             self.refuse(GatewayError("UNAVAILABLE", "keys cannot be checked at the moment; try again", 1))
-        elif self.has_sent_head or not self._goes_elsewhere("first_byte"):
+        elif self._has_answer_begun() or not self._goes_elsewhere("first_byte"):
             label = self._origin.label if self._origin is not None else "the upstream"
             self.refuse(GatewayError("UPSTREAM_TIMEOUT", f"{label} did not answer in time"))
+
+    def _has_answer_begun(self) -> bool:
+        """Tell whether the answer's head has come; it need not have gone out, see `Collected`."""
+        return self.has_sent_head or (self.upstream is not None and self.upstream.has_head)
 
     def expire_total(self) -> None:
         """The time for the whole call has passed."""

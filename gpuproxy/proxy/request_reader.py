@@ -67,6 +67,7 @@ class RequestReader(asyncio.Protocol):
         "_parser",
         "_parsing",
         "_special_bytes",
+        "_stray_bytes",
         "after_upgrade",
         "current",
         "deadline_s",
@@ -93,6 +94,7 @@ class RequestReader(asyncio.Protocol):
         self._is_primed = False
         self._field_count = 0
         self._special_bytes = 0
+        self._stray_bytes = 0  # of a body, but none of it: chunk extensions and trailers, which the parser gathers
         self._head_bytes = 0
         self._is_between = True  # the parser has begun no message: only then may a remembered head stand in for it
         self._is_deaf = False
@@ -121,13 +123,15 @@ class RequestReader(asyncio.Protocol):
             if self.after_upgrade is not None:
                 self._hold_tunnel_bytes(data)
             return
-        is_start = False
-        if self.receiving is None:
-            is_start = self._is_between and self._head_bytes == 0
-            if is_start and (body := self._memory.recall(data)) is not None:
-                self._take_whole(body)
-                return
+        is_start = self._is_between and self._head_bytes == 0
+        if is_start and (body := self._memory.recall(data)) is not None:
+            self._take_whole(body)
+            return
+        receiving, size = self.receiving, 0
+        if receiving is None:
             self._head_bytes += len(data)
+        else:
+            size = receiving.request_bytes
         count = self._head_count
         try:
             self._feed(data)
@@ -138,10 +142,21 @@ class RequestReader(asyncio.Protocol):
         else:
             if self._head_bytes:
                 self._await_head(len(data))
+            elif receiving is not None:
+                self._bound_stray_bytes(receiving, size, len(data))
             elif is_start and self._head_count == count + 1 and self._is_between:
                 head = self._last_head
                 if head is not None and head.is_plain and len(data) <= LEARNED_BYTES_MAX:
                     self._memory.learn(data, head, self._length)
+
+    def _bound_stray_bytes(self, exchange: Exchange, size: int, byte_count: int) -> None:
+        if self.receiving is not exchange or exchange.request_bytes != size:
+            self._stray_bytes = 0
+            return
+        self._stray_bytes += byte_count
+        limit_bytes = self.plane.limits.head_bytes_max
+        if self._stray_bytes > limit_bytes:
+            self.refuse_malformed(GatewayError("HEAD_TOO_LARGE", f"a trailer or extension is over {limit_bytes} bytes"))
 
     def _await_head(self, byte_count: int) -> None:
         if self._head_bytes == byte_count and self.current is None:
@@ -224,7 +239,10 @@ class RequestReader(asyncio.Protocol):
                 self._refuse_head("BAD_REQUEST", "the head has two Host fields")
             head.host = value or b" "
         elif rule == LENGTH:
-            self._length = int(value)
+            try:
+                self._length = int(value)
+            except ValueError:  # Python reads no number of over 4,300 digits, zeros included
+                self._refuse_head("BAD_REQUEST", f"Content-Length has {len(value)} digits")
         elif rule == API_KEY:
             self._take_credential(head, name, value, value)
         elif rule == ACCEPT_ENCODING:
@@ -300,7 +318,8 @@ class RequestReader(asyncio.Protocol):
         if len(head.target) > URL_BYTES_MAX:
             self._refuse_head("URI_TOO_LONG", f"the request target is over {URL_BYTES_MAX} bytes")
         if self._head_bytes > limits.head_bytes_max and head.byte_count + self._special_bytes > limits.head_bytes_max:
-            raise self._fault_of(head_too_large(limits.head_bytes_max))
+            self._fault = head_too_large(limits.head_bytes_max)
+            raise self._fault
         self._head_bytes = 0
         self._head_count += 1
         self._last_head = head
@@ -351,10 +370,6 @@ class RequestReader(asyncio.Protocol):
     def _refuse_head(self, code: str, message: str) -> None:
         self._fault = GatewayError(code, message)
         raise self._fault
-
-    def _fault_of(self, error: GatewayError) -> GatewayError:
-        self._fault = error
-        return error
 
     def on_body(self, body: bytes) -> None:
         """Hand a piece of the body to its exchange."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gpuproxy.proxy.pool import Origin
 
 FIELDS_MAX = 256  # of an answer's head
-HEAD_BYTES_MAX = 262_144  # of an answer's head
+HEAD_BYTES_MAX = 262_144  # of an answer's head; of chunk extensions and trailers, which the parser gathers
 LEARNED_BYTES_MAX = 16_384  # answers up to this are worth remembering the head of
 INTERIM_MAX = 16  # 1xx answers before the final one
 
@@ -139,6 +139,11 @@ class UpstreamConnection(asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.unblock_upload()
 
+    @property
+    def has_begun(self) -> bool:
+        """Tell whether a byte of an answer has come."""
+        return self.has_head or self.head_bytes > 0
+
     # -- the answer -------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
@@ -166,14 +171,15 @@ class UpstreamConnection(asyncio.Protocol):
                 exchange.upstream_faulted(self, _reason(error))
                 return
         if self.parts or self.is_complete:
+            self.head_bytes = 0
             if is_start and self.is_complete:
                 self._learn(exchange, data)
             exchange.relay(self)
-        elif not self.has_head:
-            self.head_bytes += len(data)
-            if self.head_bytes > HEAD_BYTES_MAX:
-                exchange.upstream_faulted(self, f"its head is over {HEAD_BYTES_MAX} bytes")
-        elif not exchange.has_sent_head:
+            return
+        self.head_bytes += len(data)
+        if self.head_bytes > HEAD_BYTES_MAX:
+            exchange.upstream_faulted(self, f"its head, or what follows its body, is over {HEAD_BYTES_MAX} bytes")
+        elif self.has_head and not exchange.has_sent_head:
             exchange.relay(self)
 
     def _take_whole(self, exchange: "Exchange", body: bytes) -> None:
@@ -217,7 +223,10 @@ class UpstreamConnection(asyncio.Protocol):
         if not rule:
             head.fields.append((name, value))
         elif rule == LENGTH:
-            self.content_length = int(value)
+            try:
+                self.content_length = int(value)
+            except ValueError:  # Python reads no number of over 4,300 digits, zeros included
+                raise UpstreamFaultError(f"its Content-Length has {len(value)} digits") from None
         elif rule == CONTENT_TYPE:
             head.content_type = value
             head.fields.append((name, value))

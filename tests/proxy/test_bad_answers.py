@@ -4,6 +4,7 @@ import pytest
 
 from .conftest import Serve
 from .harness import CHAT, OK, RAW, Gateway, answered, request
+from .wire import Listener
 
 STATUS = b"HTTP/1.1 200 OK\r\n"
 SECRET = b"of-somebody-else"
@@ -19,6 +20,7 @@ BAD_HEADS = {
     "CL hex": STATUS + b"Content-Length: 0x3\r\n\r\nabc",
     "CL letters": STATUS + b"Content-Length: abc\r\n\r\nabc",
     "CL over 64 bits": STATUS + b"Content-Length: 18446744073709551619\r\n\r\nabc",
+    "CL of 5,000 digits": STATUS + b"Content-Length: " + b"0" * 4_999 + b"3\r\n\r\nabc",
     "TE gzip, chunked": STATUS + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "TE gzip": STATUS + b"Transfer-Encoding: gzip\r\n\r\nabc",
     "TE chunked, gzip": STATUS + b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
@@ -109,6 +111,30 @@ async def test_an_upstream_that_closes_before_its_head_is_whole_is_a_502(
         upstream.close()
     answer = await client.answer()
     assert (answer.status, answer.json()["code"]) == (502, "UPSTREAM_INVALID")
+    assert (await gateway.receipt()).outcome == "upstream_failed"
+
+
+@pytest.mark.parametrize("is_envelope", [False, True])
+@pytest.mark.parametrize("endless", [b"0\r\nX-Endless: ", b"3;endless="])
+async def test_what_surrounds_chunks_has_an_end(gateway: Gateway, endless: bytes, is_envelope: bool) -> None:
+    target = b'{"protocol":"https","target_url":"http://127.0.0.1:%d/x"}' % gateway.raw.port
+    call = request(b"POST /api/v1/gpu/proxy", body=target) if is_envelope else request(b"GET " + RAW + b"/x")
+    client = await gateway.ask(call)
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    await upstream.send(STATUS + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+    for number in range(4):  # an extension of a chunk is none of the next one's
+        await upstream.send(b"3;" + b"a" * 100_000 + b"\r\n")
+        await gateway.turn()
+        await upstream.send(b"%d00\r\n" % number)
+    await upstream.send(endless)
+    for _ in range(100):
+        if not upstream.send_what_fits(b"a" * 16_384):
+            break
+        await gateway.turn()
+    await upstream.expect_gone()
+    answer = await client.answer()
+    assert answer.status == 502 if is_envelope else not answer.is_whole
     assert (await gateway.receipt()).outcome == "upstream_failed"
 
 
@@ -330,16 +356,49 @@ async def test_a_status_nobody_registered_passes(gateway: Gateway, status: int) 
     assert (answer.status, answer.body) == (status, b"ok")
 
 
-async def test_an_envelope_tells_of_a_cut_answer(serve: Serve) -> None:
-    gateway = await serve()
-    target = b"http://127.0.0.1:%d/x" % gateway.raw.port
-    client = await gateway.ask(
-        request(b"POST /api/v1/gpu/proxy", body=b'{"protocol":"https","target_url":"' + target + b'"}')
-    )
-    upstream = await gateway.raw.accept()
+def _envelope(listener: Listener) -> bytes:
+    target = b'{"protocol":"https","target_url":"http://127.0.0.1:%d/x","method":"GET"}' % listener.port
+    return request(b"POST /api/v1/gpu/proxy", body=target)
+
+
+@pytest.mark.parametrize("body", [b"", b"hello"])
+@pytest.mark.parametrize("is_reused", [False, True])
+async def test_an_envelope_tells_of_a_cut_answer_and_sends_the_call_once(
+    gateway: Gateway, body: bytes, is_reused: bool
+) -> None:
+    client = await gateway.client()
+    if is_reused:
+        await client.send(_envelope(gateway.raw))
+        upstream = await gateway.raw.accept()
+        await upstream.read_head()
+        await upstream.send(OK)
+        assert (await client.answer()).status == 200
+    await client.send(_envelope(gateway.raw))
+    upstream = upstream if is_reused else await gateway.raw.accept()
     await upstream.read_head()
-    await upstream.send(STATUS + HEADS["length"] + b"\r\nhello")
+    await upstream.send(STATUS + HEADS["length"] + b"\r\n" + body)
+    await gateway.turn()
     upstream.close()
     answer = await client.answer()
     assert (answer.status, answer.json()["code"]) == (502, "UPSTREAM_INVALID")
-    assert (await gateway.receipt()).outcome == "upstream_failed"
+    assert gateway.raw.is_untouched()
+    assert (await gateway.receipt(1 + is_reused)).outcome == "upstream_failed"
+
+
+@pytest.mark.parametrize("how", ["lost", "first_byte"])
+async def test_an_envelope_whose_answer_has_begun_is_sent_to_no_other_url(
+    serve: Serve, pair: tuple[Listener, Listener], how: str
+) -> None:
+    gateway = await serve(raw={"urls": [each.url for each in pair]})
+    client = await gateway.ask(_envelope(pair[0]))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.send(STATUS + HEADS["length"] + b"\r\nhello")
+    await gateway.turn()
+    if how == "lost":
+        upstream.close()
+    else:
+        gateway.passes(gateway.config.timeouts.idle_s)
+    assert (await client.answer()).status == (502 if how == "lost" else 504)
+    assert pair[1].is_untouched()
+    assert (await gateway.receipt()).attempts == 1

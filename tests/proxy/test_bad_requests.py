@@ -37,6 +37,7 @@ BAD_HEADS: dict[str, bytes] = {
     "CL float": _head(b"Content-Length: 3.0") + b"abc",
     "CL letters": _head(b"Content-Length: abc") + b"abc",
     "CL over 64 bits": _head(b"Content-Length: 18446744073709551619") + b"abc",
+    "CL of 5,000 digits": _head(b"Content-Length: " + b"0" * 4_999 + b"3") + b"abc",
     "CL arabic digit": _head("Content-Length: ٣".encode()) + b"abc",
     "CL comma": _head(b"Content-Length: 3,") + b"abc",
     "CL quoted": _head(b'Content-Length: "3"') + b"abc",
@@ -284,6 +285,41 @@ async def test_an_endless_head_is_cut_at_the_limit(serve: Serve) -> None:
         if not client.is_silent():
             break
     assert (await client.answer()).status == 431
+
+
+@pytest.mark.parametrize("endless", [b"0\r\nX-Endless: ", b"3;endless="])
+async def test_what_surrounds_chunks_is_cut_at_the_same_limit(serve: Serve, endless: bytes) -> None:
+    gateway = await serve(limits={"head_bytes_max": 4_096})
+    client = await gateway.ask(CHUNKED + b"3\r\nabc\r\n" + endless)
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    await upstream.expect(b"3\r\nabc\r\n")
+    for _ in range(64):
+        client.send_what_fits(b"a" * 256)
+        await gateway.turn()
+        if not client.is_silent():
+            break
+    answer = await client.answer()
+    assert (answer.status, answer.json()["code"]) == (431, "HEAD_TOO_LARGE")
+    await upstream.expect_gone()
+    await client.expect_gone()
+    assert (await gateway.receipt()).outcome == "refused"
+
+
+async def test_long_extensions_between_chunks_that_come_are_no_fault(serve: Serve) -> None:
+    gateway = await serve(limits={"head_bytes_max": 4_096})
+    client = await gateway.ask(CHUNKED)
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    for _ in range(8):
+        await client.send(b"1;" + b"a" * 2_000 + b"\r\n")
+        await gateway.turn()
+        await client.send(b"b\r\n")
+        await upstream.expect(b"1\r\nb\r\n")
+    await client.send(b"0\r\n\r\n")
+    await upstream.expect(b"0\r\n\r\n")
+    await upstream.send(OK)
+    assert (await client.answer()).body == b"ok"
 
 
 async def test_a_second_head_on_a_connection_is_bounded_too(serve: Serve) -> None:

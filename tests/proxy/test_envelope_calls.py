@@ -181,6 +181,7 @@ BAD: list[tuple[bytes, str, str]] = [
     (b'{"protocol":"https","target_url":"http://a/\\r\\nX: y"}', "BAD_REQUEST", "target_url"),
     (b'{"protocol":"https","target_url":"http://a/ b"}', "BAD_REQUEST", "target_url"),
     (b'{"protocol":"nope","target_url":"http://a"}', "UNKNOWN_PROTOCOL", "https, mcp, openinference"),
+    (b'{"protocol":"https","target_url":"http://a","body":"\xff"}', "INVALID_JSON", "body"),
     (b"[" * 100_000, "INVALID_JSON", ""),
     (b'{"protocol":"https","target_url":"http://a","body":' + b"[" * 100_000, "INVALID_JSON", ""),
 ]
@@ -307,6 +308,14 @@ async def test_no_spelling_of_an_inner_address_is_reached(serve: Serve) -> None:
     finally:
         canary.close()
     assert len(spellings) > 200
+
+
+@pytest.mark.parametrize("url", ["http\u017f://{h}", "http://localho\u017ft", "http://{h}/\u017f", "http://{h}?\u212a"])
+async def test_only_ascii_is_a_target(gateway: Gateway, url: str) -> None:
+    client = await gateway.ask(_envelope(protocol="https", target_url=url.format(h=f"127.0.0.1:{gateway.raw.port}")))
+    answer = await client.answer()
+    assert (answer.status, answer.json()["code"]) == (400, "BAD_REQUEST")
+    assert gateway.raw.is_untouched()
 
 
 async def test_the_operator_may_allow_a_network(serve: Serve) -> None:
