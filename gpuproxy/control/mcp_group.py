@@ -3,14 +3,13 @@
 Lists are merged under names that tell the server, calls go to the server their name tells, everything else to all. All
 of it are calls through the gateway itself, see `mcp_inner`; nothing is remembered here. In revisions with sessions the
 client's session id is a sealed text of those at the servers, so any node can read it. A server that does not answer is
-left out, and the log says so.
-
-There is no standalone stream: GET is answered 405, as MCP allows, but for resuming a stream that broke off.
+left out, and the log says so. Streams that tell of changes at all servers are the work of `mcp_listen`.
 """
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 
 import aiohttp
 import msgspec
@@ -32,6 +31,7 @@ from gpuproxy.codec.seal import Seal
 from gpuproxy.config.mcp import McpGroup
 from gpuproxy.control.mcp_answers import RpcError, accepted, in_company, responded, verbatim
 from gpuproxy.control.mcp_inner import Inner, Seat, Told
+from gpuproxy.control.mcp_listen import LISTEN, LISTENING, Source, merged, shared_out
 from gpuproxy.control.mcp_merge import (
     LISTS,
     is_gateways,
@@ -46,7 +46,13 @@ from gpuproxy.control.mcp_relay import relay, while_there
 from gpuproxy.observe.logs import get_logger
 
 PAGES_MAX = 50  # of one server's list
-NAMED = {"tools/call": ("name", MARK), "prompts/get": ("name", MARK), "resources/read": ("uri", URI_MARK)}
+NAMED = {
+    "tools/call": ("name", MARK),
+    "prompts/get": ("name", MARK),
+    "resources/read": ("uri", URI_MARK),
+    "resources/subscribe": ("uri", URI_MARK),
+    "resources/unsubscribe": ("uri", URI_MARK),
+}
 UNREACHABLE = -32066  # as calls to a single server have it
 SESSION_BYTES_MAX = 8_000  # a longer field aiohttp does not take from a client that brings it back
 COMPLAINT_S = 60.0  # between two log lines about one server
@@ -92,7 +98,7 @@ class Group:
         if request.method == "POST" and has_key:
             return await self._posted(request, await self._body(request))
         if request.method == "GET" and has_key:
-            return await self._resumed(request)
+            return await self._listened(request)
         if request.method == "DELETE" and has_key:
             return await self._ended(request)
         return await self._passed(request, self._settings.servers[0], None, None)  # one says it for all
@@ -112,6 +118,8 @@ class Group:
 
     async def _sent(self, turn: "Turn", method: str) -> web.StreamResponse:
         if not method:
+            if "result" not in turn.message and "error" not in turn.message:
+                raise RpcError(400, -32600, "the message has no method, no result and no error", turn.message.get("id"))
             server, answer = inward(turn.message, turn.seats)
             return await self._passed(turn.request, server, encode(answer), turn.seats) if server else accepted()
         if method in LISTS:
@@ -123,6 +131,15 @@ class Group:
             return accepted()
         if method == "server/discover" and _is_stateless(turn.request):
             return await self._discovered(turn)
+        if method == LISTEN and _is_stateless(turn.request):
+            parts = shared_out(object_of(turn.message, "params"), turn.seats)
+            if not parts:
+                fault = (
+                    f"nothing here to tell of; resources begin with server{URI_MARK}, servers: {', '.join(turn.seats)}"
+                )
+                raise RpcError(400, -32602, fault, turn.message.get("id"))
+            bodies = {server: encode(turn.message | {"params": raw(params)}) for server, params in parts.items()}
+            return await self._heard(turn, bodies)
         if method == "logging/setLevel":
             self._good(turn, method, await self._asked(turn, turn.body))
         if method in ("ping", "logging/setLevel"):
@@ -192,15 +209,40 @@ class Group:
 
     # -- sessions ---------------------------------------------------------------------------------------------
 
-    async def _resumed(self, request: web.Request) -> web.StreamResponse:
-        if _is_stateless(request) or "Last-Event-ID" not in request.headers:
-            allow = {"Allow": "POST, DELETE"}
-            raise RpcError(405, -32600, "there is no stream to listen to; post messages", headers=allow)
+    async def _listened(self, request: web.Request) -> web.StreamResponse:
+        if _is_stateless(request):
+            raise RpcError(405, -32600, f"there is no stream to get; post {LISTEN}", headers={"Allow": "POST"})
         seats = self._seats(request)
-        server, event_id = split(request.headers["Last-Event-ID"], MARK, seats)
-        if not server:
+        told = request.headers.get("Last-Event-ID", "")
+        server, event_id = split(told.removeprefix(LISTENING), MARK, seats)
+        if told and not server:
             raise RpcError(400, -32600, "Last-Event-ID names no server of this group")
-        return await self._passed(request, server, None, seats, last_event_id=event_id)
+        if told and not told.startswith(LISTENING):
+            return await self._passed(request, server, None, seats, last_event_id=event_id)
+        return await self._heard(Turn(request, {}, None, seats), dict.fromkeys(seats), server, event_id)
+
+    async def _heard(
+        self, turn: "Turn", bodies: Mapping[str, bytes | None], resumed: str = "", event_id: str = ""
+    ) -> web.StreamResponse:
+        """Pass on the streams of all servers that have one; that of `resumed` from one event on."""
+
+        async def work() -> web.StreamResponse:
+            async with AsyncExitStack() as stack:
+                opening = []
+                for server, body in bodies.items():
+                    headers = {"last_event_id": event_id} if server == resumed else {}
+                    call = self._inner.call(turn.request, server, body, turn.seats[server], **headers)
+                    opening.append(Source(server).open(stack, call, self._settings.timeout_s, body is not None))
+                sources = await asyncio.gather(*opening)
+                self._check_all(turn, [each.told for each in sources])
+                for each in sources:
+                    if not each.is_open and each.told.status != 405 and not is_unknown_method(each.told):
+                        self._complain(each.told, LISTEN)
+                if found := [each for each in sources if each.is_open]:
+                    return await merged(turn.request, found)
+                raise RpcError.of(next(each.told for each in sources if each.told.status))
+
+        return await while_there(turn.request, work())
 
     async def _ended(self, request: web.Request) -> web.StreamResponse:
         seats = {server: seat for server, seat in self._seats(request).items() if seat.session}
@@ -268,7 +310,6 @@ class Group:
 
     async def _body(self, request: web.Request) -> bytes:
         parts: list[bytes] = []
-        size = 0
         async for part in request.content.iter_any():
             size += len(part)
             if size > self._body_bytes_max:

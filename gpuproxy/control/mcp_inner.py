@@ -91,12 +91,7 @@ class Inner:
                 asyncio.timeout(timeout_s),
                 self.call(request, server, body, seat, accept=BOTH) as response,
             ):
-                told = Told(server, response.status, passed_fields(response))
-                told.body = await read_bounded(response.content, ANSWER_BYTES_MAX)
-                told.response = _response_in(response.content_type, told.body)
-                if session := response.headers.get("Mcp-Session-Id"):
-                    told.headers["Mcp-Session-Id"] = session
-                return told
+                return await told_by(server, response)
         return failed
 
     def _open(self) -> aiohttp.ClientSession:
@@ -131,6 +126,16 @@ def passed_fields(response: aiohttp.ClientResponse) -> "CIMultiDict[str]":
         (name, value) for name, value in fields if name.lower() in _PASSED or name.lower().startswith(_PASSED_BEGIN)
     ]
     return CIMultiDict(kept)
+
+
+async def told_by(server: str, response: aiohttp.ClientResponse) -> Told:
+    """Return the whole of a server's answer. Raises aiohttp.ClientError."""
+    told = Told(server, response.status, passed_fields(response))
+    told.body = await read_bounded(response.content, ANSWER_BYTES_MAX)
+    told.response = _response_in(response.content_type, told.body)
+    if session := response.headers.get("Mcp-Session-Id"):
+        told.headers["Mcp-Session-Id"] = session
+    return told
 
 
 async def read_bounded(stream: aiohttp.StreamReader, bytes_max: int) -> bytes:

@@ -1,7 +1,7 @@
 """Answers of several MCP servers made into one.
 
-Lists are put together by the names clients see, all pages in one. What the group cannot do for its servers, telling of
-changes and subscriptions, it does not promise.
+Lists are put together by the names clients see, all pages in one. A group promises what one of its servers does, but
+for what it does not know: experiments, extensions, tasks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from msgspec import Raw
 
 from gpuproxy.codec.mcp import UNREADABLE, Fields, raw, text_of
 from gpuproxy.control.mcp_inner import Told
-from gpuproxy.control.mcp_names import decode_list, object_of, relabelled
+from gpuproxy.control.mcp_names import decode_list, object_of, relabelled, texts_of
 
 LISTS = {
     "tools/list": "tools",
@@ -21,10 +21,16 @@ LISTS = {
     "resources/list": "resources",
     "resources/templates/list": "resourceTemplates",
 }
-PROMISED = ("tools", "prompts", "resources", "completions", "logging")
+PROMISED = {  # and what of each
+    "tools": ("listChanged",),
+    "prompts": ("listChanged",),
+    "resources": ("listChanged", "subscribe"),
+    "completions": (),
+    "logging": (),
+}
+TRUE = Raw(b"true")
 
 _decode_int = msgspec.json.Decoder(int).decode
-_decode_texts = msgspec.json.Decoder(list[str]).decode
 
 
 def merged_list(field: str, pages: Sequence[Told]) -> Fields:
@@ -54,7 +60,7 @@ def merged_discovery(group: str, told: Sequence[Told]) -> Fields:
     """Return the result of `server/discover`: the revisions that all of them speak."""
     results = {each.server: object_of(each.response, "result") for each in told}
     first = next(iter(results.values()))
-    spoken = [_texts(result, "supportedVersions") for result in results.values()]
+    spoken = [texts_of(result, "supportedVersions") for result in results.values()]
     common = [revision for revision in spoken[0] if all(revision in others for others in spoken)]
     kept = {name: value for name, value in first.items() if name in ("resultType", "ttlMs", "cacheScope")}
     if "cacheScope" in kept:
@@ -80,7 +86,11 @@ def is_gateways(told: Told) -> bool:
 
 def _described(results: dict[str, Fields]) -> Fields:
     offered = [object_of(result, "capabilities") for result in results.values()]
-    capabilities: dict[str, Any] = {name: {} for name in PROMISED if any(name in each for each in offered)}
+    capabilities: dict[str, Any] = {}
+    for name, parts in PROMISED.items():
+        found = [object_of(each, name) for each in offered if name in each]
+        if found:
+            capabilities[name] = {part: True for part in parts if any(each.get(part) == TRUE for each in found)}
     hints = {server: text_of(result, "instructions") for server, result in results.items()}
     said = [f"{server}: {hint}" for server, hint in hints.items() if hint]
     described = {"capabilities": raw(capabilities)}
@@ -101,12 +111,5 @@ def _items(result: Fields, field: str) -> Iterable[Raw]:
 def _number(fields: Fields, name: str) -> list[int]:
     try:
         return [_decode_int(fields[name])] if name in fields else []
-    except UNREADABLE:
-        return []
-
-
-def _texts(fields: Fields, name: str) -> list[str]:
-    try:
-        return _decode_texts(fields[name]) if name in fields else []
     except UNREADABLE:
         return []

@@ -14,6 +14,7 @@ MARK = "__"  # no server of a group has it in its name
 URI_MARK = "+"  # a scheme may hold it (RFC 3986 §3.1), a server's name not
 
 decode_list = msgspec.json.Decoder(list[Raw]).decode
+_decode_texts = msgspec.json.Decoder(list[str]).decode
 
 
 def object_of(fields: Fields, name: str) -> Fields:
@@ -22,6 +23,14 @@ def object_of(fields: Fields, name: str) -> Fields:
         return decode_fields(fields[name]) if name in fields else {}
     except UNREADABLE:
         return {}
+
+
+def texts_of(fields: Fields, name: str) -> list[str]:
+    """Return a field that is a list of texts, empty if it is not."""
+    try:
+        return _decode_texts(fields[name]) if name in fields else []
+    except UNREADABLE:
+        return []
 
 
 def shown_name(server: str, name: str) -> str:
@@ -58,28 +67,42 @@ def relabelled(item: Raw, server: str) -> Raw:
 def outward(payload: bytes, server: str) -> bytes:
     """Return a server's message as its client may see it.
 
-    A request carries its server in its id, so that the answer finds its way back; links to resources lead here again.
+    A request carries its server in its id, so that the answer finds its way back, and so does the word that it is
+    cancelled; what names a resource leads here again.
     """
     try:
         message = decode_fields(payload)
-    except UNREADABLE:
-        return payload
-    if "method" in message:
-        if "id" not in message:
+        if "method" in message:
+            return _asked(message, payload, server)
+        if "result" not in message or b'"uri"' not in payload:
             return payload
-        message["id"] = raw(f"{server}{MARK}{bytes(message['id']).decode()}")
-        return encode(message)
-    if "result" not in message or b'"uri"' not in payload:
-        return payload
-    try:
         result = decode_fields(message["result"])
     except UNREADABLE:
         return payload
-    for name, change in (("contents", _located), ("content", _linked)):
+    for name, change in (("contents", _located), ("content", _linked), ("messages", _spoken)):
         if name in result:
             result[name] = _each(result[name], server, change)
     message["result"] = raw(result)
     return encode(message)
+
+
+def _asked(message: Fields, payload: bytes, server: str) -> bytes:
+    if "id" in message:
+        message["id"] = _labelled(message["id"], server)
+        return encode(message)
+    method, params = text_of(message, "method"), object_of(message, "params")
+    if method == "notifications/resources/updated":
+        params = _located(params, server)
+    elif method == "notifications/cancelled" and "requestId" in params:
+        params["requestId"] = _labelled(params["requestId"], server)
+    else:
+        return payload
+    message["params"] = raw(params)
+    return encode(message)
+
+
+def _labelled(rpc_id: Raw, server: str) -> Raw:
+    return raw(f"{server}{MARK}{bytes(rpc_id).decode()}")
 
 
 def inward(answer: Fields, servers: Iterable[str]) -> tuple[str, Fields]:
@@ -105,3 +128,8 @@ def _linked(fields: Fields, server: str) -> Fields:
     if "resource" in fields:
         return fields | {"resource": raw(_located(object_of(fields, "resource"), server))}
     return fields
+
+
+def _spoken(fields: Fields, server: str) -> Fields:
+    content = object_of(fields, "content")
+    return fields | {"content": raw(_linked(content, server))} if content else fields

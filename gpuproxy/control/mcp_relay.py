@@ -39,14 +39,18 @@ class EventRelabeller:
 
     def _edited(self, event: bytes) -> bytes:
         was_passing, self._is_passing = self._is_passing, False
-        if was_passing:
-            return event
-        return with_lines(with_data(event, lambda payload: outward(payload, self._server)), self._identified)
+        return event if was_passing else named(event, self._server)
 
-    def _identified(self, line: bytes) -> bytes:
+
+def named(event: bytes, server: str, lead: str = "") -> bytes:
+    """Return an event whose id, behind `lead`, and whose message name their server."""
+
+    def identified(line: bytes) -> bytes:
         if not line.startswith(b"id:") or not (event_id := line[3:].removeprefix(b" ")):
             return line
-        return b"id: " + f"{self._server}{MARK}".encode() + event_id
+        return b"id: " + f"{lead}{server}{MARK}".encode() + event_id
+
+    return with_lines(with_data(event, lambda payload: outward(payload, server)), identified)
 
 
 async def relay(request: web.Request, response: aiohttp.ClientResponse, server: str) -> web.StreamResponse:

@@ -64,7 +64,36 @@ def test_links_to_resources_lead_back_to_the_group() -> None:
     assert (shown[0]["uri"], shown[1]["resource"]["uri"], shown[2]) == ("web+file:///a", "web+file:///b", content[2])
 
 
-@pytest.mark.parametrize("payload", [b"", b"x", b"[]", b'{"result":5,"uri":"uri"}', b'{"error":{"code":1}}'])
+def test_links_in_the_messages_of_a_prompt_lead_back_to_the_group() -> None:
+    content = [
+        {"type": "resource", "resource": {"uri": "file:///b", "text": "t"}},
+        {"type": "resource_link", "uri": "file:///a", "name": "a"},
+        {"type": "text", "text": '"uri"'},
+        "no object",
+    ]
+    result = {"messages": [{"role": "user", "content": each} for each in content]}
+    found = json.loads(outward(json.dumps({"id": 1, "result": result}).encode(), "web"))
+    shown = [each["content"] for each in found["result"]["messages"]]
+    assert (shown[0]["resource"]["uri"], shown[1]["uri"]) == ("web+file:///b", "web+file:///a")
+    assert shown[2:] == content[2:]
+
+
+def test_a_question_is_cancelled_by_the_id_it_was_asked_by() -> None:
+    asked = json.loads(outward(json.dumps(ASKED).encode(), "web"))
+    note = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": ASKED["id"], "reason": "x"}}
+    found = json.loads(outward(json.dumps(note).encode(), "web"))
+    assert found["params"] == {"requestId": asked["id"], "reason": "x"}
+
+
+def test_a_change_of_a_resource_names_it_as_the_group_does() -> None:
+    note = {"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": {"uri": "file:///a"}}
+    assert json.loads(outward(json.dumps(note).encode(), "web"))["params"] == {"uri": "web+file:///a"}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"x", b"[]", b'{"result":5,"uri":"uri"}', b'{"error":{"code":1}}', b'{"id":"\xff","method":"x"}'],
+)
 def test_what_has_no_names_stays_as_it_is(payload: bytes) -> None:
     assert outward(payload, "web") == payload
 
@@ -123,7 +152,7 @@ def test_a_group_speaks_the_revisions_that_all_its_servers_speak() -> None:
     other = {"supportedVersions": ["2026-07-28", "2027-01-01"], "capabilities": {"prompts": {}, "tasks": {}}}
     found = json.loads(msgspec.json.encode(merged_discovery("all", [told("a", one), told("b", other)])))
     assert found["supportedVersions"] == ["2026-07-28"]
-    assert found["capabilities"] == {"tools": {}, "prompts": {}}
+    assert found["capabilities"] == {"tools": {"listChanged": True}, "prompts": {}}
 
 
 @pytest.mark.parametrize(("name", "shown"), [("a b", "a b"), (" a", "=?base64?IGE=?="), ("é", "=?base64?w6k=?=")])

@@ -1,0 +1,135 @@
+"""Streams of several servers as one: what changes there, and what they ask of their own accord.
+
+In sessions that is the stream a client gets by GET, from revision 2026-07-28 on the answer to `subscriptions/listen`.
+Whole events take turns in it. A server that has no such stream is left out. The first stream to end ends the client's:
+clients open theirs again, and then all servers are asked anew.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+
+from gpuproxy.codec.events import EventCutter
+from gpuproxy.codec.mcp import UNREADABLE, Fields, decode_fields, encode, raw, text_of
+from gpuproxy.codec.sse import event_payloads
+from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Told, passed_fields, told_by
+from gpuproxy.control.mcp_names import URI_MARK, object_of, shown_uri, split, texts_of
+from gpuproxy.control.mcp_relay import EVENTS, named
+
+LISTENING = "~"  # begins the ids of events in such a stream; no name of a server does
+LISTEN = "subscriptions/listen"
+ACKNOWLEDGED = "notifications/subscriptions/acknowledged"
+URIS = "resourceSubscriptions"
+
+Call = AbstractAsyncContextManager[aiohttp.ClientResponse]
+
+
+class Source:
+    """What a server answered, and its stream if it has one; `acknowledged` is what a subscription begins with."""
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+        self.told = Told(server, 0, CIMultiDict())
+        self.acknowledged: Fields = {}
+        self.is_open = False
+        self._response: aiohttp.ClientResponse | None = None
+        self._cutter = EventCutter()
+        self._events: deque[bytes] = deque()
+
+    async def open(self, stack: AsyncExitStack, call: Call, timeout_s: float, is_subscription: bool) -> "Source":
+        """Send the call; the stream stays open as long as the stack. One that cannot be had in time stays closed."""
+        with suppress(aiohttp.ClientError, TimeoutError, OSError, *UNREADABLE):
+            async with asyncio.timeout(timeout_s):
+                response = self._response = await stack.enter_async_context(call)
+                if response.status != 200 or response.content_type != EVENTS:
+                    self.told = await told_by(self.server, response)
+                else:
+                    self.told = Told(self.server, response.status, passed_fields(response))
+                    self.is_open = not is_subscription or await self._is_acknowledged()
+        if not self.is_open and self._response is not None:
+            self._response.close()
+        return self
+
+    async def _is_acknowledged(self) -> bool:
+        while event := await self.next_event():
+            for payload in event_payloads(event):
+                message = decode_fields(payload)
+                if text_of(message, "method") != ACKNOWLEDGED:
+                    self.told.body, self.told.response = payload, message
+                    return False
+                self.acknowledged = message
+                return True
+        return False
+
+    async def next_event(self) -> bytes:
+        """Return the next event, empty at the end. Raises aiohttp.ClientPayloadError for one that is too long."""
+        assert self._response is not None
+        while not self._events:
+            data = await self._response.content.readany()
+            if not data:
+                return b""
+            self._events += self._cutter.feed(data)
+            if self._cutter.held_bytes > ANSWER_BYTES_MAX:
+                raise aiohttp.ClientPayloadError(f"an event of over {ANSWER_BYTES_MAX} bytes")
+        return self._events.popleft()
+
+
+async def merged(request: web.Request, sources: Sequence[Source]) -> web.StreamResponse:
+    """Pass on what all sources say until one of them ends. What breaks off ends visibly broken."""
+    out = web.StreamResponse(headers=sources[0].told.headers)
+    await out.prepare(request)
+    following = [asyncio.ensure_future(_follow(source, out)) for source in sources]
+    try:
+        if sources[0].acknowledged:
+            await out.write(b"event: message\ndata: %b\n\n" % encode(acknowledgement(sources)))
+        ended, _ = await asyncio.wait(following, return_when=asyncio.FIRST_COMPLETED)
+        for each in ended:
+            each.result()
+        await out.write_eof()
+    except (aiohttp.ClientError, ConnectionError):
+        if request.transport is not None:
+            request.transport.abort()
+    finally:
+        for each in following:
+            each.cancel()
+        await asyncio.gather(*following, return_exceptions=True)
+    return out
+
+
+async def _follow(source: Source, out: web.StreamResponse) -> None:
+    while event := await source.next_event():
+        await out.write(named(event, source.server, LISTENING))  # in one piece, also while another one waits to write
+
+
+# -- subscriptions ------------------------------------------------------------------------------------------------
+
+
+def shared_out(params: Fields, servers: Iterable[str]) -> dict[str, Fields]:
+    """Return the params for each server that a subscription concerns: all for lists, its own for resources."""
+    wished = object_of(params, "notifications")
+    lists = {name: value for name, value in wished.items() if name != URIS}
+    parts: dict[str, Fields] = {}
+    for server in servers:
+        uris = [uri for each in texts_of(wished, URIS) if (uri := split(each, URI_MARK, (server,))[1])]
+        if part := lists | ({URIS: raw(uris)} if uris else {}):
+            parts[server] = params | {"notifications": raw(part)}
+    return parts
+
+
+def acknowledgement(sources: Sequence[Source]) -> Fields:
+    """Return the one message that says what any of the servers will tell of."""
+    granted: Fields = {}
+    uris: list[str] = []
+    for source in sources:
+        part = object_of(object_of(source.acknowledged, "params"), "notifications")
+        uris += [shown_uri(source.server, uri) for uri in texts_of(part, URIS)]
+        granted |= {name: value for name, value in part.items() if name not in granted or bytes(value) == b"true"}
+    if URIS in granted:
+        granted[URIS] = raw(uris)
+    first = sources[0].acknowledged
+    return first | {"params": raw(object_of(first, "params") | {"notifications": raw(granted)})}
