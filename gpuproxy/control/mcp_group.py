@@ -30,7 +30,7 @@ from gpuproxy.codec.mcp import (
 from gpuproxy.codec.seal import Seal
 from gpuproxy.config.mcp import McpGroup
 from gpuproxy.control.mcp_answers import RpcError, accepted, in_company, responded, verbatim
-from gpuproxy.control.mcp_inner import Inner, Seat, Told
+from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Inner, Seat, Told
 from gpuproxy.control.mcp_listen import LISTEN, LISTENING, Source, merged, shared_out
 from gpuproxy.control.mcp_merge import (
     LISTS,
@@ -171,18 +171,20 @@ class Group:
         params = object_of(turn.message, "params")
         params.pop("cursor", None)  # all is in one page
         pages = await asyncio.gather(*(self._pages(turn, server, params) for server in turn.seats))
-        firsts = self._good(turn, method, [each[0] for each in pages])
-        named = {each.server for each in firsts}
-        whole = [page for each in pages for page in each if page.server in named and page.result is not None]
-        return in_company(responded(turn.message, merged_list(LISTS[method], whole)), firsts[0])
+        lasts = self._good(turn, method, [each[-1] for each in pages])
+        named = {each.server for each in lasts}
+        whole = [page for each in pages if each[-1].server in named for page in each]
+        return in_company(responded(turn.message, merged_list(LISTS[method], whole)), lasts[0])
 
     async def _pages(self, turn: "Turn", server: str, params: Fields) -> list[Told]:
         pages: list[Told] = []
         cursor = ""
-        while len(pages) < PAGES_MAX:
+        size = 0
+        while len(pages) < PAGES_MAX and size <= ANSWER_BYTES_MAX:
             asked = params | ({"cursor": raw(cursor)} if cursor else {})
             body = encode(turn.message | ({"params": raw(asked)} if asked else {}))
             pages.append(await self._ask(turn, server, body))
+            size += len(pages[-1].body)
             if not (cursor := next_cursor(pages[-1])):
                 break
         return pages
@@ -310,6 +312,7 @@ class Group:
 
     async def _body(self, request: web.Request) -> bytes:
         parts: list[bytes] = []
+        size = 0
         async for part in request.content.iter_any():
             size += len(part)
             if size > self._body_bytes_max:
