@@ -13,9 +13,10 @@ from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.cursor import Cursor
 from gpuproxy.store.engine import Store
-from gpuproxy.store.rounds import rounds
+from gpuproxy.store.rounds import rounds, unless_unchanged
 
 POLL_S = 0.3  # a revoked key must be dead everywhere within a second
+EXPIRED_S = 1.0  # how late a key whose end was moved may be found to have expired
 REREAD = 100  # rows before the newest, read again at the start: transactions with lower numbers may be open
 
 logger = get_logger(__name__)
@@ -42,7 +43,7 @@ class ChangeFeed:
         self._woken.set()
 
     async def poll_once(self) -> int:
-        """Push what is new; return how many keys lost their right."""
+        """Push what is new; return how many changes that were."""
         async with self._reading:
             await revoke_expired_keys(self._store)
             rows, changed = await unread_changes(self._store, self._cursor)
@@ -54,9 +55,10 @@ class ChangeFeed:
             if changed.lost:
                 logger.info("keys revoked", key_ids=changed.lost)
                 self._link.revoke(changed.lost)
-        return len(changed.lost)
+        return len(rows)
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Poll until `stopping` is set, through outages of the store."""
         complain = partial(logger.error, "change feed cannot be read, will go on")
-        await rounds(self.poll_once, POLL_S, stopping, complain, self._woken)
+        look = unless_unchanged(self._store, self.poll_once, EXPIRED_S)
+        await rounds(look, POLL_S, stopping, complain, self._woken)

@@ -6,6 +6,7 @@ configuration any more, after a change of the file, are told in the log, and the
 """
 
 import asyncio
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import load_plugins, routing_faults
 from gpuproxy.store.engine import Store
-from gpuproxy.store.rounds import rounds
+from gpuproxy.store.rounds import rounds, unless_unchanged
 from gpuproxy.store.schema import routing_blocks
 
 POLL_S = 1.0  # how late changes of other nodes may be noticed
@@ -120,7 +121,8 @@ class RoutingFeed:
     async def run(self, stopping: asyncio.Event) -> None:
         """Poll until `stopping` is set, through outages of the store."""
         complain = partial(logger.error, "upstreams and models cannot be read, will go on")
-        await rounds(self.poll_once, POLL_S, stopping, complain, self._woken)
+        look = unless_unchanged(self._store, self.poll_once, math.inf)
+        await rounds(look, POLL_S, stopping, complain, self._woken)
 
 
 def _model_names(config: Config) -> Iterator[str]:

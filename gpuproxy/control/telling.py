@@ -33,8 +33,7 @@ class Teller:
         """Tell the sums that are old enough; return how many."""
         now = datetime.now(UTC)
         before, count = now - timedelta(seconds=self._usage_s), 0
-        async with self._store.reading() as connection:
-            is_any_due = await connection.run_sync(usage.is_any_due, before)
+        is_any_due = await usage.is_any_due(self._store, before)
         while is_any_due:
             async with self._store.writing() as connection:
                 told = await connection.run_sync(usage.tell_due, before, now)

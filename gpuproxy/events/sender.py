@@ -18,9 +18,10 @@ from gpuproxy.events.post import Poster
 from gpuproxy.events.signing import body_of, headers_of
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store, fault_of
-from gpuproxy.store.rounds import rounds
+from gpuproxy.store.rounds import rounds, unless_unchanged
 
-POLL_S = 0.5
+POLL_S = 0.5  # between two looks for what is new
+DUE_S = 1.0  # and for what was to wait until now
 BUSY_POLL_S = 0.05  # while posts are under way, for each that ends makes room
 LEASE_MARGIN_S = 45.0  # over the time limit of a post: for the store to take the outcome
 ACCOUNT_SHARE = 10
@@ -140,7 +141,12 @@ class Sender:
     async def run(self, stopping: asyncio.Event) -> None:
         """Send until `stopping` is set, through outages of the store; then wait for what is under way."""
         complain = partial(logger.error, "webhooks cannot be read, will go on")
-        await rounds(self.send_due, lambda: BUSY_POLL_S if self._sending else POLL_S, stopping, complain)
+        look = unless_unchanged(self._store, self.send_due, DUE_S)
+
+        async def send() -> None:
+            await (self.send_due() if self._sending else look())  # a post that ends makes room, unseen by the store
+
+        await rounds(send, lambda: BUSY_POLL_S if self._sending else POLL_S, stopping, complain)
         await self.close()
 
     async def close(self) -> None:

@@ -20,7 +20,7 @@ from gpuproxy.config import Events
 from gpuproxy.events.webhooks import forget_old
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store
-from gpuproxy.store.rounds import rounds
+from gpuproxy.store.rounds import rounds, unless_unchanged
 from gpuproxy.store.schema import events
 
 GAP_S = 60.0  # longer than any transaction here may take
@@ -143,12 +143,14 @@ class Stream:
         """Poll until `stopping` is set, through outages of the store."""
         poll_s = self._settings.poll_s
         complain = partial(logger.error, "events cannot be read, will go on")
-        await rounds(self._round, lambda: 0.0 if self._is_behind else poll_s, stopping, complain)
+        look = unless_unchanged(self._store, self._round, FORGET_S)
+        await rounds(look, lambda: 0.0 if self._is_behind else poll_s, stopping, complain)
 
-    async def _round(self) -> None:
+    async def _round(self) -> bool:
         self._is_behind = False
         self._is_behind = await self.poll_once() == READ_MAX
         await self.forget()
+        return self._is_behind
 
 
 def _may_see(user_id: str | None) -> ColumnElement[bool]:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, and_, bindparam, delete, exists, func, s
 
 from gpuproxy.events.catalogue import EVERYTHING
 from gpuproxy.events.outbox import record
-from gpuproxy.store.engine import insert_into
+from gpuproxy.store.engine import Store, insert_into
 from gpuproxy.store.schema import usage_sums, webhook_events, webhooks
 
 NAME = "usage.recorded"
@@ -85,9 +85,9 @@ def _named(charged: Charged) -> dict[str, int]:
     return {f"more_{name}": value for name, value in zip(Charged._fields, charged, strict=True)}
 
 
-def is_any_due(connection: Connection, before: datetime) -> bool:
+async def is_any_due(store: Store, before: datetime) -> bool:
     """Tell whether `tell_due` would find something."""
-    return connection.scalar(select(_column.user_id).where(_column.since <= before).limit(1)) is not None
+    return bool(await store.look(select(_column.user_id).where(_column.since <= before).limit(1)))
 
 
 def tell_due(connection: Connection, before: datetime, now: datetime) -> int:

@@ -78,7 +78,10 @@ class Ingest:
         await self._load_offsets()
         self._discover()
         total = 0
-        while taken := await asyncio.to_thread(_read_batch, list(self._segments.values())):
+        while any(segment.has_more() for segment in self._segments.values()):
+            taken = await asyncio.to_thread(_read_batch, list(self._segments.values()))
+            if not taken:
+                break
             total += await self._commit(taken)
         await self._finish()
         total += await self._settle_lost()

@@ -15,10 +15,11 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, Select, select, update
 
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.budgets import KEY_MARK, Budget, refused, room
@@ -168,8 +169,7 @@ class Leases:
         living = {lease_owner(self._node, epoch) for epoch in (*linked, *journaled)}
         self._windows.sweep(self.now_ns())
         self._forget_limits()
-        async with self._store.reading() as connection:
-            found = await connection.run_sync(_owners, lease_owner(self._node, ""))
+        found = {row.owner for row in await self._store.look(_owners(lease_owner(self._node, "")))}
         dead = {owner for owner in found if worker_of(owner) not in living}
         ended, self._suspects = dead & self._suspects, dead
         if time.monotonic() - self._renewed_s >= self.expiry_s / RENEWALS:
@@ -389,9 +389,9 @@ def _give_back(connection: Connection, owed: dict[tuple[str, str], int], idle: I
             holds.give_back(connection, hold.id, amount)
 
 
-def _owners(connection: Connection, prefix: str) -> set[str]:
+def _owners(prefix: str) -> Select[Any]:
     chosen = (table.c.state == "pending") & (table.c.owner >= prefix) & (table.c.owner < prefix + "\U0010ffff")
-    return set(connection.scalars(select(table.c.owner).where(chosen).distinct()))
+    return select(table.c.owner).where(chosen).distinct()
 
 
 def _end(connection: Connection, owner: str) -> int:

@@ -97,6 +97,11 @@ class Segment:
         """Return the bytes in the file now."""
         return os.fstat(self._fd).st_size
 
+    def has_more(self) -> bool:
+        """Tell whether there are bytes to read, or the last word whether the writer is gone."""
+        self._look_for_writer()
+        return self.size() != self.offset
+
     def read(self, rows_max: int) -> Cut:
         """Cut the next receipts off the file; moves nothing. Looks first whether the writer is gone.
 

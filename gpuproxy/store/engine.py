@@ -9,7 +9,7 @@ and writes later would fail with "database is locked" at once, whatever busy_tim
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,17 @@ class Store:
                 return rows
         async with self.reading() as connection:
             return (await connection.execute(query)).all()
+
+    def version(self) -> int | None:
+        """Return a number that is another whenever somebody else has written meanwhile; None on PostgreSQL.
+
+        "Somebody else" is every connection but the one of `look`, in any process. Cost: 16 µs, of a `look` 300.
+        """
+        if self._window is None:
+            return None
+        with closing(self._window.raw_connection()) as window:
+            version: int = window.execute("PRAGMA data_version").fetchone()[0]
+            return version
 
     def insert_new(self, table: Table) -> Insert:
         """Return an INSERT that passes over rows that exist already."""

@@ -1,10 +1,11 @@
 """Work that comes round again and again while control runs, through outages of what it needs."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from gpuproxy.store.engine import fault_of
+from gpuproxy.store.engine import Store, fault_of
 
 
 class Complain(Protocol):
@@ -38,6 +39,28 @@ async def rounds(
         await pause(pause_s() if callable(pause_s) else pause_s, *ends)
         if woken is not None:
             woken.clear()
+
+
+def unless_unchanged(
+    store: Store, work: Callable[[], Awaitable[object]], again_s: float
+) -> Callable[[], Awaitable[object]]:
+    """Return `work` that is passed over as long as the store is as it was when it last found nothing to do.
+
+    It found nothing if it returned something false. After `again_s` it is done anyway: time passes for the store too.
+    PostgreSQL cannot tell at once whether it has changed, so there it is done every time.
+    """
+    seen: int | None = None
+    done_s = 0.0
+
+    async def look() -> None:
+        nonlocal seen, done_s
+        version, now_s = store.version(), time.monotonic()
+        if version is not None and version == seen and now_s - done_s < again_s:
+            return
+        has_found = await work()
+        seen, done_s = None if has_found else version, now_s
+
+    return look
 
 
 async def pause(seconds: float, *until: asyncio.Event) -> None:

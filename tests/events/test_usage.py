@@ -87,7 +87,8 @@ async def test_a_charge_after_the_telling_begins_another_sum(sums: Sums) -> None
     for at in (NOON, LATER):
         await sums.do(usage.add, {sums.ann: Charged(1, 2, 3, 4)}, at)
         await sums.do(usage.add, {sums.ann: Charged(1, 2, 3, 4)}, at + timedelta(seconds=5))
-        assert not await sums.do(usage.is_any_due, at - timedelta(seconds=1))
+        assert not await usage.is_any_due(sums.store, at - timedelta(seconds=1))
+        assert await usage.is_any_due(sums.store, at)
         assert await sums.do(usage.tell_due, at, at + timedelta(seconds=6)) == 1
     assert await sums.told() == [(sums.ann, 2, 8)] * 2
 

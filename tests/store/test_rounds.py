@@ -2,11 +2,15 @@
 
 import asyncio
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import insert
 
 from gpuproxy.store import rounds as module
-from gpuproxy.store.rounds import pause, rounds
+from gpuproxy.store.engine import Store
+from gpuproxy.store.rounds import pause, rounds, unless_unchanged
+from gpuproxy.store.schema import changes
 
 WAIT_S = 5.0
 LONG_S = 3_600.0
@@ -86,3 +90,81 @@ async def test_a_pause_leaves_nothing_behind() -> None:
         assert asyncio.all_tasks() == {asyncio.current_task()}
         for event in events:
             event.clear()
+
+
+class Looks:
+    """Counts; finds what it is told to find."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.found = 0
+
+    async def __call__(self) -> int:
+        self.count += 1
+        return self.found
+
+
+async def write(store: Store) -> None:
+    async with store.writing() as connection:
+        await connection.execute(insert(changes).values(kind="key_revoked", subject_id="k", at=datetime.now(UTC)))
+
+
+async def test_an_unchanged_store_is_looked_at_no_more(store: Store) -> None:
+    looks = Looks()
+    look = unless_unchanged(store, looks, LONG_S)
+    for _ in range(3):
+        await look()
+    assert looks.count == (1 if store.is_sqlite else 3)
+    before = looks.count
+    await write(store)
+    await look()
+    assert looks.count == before + 1
+
+
+async def test_who_has_found_something_looks_again(store: Store) -> None:
+    looks = Looks()
+    look = unless_unchanged(store, looks, LONG_S)
+    looks.found = 500
+    await look()
+    await look()
+    assert looks.count == 2
+
+
+async def test_what_is_written_during_a_look_is_seen_by_the_next(store: Store) -> None:
+    count = 0
+
+    async def work() -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            await write(store)
+
+    look = unless_unchanged(store, work, LONG_S)
+    await look()
+    await look()
+    assert count == 2
+
+
+async def test_time_alone_makes_it_look_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, now_s = Looks(), 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now_s)
+    look = unless_unchanged(store, looks, 1.0)
+    await look()
+    now_s = 101.0
+    await look()
+    assert looks.count == 2
+
+
+async def test_a_look_that_failed_is_done_again(store: Store) -> None:
+    looks = Looks()
+
+    async def work() -> int:
+        if await looks() == 0 and looks.count == 1:
+            raise ValueError("away")
+        return 0
+
+    look = unless_unchanged(store, work, LONG_S)
+    with pytest.raises(ValueError, match="away"):
+        await look()
+    await look()
+    assert looks.count == 2
