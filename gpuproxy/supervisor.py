@@ -319,21 +319,21 @@ def serve(config_path: Path | None) -> int:
     configure_logs(config.log)
     check_plugins(config, os.environ)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    Path(config.server.data_dir).mkdir(parents=True, exist_ok=True)
+    directory = Path(config.server.data_dir)
     try:
         sockets = _listening_sockets(config.server.host, config.server.port, config.server.workers)
     except OSError as error:
         place = f"{config.server.host}:{config.server.port}"
-        print(
-            f"gpuproxy: cannot listen on {place}: {error.strerror}; set another [server] port",
-            file=sys.stderr,
-        )
+        _log.critical("cannot listen; set another [server] host or port", address=place, cause=error.strerror)
         return 1
-    lock = _locked(Path(config.server.data_dir))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = _locked(directory)
+    except OSError as error:
+        _log.critical("the data directory cannot be used; set another [server] data_dir", cause=str(error))
+        return 1
     if lock is None:
-        print(
-            f"gpuproxy: another gateway uses {config.server.data_dir}; set another [server] data_dir", file=sys.stderr
-        )
+        _log.critical("another gateway uses the data directory; set another [server] data_dir", path=str(directory))
         return 1
     with lock:
         return Supervisor(config_path, config, sockets).run()

@@ -16,10 +16,17 @@ from gpuproxy.errors import ConfigError
 def serve(config_path: Path | None) -> None:
     """Run the gateway until SIGTERM or Ctrl-C."""
     path = config_path_of(config_path)
-    load(path)
-    from gpuproxy import supervisor
+    try:
+        load(path)
+        from gpuproxy import supervisor
 
-    sys.exit(supervisor.serve(path))
+        sys.exit(supervisor.serve(path))
+    except ConfigError as error:
+        from gpuproxy.observe.logs import log_faults
+
+        if not log_faults(error.faults):
+            raise
+        sys.exit(2)
 
 
 @click.command()

@@ -6,7 +6,7 @@ and again, so it is rendered once and remembered: 2 µs a line, where asking eac
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from operator import attrgetter
 from typing import get_args
@@ -18,6 +18,7 @@ from gpuproxy.types import Receipt, UsageSource
 
 MESSAGE = "call"
 LABELS = ("user_id", "key_id", "protocol", "upstream", "model", "method", "path", "status", "outcome")
+WRITE_BYTES_MAX = 4_096  # PIPE_BUF: what is longer, another process's line could stand in the middle of (pipe(7))
 REMEMBERED_MAX = 4_096  # then all are forgotten: paths may be any
 
 _labels_of = attrgetter(*LABELS)
@@ -135,8 +136,17 @@ def access_log(is_json: bool) -> Callable[[Iterable[Receipt]], None]:
     def write(receipts: Iterable[Receipt]) -> None:
         if not logging.getLogger().isEnabledFor(logging.INFO):
             return
-        lines = "".join([line(receipt) for receipt in receipts])
-        sys.stderr.buffer.write(lines.encode())
-        sys.stderr.buffer.flush()
+        for lines in whole_lines("".join([line(receipt) for receipt in receipts]).encode()):
+            sys.stderr.buffer.write(lines)
+            sys.stderr.buffer.flush()
 
     return write
+
+
+def whole_lines(text: bytes) -> Iterator[bytes]:
+    """Yield the text in pieces of whole lines, of at most WRITE_BYTES_MAX if one line is not longer."""
+    start = 0
+    while start < len(text):
+        end = text.rfind(b"\n", start, start + WRITE_BYTES_MAX) + 1 or text.index(b"\n", start) + 1
+        yield text[start:end]
+        start = end

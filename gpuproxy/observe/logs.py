@@ -7,7 +7,9 @@ in each process. It is kept out.
 import logging
 import os
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
+from types import TracebackType
 
 from gpuproxy import config
 from gpuproxy.errors import ConfigError
@@ -28,10 +30,11 @@ CHATTY = ("alembic", "aiosqlite")  # one tells its whole start as news, the othe
 def configure_logs(log: config.Log, environment: Mapping[str, str] = os.environ) -> None:
     """Send every log line of this process to standard error in the wished form, from `level` up.
 
-    LOG_LEVEL and LOG_FORMAT in the environment win over `log`. Raises ConfigError for an unknown value.
+    LOG_LEVEL and LOG_FORMAT in the environment win over `log`. What nobody catches is a line too. Raises ConfigError
+    for an unknown value.
     """
     level = environment.get("LOG_LEVEL") or log.level
-    form = environment.get("LOG_FORMAT") or log.format
+    form = _form(log, environment)
     _check(level, form)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(form))
@@ -49,6 +52,9 @@ def configure_logs(log: config.Log, environment: Mapping[str, str] = os.environ)
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+    sys.excepthook = _uncaught
+    threading.excepthook = lambda told: _uncaught(told.exc_type, told.exc_value, told.exc_traceback)
+    sys.unraisablehook = lambda told: _uncaught(told.exc_type, told.exc_value, told.exc_traceback)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -59,7 +65,29 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 def is_json(log: config.Log, environment: Mapping[str, str] = os.environ) -> bool:
     """Tell whether lines are JSON."""
-    return (environment.get("LOG_FORMAT") or log.format) == "json"
+    return _form(log, environment) == "json"
+
+
+def log_faults(faults: Iterable[str], environment: Mapping[str, str] = os.environ) -> bool:
+    """Write what is wrong with a configuration as lines if they are to be JSON; tell whether that was done.
+
+    Only LOG_FORMAT can say so: the configuration is what cannot be read.
+    """
+    if not is_json(config.Log(), environment):
+        return False
+    configure_logs(config.Log(format="json"), {})
+    for fault in faults:
+        get_logger(__name__).critical("the configuration is refused", fault=fault)
+    return True
+
+
+def _form(log: config.Log, environment: Mapping[str, str]) -> str:
+    return (environment.get("LOG_FORMAT") or log.format).lower()
+
+
+def _uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
+    if not issubclass(kind, SystemExit):
+        get_logger(__name__).critical("uncaught", exc_info=(kind, error or kind(), traceback))
 
 
 def _check(level: str, form: str) -> None:

@@ -1,12 +1,15 @@
 """A line for every ended call: what happened, and nothing that is nobody's business."""
 
+import io
 import json
 import logging
+import sys
+from typing import Any, ClassVar
 
 import pytest
 from observe.test_traffic import CALL, like
 
-from gpuproxy.observe.access_log import JSON, REMEMBERED_MAX, TEXT, Form, Lines, access_log
+from gpuproxy.observe.access_log import JSON, REMEMBERED_MAX, TEXT, Form, Lines, access_log, whole_lines
 
 TEXT_LINE = (
     b"2001-09-09T01:46:42.000Z [info     ] call                           request_id=q1 user_id=u1 key_id=k1 "
@@ -109,3 +112,30 @@ def test_a_call_of_a_tool_names_it_and_what_became_of_it(capfdbinary: pytest.Cap
     assert (told["rpc_method"], told["rpc_name"], told["rpc_outcome"]) == ("tools/call", "a\nb", "tool_error")
     assert as_text.endswith(b"rpc_method=tools/call rpc_name='a\\nb' rpc_outcome=tool_error")
     assert ping.endswith(b" rpc_method=ping")
+
+
+def test_no_line_of_another_process_can_stand_within_one() -> None:
+    """A pipe takes up to 4,096 bytes at once; what is longer it may take in parts, with others' between them."""
+    lines = b"".join(b"%d%s\n" % (number, b"x" * (number * 7 % 900)) for number in range(500))
+    pieces = list(whole_lines(lines + b"y" * 5_000 + b"\n" + lines))
+    assert b"".join(pieces) == lines + b"y" * 5_000 + b"\n" + lines
+    assert all(piece.endswith(b"\n") for piece in pieces)
+    assert [len(piece) for piece in pieces if len(piece) > 4_096] == [5_001]
+    assert len(pieces) < 2 * len(lines) / 3_000 + 3
+
+
+def test_many_lines_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Written(io.RawIOBase):
+        sizes: ClassVar[list[int]] = []
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            self.sizes.append(len(data))
+            return len(data)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Written())))
+    access_log(is_json=True)([CALL] * 100)
+    assert max(Written.sizes) <= 4_096
+    assert len(Written.sizes) < 25

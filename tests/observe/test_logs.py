@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -16,8 +17,10 @@ from gpuproxy.observe.logs import configure_logs, get_logger
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put the process's logging back."""
+    for module, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, hook, getattr(module, hook))
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -71,6 +74,32 @@ def test_an_exception_is_written_with_its_traceback(capsys: pytest.CaptureFixtur
     told = capsys.readouterr().err
     assert "RuntimeError: broken" in told
     assert (len(told.splitlines()) == 1) is (form == "json")
+
+
+@pytest.mark.parametrize("where", ["thread", "process", "destructor"])
+def test_what_nobody_catches_is_one_line_too(where: str) -> None:
+    wrong = {
+        "process": "1 / 0",
+        "thread": "import threading; thread = threading.Thread(target=lambda: 1 / 0); thread.start(); thread.join()",
+        "destructor": "it = type('It', (), {'__del__': lambda self: 1 / 0})(); del it",
+    }
+    code = f"""
+from gpuproxy.config import Log
+from gpuproxy.observe.logs import configure_logs
+configure_logs(Log(format="json"), {{}})
+{wrong[where]}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == (where == "process")
+    (line,) = done.stderr.splitlines()
+    told = json.loads(line)
+    assert (told["level"], told["message"]) == ("critical", "uncaught")
+    assert "ZeroDivisionError: division by zero" in told["exception"]
+
+
+def test_the_form_may_be_written_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    (line, _) = _log(capsys, Log(), {"LOG_FORMAT": "JSON"})
+    assert json.loads(line)["level"] == "info"
 
 
 def test_unknown_settings_are_refused_together_with_the_known_ones() -> None:
