@@ -140,7 +140,7 @@ class Answer(Refusing):
         else:
             framing = b"Transfer-Encoding: chunked\r\n"
             self._is_answer_chunked = True
-        if head.kind and self._call is not None and not head.is_encoded:
+        if self._call is not None and not head.is_encoded:
             self._reader = self._handler.reader(self._call, status, head.kind)  # type: ignore[union-attr]
             bill = self._bill
             if bill is not None and bill.price.output_nanousd_per_million and hasattr(self._reader, "so_far"):

@@ -35,12 +35,17 @@ from gpuproxy_plugins.openinference_realtime import is_socket, reader_of
 from gpuproxy_plugins.openinference_refusal import refusal
 from gpuproxy_plugins.openinference_rename import renamed
 from gpuproxy_plugins.openinference_shape import completed_path
+from gpuproxy_plugins.openinference_sniff import SniffingReader
 from gpuproxy_plugins.openinference_stream import GENERATE, StreamUsageReader, TgiStreamReader, marker_of
 from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader, OllamaStreamReader
 
 _JSON_STARTS = b"{ \t\r\n"  # a form may name a model too
 _PATHS_MAX = 128  # remembered: nearly all calls have one of a few, and one may have 64 KiB
-_LINES = (b"application/x-ndjson", b"application/jsonl")
+JSON, EVENTS, LINES, UNTOLD, OTHER = range(5)  # kinds of content
+_JSON = (b"application/json", b"text/json")
+_LINES = (b"application/x-ndjson", b"application/ndjson", b"application/jsonl", b"application/stream+json")
+_PLAIN = (b"", b"text/plain")  # nobody has told, or not the truth
+_KINDS_MAX = 32  # of content remembered
 
 
 class OpenInference:
@@ -81,15 +86,17 @@ class OpenInference:
         """Return a reader for JSON, event streams, JSON lines and WebSockets; None for errors and all else."""
         if status >= 400:
             return None
-        if content_type.startswith(b"application/json"):
+        kind = _kind_of(content_type)
+        if kind == JSON:
             return JsonUsageReader()
-        if content_type.startswith(b"text/event-stream"):
+        if kind == EVENTS:
             return _stream_reader(call)
         if status == 101:
             return reader_of(call)
-        if not content_type.startswith(_LINES):
-            return None
-        return OllamaStreamReader(call.body_bytes) if is_ollama(call.path) else LinesUsageReader()
+        if kind == LINES:
+            return OllamaStreamReader(call.body_bytes) if is_ollama(call.path) else LinesUsageReader()
+        is_read = kind == UNTOLD and call.method == b"POST" and _may_tell_usage(call.path)
+        return SniffingReader(lambda: _stream_reader(call)) if is_read else None
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
         """Return the answer as it is."""
@@ -126,6 +133,18 @@ def _stream_reader(call: Call) -> UsageReader:
     marker = marker_of(call.path)
     kind = TgiStreamReader if marker is GENERATE else StreamUsageReader
     return kind(marker, call.body_bytes)
+
+
+@lru_cache(_KINDS_MAX)
+def _kind_of(content_type: bytes) -> int:
+    kind = content_type.partition(b";")[0].strip()
+    if kind in _LINES:
+        return LINES
+    if kind in _JSON or kind.endswith(b"+json"):
+        return JSON
+    if kind == b"text/event-stream":
+        return EVENTS
+    return UNTOLD if kind in _PLAIN else OTHER
 
 
 @lru_cache(_PATHS_MAX)

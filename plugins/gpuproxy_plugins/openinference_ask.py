@@ -16,7 +16,7 @@ _decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
 _encode = msgspec.json.Encoder().encode
 
 # What shows that the added event may be near: nothing is held back before. The quote tells a reason from null.
-_NEAR = re.compile(rb'"finish_reason": ?"|"usage": ?\{')
+_NEAR = re.compile(rb'"finish_reason": ?"[^"]|"usage": ?\{')
 # How servers refuse a field: by its name, or by saying that there is one too many.
 _REFUSED = re.compile(
     rb"stream_?options|include_?usage|extra[ _](?:forbidden|inputs?|fields?|properties)|additional ?propert"
@@ -24,7 +24,7 @@ _REFUSED = re.compile(
     rb"(?:argument|field|key|keyword|name|param|property)",
     re.IGNORECASE,
 )
-_NEAR_BYTES = 17  # a piece may end in all but the last of the longest of these
+_NEAR_BYTES = 18  # a piece may end in all but the last of the longest of these
 _USAGE, _NO_USAGE = b'"usage"', b'"usage":null'
 _REASON = b'"finish_reason":'
 
@@ -68,11 +68,12 @@ class UsageStripper:
     client waits for is ever held back.
     """
 
-    __slots__ = ("_cutter", "_seam")
+    __slots__ = ("_cutter", "_has_cut_crlf", "_seam")
 
     def __init__(self) -> None:
         self._cutter: EventCutter | None = None  # None: the added event is not near yet
         self._seam = b""
+        self._has_cut_crlf = False  # what was taken out ended in a CR, whose LF may follow
 
     def was_refused(self, body: bytes) -> bool:
         """Tell whether an answer 400 or 422 refuses the question for usage."""
@@ -94,10 +95,20 @@ class UsageStripper:
             if at >= 2:
                 return data[:at] + self.edit(data[at:], is_last)
         cutter = self._cutter
-        kept = [_without_added(event) for event in cutter.feed(data)]
+        kept = [self._without_added(event) for event in cutter.feed(data)]
         if is_last or cutter.held_bytes > EVENT_BYTES_MAX:
-            kept.append(_without_added(cutter.spill()))
+            kept.append(self._without_added(cutter.spill()))
         return b"".join(kept)
+
+    def _without_added(self, event: bytes) -> bytes:
+        """Return the event; of the added one only an LF that belongs to the CR at the end of the one before."""
+        if self._has_cut_crlf:
+            event = event.removeprefix(b"\n")
+            self._has_cut_crlf = False
+        if _USAGE not in event or not _is_added(event):
+            return event
+        self._has_cut_crlf = event.endswith(b"\r")
+        return event[: event.startswith(b"\n")]
 
 
 def are_events_amid(data: bytes) -> bool:
@@ -122,16 +133,13 @@ def _has_no_end(events: bytes) -> bool:
     return is_open and events.find(b"[DONE]") < 0 and events.count(_USAGE) == events.count(_NO_USAGE)
 
 
-def _without_added(event: bytes) -> bytes:
-    """Return the event, nothing if it is the added one."""
-    if _USAGE not in event:
-        return event
+def _is_added(event: bytes) -> bool:
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     try:
         added = _decode_added(b"\n".join(lines))
     except (ValueError, RecursionError):
-        return event
-    return b"" if added.choices == [] and bytes(added.usage) not in (b"", b"null") else event
+        return False
+    return added.choices == [] and bytes(added.usage) not in (b"", b"null")
 
 
 _: type[AnswerEditor] = UsageStripper

@@ -2,10 +2,11 @@
 
 Bytes are searched first and parsed only where ``"usage"`` occurs. The last usage that is not null wins, field
 by field: all engines report running totals, and Anthropic's ``message_delta`` completes its
-``message_start``. Zero is a value.
+``message_start``. Zero is a value. What is no JSON, or tells counts in another form, is searched from its end.
 """
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -16,6 +17,9 @@ from gpuproxy.plugin import TAIL_BYTES, Usage, UsageReader
 BYTES_PER_INPUT_TOKEN = 6  # four bytes of English make a token as a rule, and a third of a chat's body is JSON
 _TOKENS_MAX = 1 << 40  # beyond any context window; keeps a babbling upstream out of the ledger
 _CANDIDATES_MAX = 16  # how many "usage" keys of a tail are tried, last first
+_DIGITS_MAX = 13  # of a count written as text: those of _TOKENS_MAX
+_DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
+_EVALUATED = re.compile(rb'"((?:prompt_)?eval)_count": ?([0-9]{1,13})(?![0-9])')  # Ollama's, behind a long text
 WORD = b'"usage"'
 UNREADABLE = (ValueError, RecursionError)
 
@@ -38,6 +42,7 @@ class Counts(Struct, gc=False):
     input_token_details: Details | None = None  # as the Realtime API spells it
     cache_read_input_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
+    total_tokens: int | None = None
 
 
 class TgiDetails(Struct, gc=False):
@@ -67,12 +72,12 @@ def usage_of(counts: Counts | None) -> Usage | None:
     """
     if counts is None:
         return None
-    if counts.prompt_tokens is not None:
+    if counts.prompt_tokens is not None or counts.completion_tokens is not None:
         details = counts.prompt_tokens_details
         cached = (details.cached_tokens or 0) if details is not None else 0
-        return tokens(counts.prompt_tokens, cached, counts.completion_tokens or 0)
+        return tokens(counts.prompt_tokens or 0, cached, counts.completion_tokens or 0)
     if counts.input_tokens is None and counts.output_tokens is None:
-        return None
+        return None if counts.total_tokens is None else tokens(counts.total_tokens, 0, 0)  # of a reranking
     details = counts.input_tokens_details or counts.input_token_details
     read = counts.cache_read_input_tokens or 0
     total = (counts.input_tokens or 0) + read + (counts.cache_creation_input_tokens or 0)
@@ -82,19 +87,28 @@ def usage_of(counts: Counts | None) -> Usage | None:
 
 def tokens(total: int, cached: int, output: int) -> Usage | None:
     """Return the numbers as Usage, None if they are impossible."""
-    if 0 <= total <= _TOKENS_MAX and 0 <= output <= _TOKENS_MAX and cached >= 0:
-        return Usage(total, cached if cached <= total else total, output)
+    if 0 <= total <= _TOKENS_MAX and 0 <= output <= _TOKENS_MAX:
+        return Usage(total, max(0, min(cached, total)), output)
     return None
 
 
 def _usage_of_answer(data: bytes) -> Usage | None:
     """Return the usage of one JSON text. Raises ValueError or RecursionError if it is none."""
     answer = _decode_answer(data)
-    if answer.usage is None and answer.eval_count is not None:
-        return tokens(answer.prompt_eval_count or 0, 0, answer.eval_count)
+    if answer.usage is None and (answer.eval_count is not None or answer.prompt_eval_count is not None):
+        return tokens(answer.prompt_eval_count or 0, 0, answer.eval_count or 0)  # of embeddings the input alone
     if answer.usage is None and answer.details is not None and answer.details.generated_tokens is not None:
         return tokens(len(answer.details.prefill), 0, answer.details.generated_tokens)
     return usage_of(answer.usage)
+
+
+def _usage_of_tail(tail: bytes) -> Usage | None:
+    """Return what the end of a text tells that is no whole JSON, or JSON with counts in an unusual form."""
+    counts = last_counts(tail)
+    if counts is not None:
+        return usage_of(counts)
+    evaluated = {name: int(count) for name, count in _EVALUATED.findall(tail)}
+    return tokens(evaluated.get(b"prompt_eval", 0), 0, evaluated.get(b"eval", 0)) if evaluated else None
 
 
 def last_counts(tail: bytes) -> Counts | None:
@@ -116,9 +130,29 @@ def _counts_after(text: str) -> Counts | None:
         return None
     try:
         value: Any = _scan_value(text[1:].lstrip())[0]
-        return msgspec.convert(value, Counts) if isinstance(value, dict) else None
     except UNREADABLE:
         return None
+    return _loose_counts(value) if isinstance(value, dict) else None
+
+
+def _loose_counts(fields: dict[str, Any]) -> Counts:
+    """Return counts that may be written as ``5.0`` or ``"5"``; what is no number is left out."""
+    counts = Counts()
+    for name in Counts.__struct_fields__:
+        value = fields.get(name)
+        if name not in _DETAILS:
+            setattr(counts, name, _number(value))
+        elif isinstance(value, dict):
+            setattr(counts, name, Details(_number(value.get("cached_tokens"))))
+    return counts
+
+
+def _number(value: Any) -> int | None:
+    if isinstance(value, str) and value.isdecimal() and len(value) <= _DIGITS_MAX:
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
 
 
 class _TailReader:
@@ -161,11 +195,12 @@ class JsonUsageReader(_TailReader):
         if self._is_cut or not isinstance(tail, bytes) or len(tail) > TAIL_BYTES:
             tail = self._tail()
             if self._is_cut:
-                return usage_of(last_counts(tail))
+                return _usage_of_tail(tail)
         try:
             return _usage_of_answer(tail)
         except UNREADABLE:
-            return None
+            is_whole = tail.rstrip().endswith((b"}", b"]"))  # else it was cut
+            return _usage_of_tail(tail) if is_whole else None
 
 
 class LinesUsageReader(_TailReader):

@@ -48,6 +48,7 @@ OPENAI = [token("Hel"), token("lo"), {"choices": [], "usage": {"prompt_tokens": 
 NULLS = [token("Hel", usage=None), token("lo", usage=None), *OPENAI[2:]]
 CONTINUOUS = [token("a", usage={"prompt_tokens": 3, "completion_tokens": n}) for n in range(1, 6)]
 ZEROS = [token("a", usage={"prompt_tokens": 0, "completion_tokens": 0}), *OPENAI]
+TOLD = {"prompt_tokens": 3, "completion_tokens": 2}
 QUOTED = [token('she said "usage":{"prompt_tokens":99}'), token('"usage"'), *OPENAI]
 ANTHROPIC = [
     {
@@ -92,6 +93,9 @@ STREAMS: list[tuple[list[Any], Usage | None]] = [
     ([{"response": "text", "usage": {"prompt_tokens": 1}}], Usage(1, 0, 0)),
     ([{"usage": {"prompt_tokens": 0, "completion_tokens": 0}}], Usage(0, 0, 0)),
     ([token("a"), b"[DONE]"], None),
+    ([token("a"), {"choices": [{"finish_reason": "stop", "usage": TOLD}]}, b"[DONE]"], Usage(3, 0, 2)),
+    ([token("a"), {"choices": [{"finish_reason": "stop"}], "x_groq": {"usage": TOLD}}, b"[DONE]"], Usage(3, 0, 2)),
+    ([token("a"), {"choices": [], "usage": {"prompt_tokens": 3.0, "completion_tokens": "2"}}], Usage(3, 0, 2)),
     ([{"error": {"message": "x"}}, b"[DONE]"], None),
     ([{"usage": "much"}, {"usage": {}}, b'{"usage":{"prompt_tokens":1'], Usage(10, 0, 2, "estimated")),
 ]
@@ -122,6 +126,7 @@ def test_a_stream_tells_the_same_under_any_splitting(events: list[Any], end: byt
 
 ROLE = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
 END = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+EMPTY_REASON = {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": ""}]}
 CHAT = [ROLE, *[token("data: [DONE]")] * 7, END, b"[DONE]"]
 DELTAS = [{"type": "response.output_text.delta", "delta": "event: x.delta"}] * 5
 GENERATED = [{"text_output": "a", "details": None}] * 4
@@ -131,6 +136,7 @@ ESTIMATES: list[tuple[bytes, list[Any], Usage | None]] = [
     (b"/v1/chat/completions", CHAT[:5], Usage(10, 0, 4, "estimated")),
     (b"/v1/chat/completions?x=/messages", CHAT[:5], Usage(10, 0, 4, "estimated")),
     (b"/v1/chat/completions", CHAT[:1], None),
+    (b"/v1/chat/completions", [ROLE, *[EMPTY_REASON] * 4, END, b"[DONE]"], Usage(10, 0, 4, "estimated")),
     (b"/v1/chat/completions", [], None),
     (b"/v1/messages", [*ANTHROPIC[:2], *ANTHROPIC[2:3] * 9], Usage(60, 30, 9, "estimated")),
     (b"/v1/messages", ANTHROPIC[:2], Usage(60, 30, 1)),
@@ -204,7 +210,21 @@ ANSWERS: list[tuple[Any, Usage | None]] = [
     ({"usage": {"type": "duration", "seconds": 3}}, None),
     ({"usage": {"prompt_tokens": -1}}, None),
     ({"usage": {"prompt_tokens": 10**30}}, None),
-    ({"usage": {"prompt_tokens": "3"}}, None),
+    ({"usage": {"prompt_tokens": "3", "completion_tokens": 5.0}}, Usage(3, 0, 5)),
+    ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1.0}}}, Usage(3, 1, 0)),
+    ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": -1}}}, Usage(3, 0, 0)),
+    ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": ["odd"], "completion_tokens": "5"}}, Usage(3, 0, 5)),
+    ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": 7}}, Usage(3, 0, 0)),
+    ({"usage": {"prompt_tokens": 3}, "details": "odd", "eval_count": "odd"}, Usage(3, 0, 0)),
+    ({"usage": {"prompt_tokens": "much", "completion_tokens": 1.5}}, None),
+    ({"usage": {"prompt_tokens": "9" * 5_000}}, None),
+    ({"usage": {"completion_tokens": 5}}, Usage(0, 0, 5)),
+    ({"results": [], "usage": {"total_tokens": 9}}, Usage(9, 0, 0)),
+    ({"logprob": float("-inf"), "usage": {"prompt_tokens": 3}}, Usage(3, 0, 0)),
+    ({"embeddings": [[0.5]], "prompt_eval_count": 5}, Usage(5, 0, 0)),
+    ({"context": [12_345] * 20_000, "prompt_eval_count": 5, "eval_count": 7}, Usage(5, 0, 7)),
+    ({"embeddings": [[0.123] * 20_000], "prompt_eval_count": 5}, Usage(5, 0, 0)),
+    ({"note": '"eval_count": 5', "x": "y" * TAIL_BYTES}, None),
     ({"usage": None}, None),
     ({"choices": []}, None),
     ([], None),
@@ -282,9 +302,62 @@ def test_lines_of_another_kind_are_not_taken_for_tokens() -> None:
     assert pulled.finish() is None
 
 
+@pytest.mark.parametrize("kind", [b"application/jsonl", b"application/ndjson", b"application/stream+json; x=y"])
+def test_json_lines_have_several_names(kind: bytes) -> None:
+    assert read(kind, b'{"done":false}\n{"done":true,"prompt_eval_count":4,"eval_count":6}\n') == Usage(4, 0, 6)
+
+
+@pytest.mark.parametrize("kind", [b"text/json", b"application/vnd.x+json; charset=utf-8"])
+def test_json_has_several_names(kind: bytes) -> None:
+    assert read(kind, b'{"usage":{"prompt_tokens":3}}') == Usage(3, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"done":false}\n{"done":true,"prompt_eval_count":4,"eval_count":6}\n',
+        b'data: {"x":1}\n\ndata: {"usage":{"prompt_tokens":4,"completion_tokens":6}}\n\ndata: [DONE]\n\n]',
+        b'\xef\xbb\xbf{"usage":{"prompt_tokens":4,"completion_tokens":6}}',
+    ],
+    ids=["lines", "events", "mark"],
+)
+def test_what_is_wrongly_called_json_is_read_from_its_end(body: bytes) -> None:
+    assert read(JSON, body) == read(JSON, *bytewise(body)) == Usage(4, 0, 6)
+
+
+@pytest.mark.parametrize("kind", [b"", b"text/plain; charset=utf-8"])
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b" \r\n"])
+@pytest.mark.parametrize(
+    ("body", "usage"),
+    [
+        (b'{"usage":{"prompt_tokens":3}}', Usage(3, 0, 0)),
+        (b"{}", None),
+        (b"", None),
+        (b'a text with "usage": {"prompt_tokens": 3}', None),
+        (b"event: x\n" + stream(*OPENAI), Usage(3, 0, 5)),
+        (stream(*OPENAI), Usage(3, 0, 5)),
+        (stream(*OPENAI[:2]), Usage(10, 0, 1, "estimated")),
+    ],
+)
+def test_an_answer_without_a_type_is_known_by_its_start(
+    kind: bytes, before: bytes, body: bytes, usage: Usage | None
+) -> None:
+    assert read(kind, before + body) == read(kind, *bytewise(before + body)) == usage
+
+
+def test_a_stream_without_a_type_tells_what_was_delivered_and_where_it_ends() -> None:
+    reader: Any = OPEN.reader(CALL, 200, b"")
+    assert reader.so_far().output_tokens == 0
+    reader.feed(stream(token("a"), token("b"), token("c")))
+    assert (reader.so_far().output_tokens, reader.is_terminal) == (2, False)
+    reader.feed(stream(b"[DONE]"))
+    assert (reader.so_far().output_tokens, reader.is_terminal) == (2, True)
+
+
 def test_an_answer_of_another_type_is_not_looked_at() -> None:
     assert OPEN.reader(CALL, 200, b"audio/mpeg") is None
-    assert OPEN.reader(CALL, 200, b"") is None
+    assert OPEN.reader(Call(b"GET", b"/v1/files/x/content", []), 200, b"") is None
+    assert OPEN.reader(Call(b"POST", b"/v2/models/m/infer", []), 200, b"") is None
 
 
 def test_what_was_delivered_is_known_before_the_stream_ends() -> None:
