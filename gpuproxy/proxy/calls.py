@@ -66,6 +66,7 @@ def price_of_call(
     started_ns: int,
     handler: ProtocolHandler,
     body: bytes | None,
+    has_body: bool,
 ) -> Price | None:
     """Return the most a call may be charged by, None if nothing. Raises GatewayError BAD_REQUEST.
 
@@ -77,8 +78,22 @@ def price_of_call(
         upstream = destination.upstream if destination is not None else ""
         if prices.has_tools and getattr(handler, "tools_in", None) is not None:
             return _price_of_tools(prices, intent, upstream, at_ns, cast(ToolReader, handler), body)
-        return prices.find(model, upstream, at_ns)
+        price = prices.find(model, upstream, at_ns)
+        if price is None and not model and destination is not None and has_body:
+            _refuse_nameless(prices, destination, at_ns, body)
+        return price
     return highest([prices.find(name or model, upstream, at_ns) for name, upstream in destination.places])
+
+
+def _refuse_nameless(prices: Prices, destination: "Destination", at_ns: int, body: bytes | None) -> None:
+    """Refuse a call from which its model cannot be told, where one has a price: it would be served for nothing.
+
+    Uploads of files (forms) name none and use none.
+    """
+    is_form = body is not None and body.lstrip()[:2] == b"--"
+    if not is_form and any(prices.find(model, destination.upstream, at_ns) for model in destination.served.models):
+        message = f"models of upstream {destination.upstream!r} have prices; name `model` in a JSON body below /v1/"
+        raise GatewayError("BAD_REQUEST", message, param="model")
 
 
 def _price_of_tools(

@@ -19,6 +19,7 @@ from gpuproxy.proxy.balance import LEVELS, Level
 from gpuproxy.proxy.breaker import Replica, Replicas
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.retry import Budget
+from gpuproxy.proxy.served import NOTHING, Served
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.attempts import Attempts
@@ -61,6 +62,7 @@ class Destination:
         "model",
         "only",
         "places",
+        "served",
         "stands_in_for",
         "terms",
         "upstream",
@@ -80,6 +82,7 @@ class Destination:
         self.upstream = upstream  # its name, empty if there are several
         self.model = model
         self.handler = handler
+        self.served: Served = NOTHING  # of an upstream by its name
         self.endpoints = tuple(endpoints)
         self.terms = terms
         self.affinity_header = terms.affinity_header if terms.strategy == "affinity" else b""

@@ -13,7 +13,8 @@ import orjson
 from msgspec import Meta, Raw, Struct
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.proxy.headers import Field
+from gpuproxy.plugin import UpstreamRequest
+from gpuproxy.proxy.headers import Field, replace_fields
 from gpuproxy.types import Usage
 
 TRACE_CONTEXT = frozenset((b"traceparent", b"tracestate", b"baggage"))  # W3C
@@ -84,16 +85,16 @@ def wants_stream(envelope: Envelope) -> bool:
 
 
 def completed_fields(
-    envelope: Envelope, fields: list[Field], replacing: list[Field], is_collected: bool
+    envelope: Envelope, fields: list[Field], request: UpstreamRequest, is_collected: bool
 ) -> list[Field]:
     """Return the caller's fields with a Content-Type for the body, and the wish for an answer that can be wrapped."""
-    names = {name.lower() for name, _ in (*fields, *replacing)}
+    names = {name.lower() for name, _ in (*fields, *request.headers)}
     body = bytes(envelope.body)
     if body != b"null" and b"content-type" not in names:
         kind = b"text/plain; charset=utf-8" if body[:1] == b'"' else b"application/json"
         fields = [*fields, (b"Content-Type", kind)]
-    if is_collected and b"accept-encoding" not in names:
-        fields = [*fields, (b"Accept-Encoding", b"identity")]
+    if request.identity or (is_collected and b"accept-encoding" not in names):
+        fields = replace_fields(fields, [(b"Accept-Encoding", b"identity")])
     return fields
 
 

@@ -237,19 +237,24 @@ class Exchange(Paying):
             if route.kind == MOUNT:
                 intent = self._intent = handler.inspect(call)
                 destination = self._destination = plane.router.destination(intent, handler)
+                name = destination.model
             else:
                 intent = self._intent = handler.describe(call)
                 assert route.upstream is not None
                 destination = self._destination = route.upstream
+                name, intent.model = intent.model, destination.served.name_of(intent.model)
             grant = self._grant
             if intent.pin is not None:
                 destination = self._destination = pinned(plane.router, destination, intent.pin, grant)
             if grant.tools is not None:  # type: ignore[union-attr]  # admitted
                 bind_tools(call, self.head, grant.tools, handler, destination.handler, destination.upstream)  # type: ignore[union-attr]
             if grant.models is not None and call.tools is None:  # type: ignore[union-attr]  # admitted
-                self._check_model(intent.model, destination.model)
-            if not intent.model and route.kind == MOUNT and self._lists_models(call, handler, intent):
-                return
+                self._check_model(intent.model, name)
+            if not intent.model:
+                if route.kind == MOUNT and self._lists_models(call, handler, intent):
+                    return
+                if route.kind != MOUNT and self.has_body:
+                    intent.model = destination.served.sole
             self._asked = intent.model
             if destination.model:
                 intent.model = destination.model  # the caller may have used another name of it
@@ -271,7 +276,7 @@ class Exchange(Paying):
             self._fail()
 
     def _check_model(self, model: str, name: str = "") -> None:
-        # `name` is the model's own, if `model` may be an alias
+        # `name` is another of the model, if it may have one
         grant = self._grant
         assert grant is not None
         models = grant.models
@@ -297,21 +302,25 @@ class Exchange(Paying):
         )
         intent = self._intent = handler.describe(call)
         endpoint = router.endpoint_at(target.scheme, target.host, target.port)
+        place = endpoint.destination if endpoint is not None else None
+        name = intent.model
+        if place is not None:
+            intent.model = place.served.name_of(name)
         tools = self._grant.tools  # type: ignore[union-attr]  # admitted
         if tools is not None:
-            place = endpoint.destination if endpoint is not None else None
             names = (handler, place.handler, place.upstream) if place is not None else (handler, handler, target.host)
             bind_tools(call, self.head, tools, *names)
         if call.tools is None:
-            self._check_model(intent.model)
+            self._check_model(intent.model, name)
+        if not intent.model and place is not None and content is not None:
+            intent.model = place.served.sole
         request = handler.prepare(call, intent)
         if endpoint is None:
             rented = self._rented()
             if rented is None:
                 return
             endpoint = self._user_given(rented.outside(target))
-        elif endpoint.destination is not None:
-            place = endpoint.destination
+        elif place is not None:
             check_protocol(handler, place, self.plane.prices)
             self._destination = place if intent.pin is None else place.narrowed(endpoint)
             self._destination.budget.earn()
@@ -326,7 +335,7 @@ class Exchange(Paying):
         self.content_length = -1 if content is None else len(content)
         self.has_body = content is not None
         path = request.path if request.path is not None else call.path or b"/"
-        fields = envelopes.completed_fields(envelope, fields, request.headers, self._collected is not None)
+        fields = envelopes.completed_fields(envelope, fields, request, self._collected is not None)
         self._sending = call.method, path, fields, content, request
         if self._afford(intent, content, endpoint):
             self._forward(endpoint)

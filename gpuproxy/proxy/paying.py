@@ -105,7 +105,7 @@ class Paying(Sending):
             return True
         handler = self._handler
         assert handler is not None
-        price = price_of_call(plane, self._destination, intent, self._started_ns, handler, body)
+        price = price_of_call(plane, self._destination, intent, self._started_ns, handler, body, self.has_body)
         if price is None:
             return True
         grant = self._grant

@@ -18,6 +18,7 @@ from gpuproxy.proxy.destinations import Builder
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.offers import FindPrice, offer
 from gpuproxy.proxy.pool import Origin, Pools
+from gpuproxy.proxy.served import served_by_upstreams
 
 PREFIX = PROXY_PREFIX
 ALIAS = b"/v1/"  # /v1/... is short for PREFIX/v1/...
@@ -61,6 +62,8 @@ class Router:
         builder = Builder(config, self.handler, pools, environment, replicas, find_price)
         self.upstreams = builder.upstreams()
         self.models = builder.models()  # by every name of them
+        for name, served in served_by_upstreams(self.models).items():
+            self.upstreams[name].served = served
         self._by_protocol = builder.protocols()
         self.probed = [
             (endpoint, upstream.probe_path.encode())
