@@ -34,6 +34,7 @@ from gpuproxy.proxy.headers import (
     checked_fields,
 )
 from gpuproxy.proxy.instances import Rented
+from gpuproxy.proxy.limits import unknown_limits
 from gpuproxy.proxy.paying import Paying
 from gpuproxy.proxy.pins import pinned
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, INSTANCE, MOUNT, UNKNOWN
@@ -149,7 +150,7 @@ class Exchange(Paying):
         elif outcome == "refused":
             self.refuse(purse.refusal())
         else:
-            self.refuse(GatewayError("UNAVAILABLE", "limits cannot be checked at the moment; try again", 1))
+            self.refuse(unknown_limits())
 
     def _go_on(self) -> None:
         plane = self.plane

@@ -209,6 +209,11 @@ class Limits:
         return purse
 
 
+def unknown_limits() -> GatewayError:
+    """Return the error for a call whose limits cannot be asked about."""
+    return GatewayError("UNAVAILABLE", "limits cannot be checked at the moment; try again", 1)
+
+
 def override_of(own_fields: list[Field] | None) -> int:
     """Return the limit a caller wishes for, 0 for none. Raises GatewayError BAD_REQUEST for what is no number."""
     given = [value for name, value in own_fields or () if name.lower() == OVERRIDE]

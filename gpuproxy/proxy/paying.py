@@ -13,7 +13,7 @@ from gpuproxy.proxy.calls import price_of_call
 from gpuproxy.proxy.credit import price_for, unknown_credit
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.exchange_state import ADMITTING, DONE
-from gpuproxy.proxy.limits import Slots
+from gpuproxy.proxy.limits import Slots, unknown_limits
 from gpuproxy.proxy.route import INSTANCE
 from gpuproxy.proxy.sending import Sending
 
@@ -50,7 +50,7 @@ class Paying(Sending):
         if outcome == "refused":
             self.refuse(slots.refusal())
         elif outcome == "unknown":
-            self.refuse(GatewayError("UNAVAILABLE", "limits cannot be checked at the moment; try again", 1))
+            self.refuse(unknown_limits())
         else:
             self._slots = slots
             intent, body, endpoint, _ = self._unpaid
@@ -61,7 +61,7 @@ class Paying(Sending):
         assert grant is not None
         if grant.tpm and self.route.kind != INSTANCE:
             output_max = intent.max_output_tokens or self.plane.config.credit.output_tokens_default
-            input_max = self._input_bytes_max() if body is None else len(body)
+            input_max = self._input_max(body)
             most = min(grant.tpm, input_max + output_max * intent.choice_count)
             purse = self.plane.limits_by_key.tokens(grant)
             if not purse.take(most, self.metered):
@@ -85,7 +85,7 @@ class Paying(Sending):
         elif outcome == "refused":
             self.refuse(purse.refusal())
         elif outcome == "unknown":
-            self.refuse(GatewayError("UNAVAILABLE", "limits cannot be checked at the moment; try again", 1))
+            self.refuse(unknown_limits())
         else:
             self._pay_on(self._reserve, intent, body, endpoint)
 
@@ -113,7 +113,7 @@ class Paying(Sending):
         price = price_for(grant, price)
         if price is None:
             return True
-        input_bytes = self._input_bytes_max() if body is None else len(body)
+        input_bytes = self._input_max(body)
         bill = self._bill = plane.credit.bill(grant, intent, price, input_bytes)
         bill.endpoint = endpoint
         if price.second_nanousd:
@@ -150,9 +150,13 @@ class Paying(Sending):
         self.state = ADMITTING
         self.downstream.deadline_s = self.plane.now_s + self.plane.config.auth.authorize_timeout_s + 1
 
-    def _input_bytes_max(self) -> int:
-        if not self.has_body:  # what a tunnel will carry nobody knows
-            return self.plane.config.credit.output_tokens_default if self.head.is_upgrade else 0
+    def _input_max(self, body: bytes | None) -> int:
+        if self.head.is_upgrade:  # what a tunnel will carry nobody knows
+            return self.plane.config.credit.output_tokens_default
+        if body is not None:
+            return len(body)
+        if not self.has_body:
+            return 0
         return self.content_length if self.content_length >= 0 else self.plane.limits.body_bytes_max
 
     def _fail(self) -> None:

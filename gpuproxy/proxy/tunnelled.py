@@ -1,12 +1,15 @@
 """The part of an exchange that has become a tunnel: from the upstream's 101 to the receipt."""
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gpuproxy.errors import GatewayError
+from gpuproxy.link.wallet import Outcome
 from gpuproxy.proxy import tunnel, websocket
 from gpuproxy.proxy.answer import Answer
-from gpuproxy.proxy.exchange_state import READ_BUFFER
+from gpuproxy.proxy.exchange_state import DONE, READ_BUFFER
+from gpuproxy.proxy.limits import unknown_limits
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection
@@ -50,6 +53,38 @@ class Tunnelled(Answer):
             ends[0].data_received(held)
         if connection.tunnel_bytes:
             ends[1].data_received(connection.tunnel_bytes)
+
+    @property
+    def has_limit(self) -> bool:
+        """Tell whether the tokens of this call count against a limit."""
+        return self._tokens is not None
+
+    def count(self, used: int, told: Callable[[], None]) -> bool:
+        """Count the tokens that answers have used by now; end the tunnel if the limit has no more.
+
+        False: control is asked, and `told` is called when it has answered.
+        """
+        assert self._tokens is not None
+        purse, most, _ = self._tokens
+        more = min(used - most, purse.limit)
+
+        def counted(outcome: Outcome) -> None:
+            if outcome == "taken":
+                purse.taken(more)
+                if self.state == DONE:
+                    purse.uncount(more, purse.lease_id)  # the end has counted it too
+                else:
+                    self._tokens = purse, most + more, purse.lease_id
+            elif self.state != DONE:
+                self.cut_off(purse.refusal() if outcome == "refused" else unknown_limits())
+            told()
+
+        if more <= 0:
+            return True
+        if not purse.take(more, counted):
+            return False
+        self._tokens = purse, most + more, purse.lease_id
+        return True
 
     def tend_tunnel(self, ends: tunnel.Ends, now_s: float) -> None:
         """End the tunnel if it is silent for too long, or its key may do nothing any more."""

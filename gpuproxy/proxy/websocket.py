@@ -6,7 +6,8 @@ Handlers see whole messages; compression is not offered to the upstream on such 
 
 Credit works as for a stream: what was used by now, and as much again as the last turn took, is set aside; while
 that is asked for, nothing is read. When there is none, the client gets a close frame that says so: 1008 if it was
-refused, 1013 if it cannot be known.
+refused, 1013 if it cannot be known. A limit of tokens counts each answer when it is over; the one that goes beyond it
+is the last: 1013.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ from gpuproxy.proxy import tunnel
 from gpuproxy.proxy.credit import Bill, unknown_credit, used_by_now
 
 if TYPE_CHECKING:
-    from gpuproxy.proxy.answer import Answer
+    from gpuproxy.proxy.tunnelled import Tunnelled
 
 KIND = b"websocket"  # what a handler is asked for a reader of, in place of a content type
 GOODBYE_S = 2.0  # how long a client may take to read why it was closed
@@ -39,11 +40,15 @@ Check = Callable[[bytes], str]
 class Watch:
     """What is known of one metered tunnel."""
 
-    def __init__(self, exchange: "Answer", reader: UsageReader, bill: Bill | None) -> None:
+    def __init__(self, exchange: "Tunnelled", reader: UsageReader, bill: Bill | None) -> None:
         self.exchange = exchange
         self.reader = reader
         self.is_held = False  # nothing is read while credit is asked for
-        self.bill = bill if bill is not None and hasattr(reader, "so_far") else None
+        is_counted = hasattr(reader, "so_far")
+        self.bill = bill if is_counted else None
+        self._has_limit = is_counted and exchange.has_limit
+        self._is_counting = False  # control is asked for more tokens
+        self.is_looking = self.bill is not None or self._has_limit
         self._ends: tuple[ClientEnd, UpstreamEnd]
         self._ahead = exchange.plane.config.credit.output_tokens_default
         self._turn = self._ahead  # tokens of input the next answer may take: those of the last, and what it said
@@ -57,11 +62,12 @@ class Watch:
         return tunnel.joined(self._ends)
 
     def look(self) -> None:
-        """Set more aside, if what was is nearly used."""
+        """Count what was used, and set more aside if what was is nearly used."""
         bill, used = self.bill, used_by_now(self.reader)
-        assert bill is not None
         assert used is not None
-        if bill.waiting_for:
+        if self._has_limit and used.source == "provider" and not self._is_counting:  # no answer is under way
+            self._is_counting = not self.exchange.count(used.input_tokens + used.output_tokens, self._counted)
+        if bill is None or bill.waiting_for:
             return
         gone, said = max(0, used.input_tokens), used.output_tokens
         if gone > self._input:
@@ -73,6 +79,9 @@ class Watch:
         bill.output_max = max(bill.output_max, said + self._ahead)
         if not self.exchange.plane.credit.reserve(bill, max(0, bill.lacking()), self._told):
             self._hold(True)
+
+    def _counted(self) -> None:
+        self._is_counting = False
 
     def _told(self, outcome: Outcome) -> None:
         bill = self.exchange.told(outcome)
@@ -184,7 +193,7 @@ class UpstreamEnd(_End):
             return
         super().data_received(data)
         self._messages.feed(data)
-        if self.watch.bill is not None:
+        if self.watch.is_looking:
             self.watch.look()
 
     def _end_frame(self, data: bytes) -> None:
@@ -226,6 +235,6 @@ class UpstreamEnd(_End):
             super().connection_lost(error)
 
 
-def watch(exchange: "Answer", reader: UsageReader | None, bill: Bill | None) -> Watch | None:
+def watch(exchange: "Tunnelled", reader: UsageReader | None, bill: Bill | None) -> Watch | None:
     """Return what watches a tunnel, None if nobody reads its messages."""
     return None if reader is None else Watch(exchange, reader, bill)

@@ -19,6 +19,7 @@ from gpuproxy.proxy import settled, websocket
 from .conftest import Serve
 from .harness import KEY, Gateway, request, until
 from .test_credit import _back, _open
+from .test_limits import Counter
 from .wire import Listener, Wire
 
 BROWSER = (
@@ -334,6 +335,12 @@ async def test_without_credit_there_is_no_upgrade(serve: Serve) -> None:
     assert gateway.llm.is_untouched()
 
 
+async def test_as_much_is_set_aside_for_a_key_that_is_not_known_yet(serve: Serve) -> None:
+    gateway, _ = await paid(serve, FIRST - 1)
+    client = await gateway.ask(request(PATH, *BROWSER[:4], key=gateway.keys.add()))
+    assert (await client.answer()).status == 402
+
+
 async def test_a_session_sets_aside_as_it_goes_and_pays_for_what_it_used(serve: Serve) -> None:
     gateway, bank = await paid(serve, 100_000)
     client, upstream = await opened(gateway)
@@ -470,6 +477,63 @@ async def test_a_worker_that_stops_says_so(serve: Serve) -> None:
     assert [(receipt.status, receipt.outcome) for receipt in gateway.receipts()] == [(101, "ok")] * 2
 
 
+# -- limits ---------------------------------------------------------------------------------------------------
+
+
+async def limited(serve: Serve, tokens: int) -> tuple[Gateway, Counter, Wire, Wire]:
+    gateway = await serve(credit={"output_tokens_default": AHEAD})
+    counter = Counter(gateway, tokens=tokens)
+    key = gateway.keys.add(tpm=tokens)
+    client = await gateway.ask(request(PATH, *BROWSER[:4], key=key))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    await upstream.send(SWITCH)
+    assert (await client.answer()).status == 101
+    return gateway, counter, client, upstream
+
+
+@pytest.mark.parametrize("piece", [1, 10_000])
+async def test_each_answer_counts_against_a_limit_when_it_is_over(serve: Serve, piece: int) -> None:
+    gateway, counter, client, upstream = await limited(serve, 1_000)
+    (window,) = counter.windows.values()
+    (purse,) = gateway.plane.limits_by_key._purses.values()
+
+    def counted() -> int:
+        return 1_000 - window.left(1_000, 1) - purse.wallet.rest
+
+    assert counted() == 2 * AHEAD, "what the first answers may use"
+    for output, total in ((50, 200), (100, 350), (200, 650)):
+        sent = DELTA * 3 + done(100, output)
+        for at in range(0, len(sent), piece):
+            await upstream.send(sent[at : at + piece])
+        await client.expect(sent)
+        await until(lambda: counted() == total, f"{total} tokens")  # noqa: B023
+    client.close()
+    receipt = await gateway.receipt()
+    assert receipt.input_tokens + receipt.output_tokens == 650
+    assert counted() == 650
+
+
+async def test_the_answer_that_goes_beyond_a_limit_is_the_last(serve: Serve) -> None:
+    gateway, counter, client, upstream = await limited(serve, 300)
+    await upstream.send(done(300, 50))
+    await client.expect(done(300, 50))
+    await closed_with(client, 1013, "RATE_LIMITED: over 300 tokens a minute with this key")
+    await upstream.expect_reset()
+    receipt = await gateway.receipt()
+    assert (receipt.outcome, receipt.error, receipt.input_tokens) == ("cut", "RATE_LIMITED", 300)
+    (window,) = counter.windows.values()
+    await until(lambda: window.left(300, 1) == 0, "what was used beyond")
+
+
+async def test_while_a_limit_cannot_be_checked_the_client_is_told_to_come_back(serve: Serve) -> None:
+    gateway, _, client, upstream = await limited(serve, 1_000)
+    await gateway.cut_link()
+    await upstream.send(done(600, 50))
+    await client.expect(done(600, 50))
+    await closed_with(client, 1013, "UNAVAILABLE: limits cannot be checked")
+
+
 # -- what it costs ----------------------------------------------------------------------------------------------
 
 
@@ -553,6 +617,7 @@ class _Told:
     """What an end needs of an exchange and its plane."""
 
     plane: Any = None
+    has_limit = False
 
     def __init__(self) -> None:
         settings = type("Settings", (), {"output_tokens_default": 1, "buffered_body_bytes_max": 1_000})
