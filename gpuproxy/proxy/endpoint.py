@@ -105,6 +105,7 @@ class Endpoint:
         copy = Endpoint(self.origin, self.host, first_byte_s or self.first_byte_s, self.idle_s, self.replica)
         copy.fixed_fields, copy.fixed_names = self.fixed_fields, self.fixed_names
         copy.preserves_host, copy.connect_s = self.preserves_host, self.connect_s
+        copy.may_ask_usage = self.may_ask_usage
         copy.upstream = self.upstream
         return copy
 

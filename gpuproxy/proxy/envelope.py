@@ -175,10 +175,11 @@ def _spliced(content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
 
 
 def _usage(usage: Usage) -> bytes:
-    return orjson.dumps(
-        {
-            "input_tokens": usage.input_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "output_tokens": usage.output_tokens,
-        }
-    )
+    told: dict[str, int | bool] = {
+        "input_tokens": usage.input_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "output_tokens": usage.output_tokens,
+    }
+    if usage.source == "estimated":
+        told["estimated"] = True
+    return orjson.dumps(told)

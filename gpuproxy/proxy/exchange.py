@@ -315,6 +315,9 @@ class Exchange(Paying):
             self._check_model(intent.model, name)
         if not intent.model and place is not None and content is not None:
             intent.model = place.served.sole
+        is_collected = not envelopes.wants_stream(envelope)
+        if place is not None and place.handler is handler and not is_collected:
+            call.may_ask_usage = place.may_ask_usage
         request = handler.prepare(call, intent)
         if endpoint is None:
             rented = self._rented()
@@ -326,7 +329,7 @@ class Exchange(Paying):
             self._destination = place if intent.pin is None else place.narrowed(endpoint)
             self._destination.budget.earn()
         endpoint = endpoint.at_root(envelope.timeout_s)  # a target's path is whole
-        if not envelopes.wants_stream(envelope):
+        if is_collected:
             limit_bytes = self.plane.limits.envelope_answer_bytes_max
             self._collected = envelopes.Collected(limit_bytes, envelope.timeout_s, self._started_ns)
         else:
@@ -336,7 +339,7 @@ class Exchange(Paying):
         self.content_length = -1 if content is None else len(content)
         self.has_body = content is not None
         path = request.path if request.path is not None else call.path or b"/"
-        fields = envelopes.completed_fields(envelope, fields, request, self._collected is not None)
+        fields = envelopes.completed_fields(envelope, fields, request, is_collected)
         self._sending = call.method, path, fields, content, request
         if self._afford(intent, content, endpoint):
             self._forward(endpoint)

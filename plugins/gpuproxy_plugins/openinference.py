@@ -79,8 +79,12 @@ class OpenInference:
                 _ask_usage(request, call.path, call.body, intent.note)
             return request
         path = completed_path(call)
-        identity = call.method == b"POST" and _may_tell_usage(call.path if path is None else path)
-        return UpstreamRequest(path=path, headers=content_type_if_absent(call), identity=identity)
+        route = call.path if path is None else path
+        identity = call.method == b"POST" and _may_tell_usage(route)
+        request = UpstreamRequest(path=path, headers=content_type_if_absent(call), identity=identity)
+        if intent.is_stream and call.may_ask_usage and call.body:
+            _ask_usage(request, route, call.body, intent.note)
+        return request
 
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
         """Return a reader for JSON, event streams, JSON lines and WebSockets; None for errors and all else."""

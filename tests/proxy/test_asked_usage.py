@@ -3,7 +3,7 @@
 import pytest
 
 from .conftest import Serve
-from .harness import CHAT, Gateway, request
+from .harness import CHAT, ENVELOPE, Gateway, request
 
 BODY = b'{"model":"m","stream":true}'
 ASKING = b'{"stream_options":{"include_usage":true},"model":"m","stream":true}'
@@ -61,6 +61,41 @@ async def test_a_stream_of_known_length_is_sent_in_chunks_once_something_is_take
     assert b"Content-Length" not in await client.read_head()
     await client.expect(_chunk(TOKEN + END + DONE) + b"0\r\n\r\n")
     assert (await asking.receipt()).input_tokens == 7
+
+
+async def test_the_stream_of_an_envelope_is_asked_too(asking: Gateway) -> None:
+    target = f"http://127.0.0.1:{asking.llm.port}"
+    body = b'{"protocol":"openinference","target_url":"%b","body":{"model":"m","stream":true,"messages":[]}}'
+    client = await asking.ask(request(b"POST " + ENVELOPE, body=body % target.encode()))
+    upstream = await asking.llm.accept()
+    assert (await upstream.read_head()).startswith(b"POST /v1/chat/completions ")
+    await upstream.expect(b'{"stream_options":{"include_usage":true},"model":"m","stream":true,"messages":[]}')
+    await upstream.send(STREAM + _chunk(TOKEN) + _chunk(END) + _chunk(USAGE) + _chunk(DONE) + b"0\r\n\r\n")
+    assert (await client.answer()).body == TOKEN + END + DONE
+    receipt = await asking.receipt()
+    assert (receipt.input_tokens, receipt.output_tokens, receipt.usage_source) == (7, 2, "provider")
+
+
+@pytest.mark.parametrize("where", ["llm", "raw"])
+async def test_an_envelope_that_is_wrapped_or_goes_elsewhere_is_not(asking: Gateway, where: str) -> None:
+    target = f"http://127.0.0.1:{getattr(asking, where).port}".encode()
+    is_stream = b"true" if where == "raw" else b"1"
+    inner = b'{"model":"m","stream":%b,"prompt":"x"}' % is_stream
+    body = b'{"protocol":"openinference","target_url":"%b","body":%b}' % (target, inner)
+    client = await asking.ask(request(b"POST " + ENVELOPE, body=body))
+    upstream = await getattr(asking, where).accept()
+    await upstream.read_head()
+    await upstream.expect(inner)
+    await upstream.send(STREAM + _chunk(TOKEN * 3) + _chunk(END) + _chunk(DONE) + b"0\r\n\r\n")
+    answer = await client.answer()
+    if where == "llm":
+        assert answer.json()["usage"] == {
+            "input_tokens": len(inner) // 6,
+            "cached_tokens": 0,
+            "output_tokens": 2,
+            "estimated": True,
+        }
+    assert (await asking.receipt()).usage_source == "estimated"
 
 
 async def test_an_answer_that_is_no_stream_stays_as_it_is(asking: Gateway) -> None:
