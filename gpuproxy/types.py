@@ -70,13 +70,15 @@ class Attempt(Struct, array_like=True, frozen=True, gc=False):
 class Trace(Struct, array_like=True, frozen=True, gc=False):
     """What becomes the spans of a call: its own id and its parent's, and each attempt, whose id is the next number.
 
-    ``parent_id`` is empty for a call that began the trace. ``operation`` is what a model was asked for.
+    ``parent_id`` is empty for a call that began the trace. ``operation`` is what a model was asked for,
+    ``response_model`` the one that the answer says it is of.
     """
 
     span_id: int
     parent_id: str
     operation: str
     attempts: list[Attempt]
+    response_model: str = ""
 
 
 class Receipt(Struct, array_like=True, frozen=True, gc=False):

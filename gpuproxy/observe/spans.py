@@ -109,7 +109,7 @@ def _attempt_attributes(receipt: Receipt, trace: Trace, attempt: Attempt, at: in
     if receipt.rpc_method:
         found.update(_rpc_attributes(receipt))
     if is_last:
-        found.update(_answer_attributes(receipt, attempt))
+        found.update(_answer_attributes(receipt, trace, attempt))
     return found
 
 
@@ -133,7 +133,7 @@ def _error_of(receipt: Receipt, attempt: Attempt, is_last: bool) -> str:
     return str(attempt.status) if attempt.status >= 400 else ""
 
 
-def _answer_attributes(receipt: Receipt, attempt: Attempt) -> dict[str, Value]:
+def _answer_attributes(receipt: Receipt, trace: Trace, attempt: Attempt) -> dict[str, Value]:
     found: dict[str, Value] = {}
     if code := receipt.rpc_outcome.partition(":")[2]:
         found["rpc.response.status_code"] = code
@@ -141,6 +141,8 @@ def _answer_attributes(receipt: Receipt, attempt: Attempt) -> dict[str, Value]:
         found["gen_ai.request.stream"] = True
         if receipt.first_byte_us >= attempt.began_us:
             found["gen_ai.response.time_to_first_chunk"] = (receipt.first_byte_us - attempt.began_us) / 1e6
+    if trace.response_model:
+        found["gen_ai.response.model"] = trace.response_model
     if receipt.usage_source == "provider":
         found["gen_ai.usage.input_tokens"] = receipt.input_tokens
         found["gen_ai.usage.output_tokens"] = receipt.output_tokens

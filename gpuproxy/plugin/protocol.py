@@ -103,7 +103,8 @@ class UsageReader(Protocol):
 
     The result must not depend on how the body was split. A reader may have a property ``is_terminal`` that tells
     whether the answer's own end marker has passed: a client that leaves then has had everything; and one
-    ``rpc_outcome`` that tells how a JSON-RPC call ended (see `Receipt`). It may have a method
+    ``rpc_outcome`` that tells how a JSON-RPC call ended (see `Receipt`). Once finished it may have a
+    ``response_model``: the model that the answer says it is of. It may have a method
     ``so_far() -> Usage`` that tells, at any time, what was delivered by then and never more than that: a stream without
     it is neither stopped when what it reserved is used up nor billed for its tokens when it breaks off.
 

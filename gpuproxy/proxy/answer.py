@@ -290,7 +290,7 @@ class Answer(Refusing):
             self.request_id,
             usage,
         )
-        self._reader = _Known(usage, getattr(reader, "rpc_outcome", ""))
+        self._reader = _Known(usage, getattr(reader, "rpc_outcome", ""), getattr(reader, "response_model", ""))
         self._write_json(200, answer, b"")
         self._complete(connection)
 
@@ -298,9 +298,10 @@ class Answer(Refusing):
 class _Known:
     """Stands in for a reader whose result is known already."""
 
-    def __init__(self, usage: Usage | None, rpc_outcome: str) -> None:
+    def __init__(self, usage: Usage | None, rpc_outcome: str, response_model: str) -> None:
         self._usage = usage
         self.rpc_outcome = rpc_outcome
+        self.response_model = response_model
 
     def feed(self, data: bytes) -> None:
         """Nothing more comes."""

@@ -95,13 +95,14 @@ class Note:
         """Return the attempt under way as it would be if it ended now."""
         return Attempt(self._began_us, now_us - self._began_us, *self._address, status, error)
 
-    def trace(self, now_us: int, status: int) -> Trace | None:
+    def trace(self, now_us: int, status: int, response_model: str) -> Trace | None:
         """Return what becomes spans if the call ends now, None if none are wanted."""
         if not self.is_sampled:
             return None
         attempts = [*self.attempts, self.attempt(now_us, status)] if self._began_us >= 0 else []
         context = self.inherited.context
-        return Trace(self.span_id, context.span_id if context is not None else "", self.operation, attempts)
+        parent_id = context.span_id if context is not None else ""
+        return Trace(self.span_id, parent_id, self.operation, attempts, response_model)
 
 
 class TracedExchange(Exchange):
@@ -145,7 +146,7 @@ class TracedExchange(Exchange):
         receipt = super()._receipt(outcome, usage, now_ns)
         note = self._note or self._begin(self.head.fields)
         status = self._status if self._first_byte_ns and self._collected is None else note.status
-        trace = note.trace(self._since_start_us(now_ns), status)
+        trace = note.trace(self._since_start_us(now_ns), status, getattr(self._reader, "response_model", ""))
         return msgspec.structs.replace(receipt, trace_id=note.trace_id, trace=trace)
 
     def _begin(self, fields: list[Field]) -> Note:

@@ -25,6 +25,11 @@ class SniffingReader:
         """Tell whether a stream's own end marker has just passed."""
         return getattr(self._reader, "is_terminal", False)
 
+    @property
+    def response_model(self) -> str:
+        """Return the model that the answer says it is of."""
+        return getattr(self._reader, "response_model", "")
+
     def feed(self, data: bytes) -> None:
         """Look at the next bytes."""
         if self._start is not None:

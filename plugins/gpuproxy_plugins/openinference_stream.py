@@ -5,6 +5,7 @@ their number never says more than was delivered. The input is then estimated fro
 """
 
 import re
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +18,7 @@ from gpuproxy_plugins.openinference_usage import (
     WORD,
     Counts,
     last_counts,
+    model_told,
     tokens,
     usage_of,
 )
@@ -44,6 +46,7 @@ _SEAM_BYTES = 64  # hold the end of a stream: [DONE], or the whole event message
 class Carrier(Struct, gc=False):
     """An object within an event that carries usage."""
 
+    model: Any = None
     usage: Counts | None = None
 
 
@@ -57,6 +60,7 @@ class TgiDetails(Struct, gc=False):
 class Event(Struct, gc=False):
     """A stream's event: usage at the top, in ``response`` (Responses API) or in ``message`` (Anthropic)."""
 
+    model: Any = None
     usage: Counts | None = None
     response: Carrier | None = None
     message: Carrier | None = None
@@ -105,7 +109,8 @@ def marker_of(path: bytes) -> Marker:
 class StreamUsageReader(EventFilter):
     """Usage of an event stream; `request_bytes` is the size of the request's body."""
 
-    __slots__ = ("_count", "_counts", "_is_between", "_is_over", "_marker", "_request_bytes", "_seam", "_text")
+    __slots__ = ("_count", "_counts", "_is_between", "_is_over", "_marker", "_request_bytes", "_seam", "_text",
+                 "response_model")  # fmt: skip
 
     word = WORD
     dull = b'"usage":null'  # on every event of a stream whose usage comes at the end
@@ -116,6 +121,7 @@ class StreamUsageReader(EventFilter):
         self._marker = marker
         self._text = marker.text
         self._request_bytes = request_bytes
+        self.response_model = ""
         self._count = 0
         self._is_over = False  # what comes now carries no tokens
         self._seam = b"\n"  # the end of what was fed
@@ -160,6 +166,8 @@ class StreamUsageReader(EventFilter):
         except UNREADABLE:
             self._merge(last_counts(data))  # foreign fields of these names, or text that merely looks like it
             return
+        teller = event.response or event.message or event
+        self.response_model = model_told(teller.model) or self.response_model
         if event.usage is not None:
             self._merge(event.usage)
         elif event.response is not None:

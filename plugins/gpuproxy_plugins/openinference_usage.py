@@ -16,6 +16,7 @@ from gpuproxy.plugin import TAIL_BYTES, Usage, UsageReader
 
 BYTES_PER_INPUT_TOKEN = 6  # four bytes of English make a token as a rule, and a third of a chat's body is JSON
 _TOKENS_MAX = 1 << 40  # beyond any context window; keeps a babbling upstream out of the ledger
+_NAME_CHARS_MAX = 256
 _CANDIDATES_MAX = 16  # how many "usage" keys of a tail are tried, last first
 _DIGITS_MAX = 13  # of a count written as text: those of _TOKENS_MAX
 _DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
@@ -55,6 +56,7 @@ class TgiDetails(Struct, gc=False):
 class Answer(Struct, gc=False):
     """A whole JSON answer; the counts at the top are Ollama's own, ``details`` are TGI's."""
 
+    model: Any = None
     usage: Counts | None = None
     prompt_eval_count: int | None = None
     eval_count: int | None = None
@@ -92,9 +94,12 @@ def tokens(total: int, cached: int, output: int) -> Usage | None:
     return None
 
 
-def _usage_of_answer(data: bytes) -> Usage | None:
-    """Return the usage of one JSON text. Raises ValueError or RecursionError if it is none."""
-    answer = _decode_answer(data)
+def model_told(name: Any) -> str:
+    """Return the model that an answer says it is of, empty if it says none."""
+    return name if isinstance(name, str) and len(name) <= _NAME_CHARS_MAX else ""
+
+
+def _usage_of_answer(answer: Answer) -> Usage | None:
     if answer.usage is None and (answer.eval_count is not None or answer.prompt_eval_count is not None):
         return tokens(answer.prompt_eval_count or 0, 0, answer.eval_count or 0)  # of embeddings the input alone
     if answer.usage is None and answer.details is not None and answer.details.generated_tokens is not None:
@@ -187,7 +192,11 @@ class _TailReader:
 class JsonUsageReader(_TailReader):
     """Usage of a JSON answer: parsed whole up to TAIL_BYTES, beyond that only its end is searched."""
 
-    __slots__ = ()
+    __slots__ = ("response_model",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.response_model = ""
 
     def finish(self) -> Usage | None:
         """Return what was used, None if the answer told nothing."""
@@ -197,7 +206,9 @@ class JsonUsageReader(_TailReader):
             if self._is_cut:
                 return _usage_of_tail(tail)
         try:
-            return _usage_of_answer(tail)
+            answer = _decode_answer(tail)
+            self.response_model = model_told(answer.model)
+            return _usage_of_answer(answer)
         except UNREADABLE:
             is_whole = tail.rstrip().endswith((b"}", b"]"))  # else it was cut
             return _usage_of_tail(tail) if is_whole else None
@@ -212,7 +223,7 @@ class LinesUsageReader(_TailReader):
         """Return what was used, None if the answer told nothing."""
         for line in reversed(self._tail().splitlines()[-_CANDIDATES_MAX:]):
             try:
-                usage = _usage_of_answer(line)
+                usage = _usage_of_answer(_decode_answer(line))
             except UNREADABLE:
                 continue
             if usage is not None:

@@ -74,6 +74,15 @@ def test_a_call_is_a_server_span_and_below_it_a_client_span() -> None:
     }
 
 
+def test_the_model_that_an_answer_is_of_is_told_of_the_last_attempt() -> None:
+    failed = Attempt(0, 500, "10.0.0.4", 8000, 503, "503")
+    receipt = like(trace_id=TRACE_ID, trace=Trace(ID, PARENT, "chat", [failed, ATTEMPT], "m-2026"), attempts=2)
+    call, first, last = sent(receipt)
+    assert last.attributes["gen_ai.response.model"] == "m-2026"
+    assert last.attributes["gen_ai.request.model"] == "m"
+    assert "gen_ai.response.model" not in call.attributes | first.attributes
+
+
 def test_a_call_that_began_its_trace_has_no_parent() -> None:
     call, _ = sent(traced(ATTEMPT, parent_id=""))
     assert (call.parent_id, call.flags) == ("", 0x101)

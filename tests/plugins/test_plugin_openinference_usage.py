@@ -264,6 +264,35 @@ def test_an_answer_of_any_size_tells_the_same_under_any_splitting(cuts: list[int
     assert read(JSON, *(body[start:stop] for start, stop in pairwise(borders))) == Usage(3, 0, 0)
 
 
+ANTHROPIC_START = {"type": "message_start", "message": {"model": "m-1", "usage": {"input_tokens": 1}}}
+ANTHROPIC_END = {"type": "message_delta", "usage": {"output_tokens": 1}}
+RESPONSE = {"type": "response.completed", "response": {"model": "m-1", "usage": {"input_tokens": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "model"),
+    [
+        (JSON, b'{"model":"m-1","usage":{"prompt_tokens":3}}', "m-1"),
+        (JSON, b'{"model":"m-1"}', "m-1"),
+        (b"", b'{"model":"m-1"}', "m-1"),
+        (JSON, b'{"model":["odd"],"usage":null}', ""),
+        (JSON, b'{"model":"' + b"x" * 300 + b'"}', ""),
+        (JSON, b"{}", ""),
+        (SSE, stream(token("a", model="m-1"), {"model": "m-1", "choices": [], "usage": {"prompt_tokens": 3}}), "m-1"),
+        (SSE, stream(ANTHROPIC_START, ANTHROPIC_END, names=True), "m-1"),
+        (SSE, stream(RESPONSE, names=True), "m-1"),
+        (SSE, stream(*OPENAI), ""),
+    ],
+)
+def test_an_answer_tells_the_model_it_is_of(kind: bytes, body: bytes, model: str) -> None:
+    for pieces in ([body], bytewise(body)):
+        reader: Any = OPEN.reader(CALL, 200, kind)
+        for piece in pieces:
+            reader.feed(piece)
+        reader.finish()
+        assert reader.response_model == model
+
+
 def test_a_cut_answer_tells_nothing() -> None:
     assert read(JSON, b'{"usage":{"prompt_tokens":3},"x":') is None
     assert read(JSON) is None

@@ -132,6 +132,25 @@ async def test_what_the_caller_does_not_sample_passes_unchanged_and_has_no_spans
     assert (receipt.trace_id, receipt.trace) == (TRACE_ID, None)
 
 
+@pytest.mark.parametrize("is_envelope", [False, True])
+async def test_the_model_that_the_answer_names_is_noted(serve: Serve, is_envelope: bool) -> None:
+    gateway = await serve(traces=ON)
+    told = b'{"model":"m-2026","usage":{"prompt_tokens":1}}'
+    url = f"http://127.0.0.1:{gateway.llm.port}/v1/chat/completions"
+    wrapped = json.dumps({"protocol": "openinference", "target_url": url, "body": {"model": "m"}}).encode()
+    sent = (
+        request(b"POST " + ENVELOPE, body=wrapped) if is_envelope else request(b"POST " + CHAT, body=b'{"model":"m"}')
+    )
+    client = await gateway.ask(sent)
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    length = b"Content-Length: %d\r\n\r\n" % len(told)
+    await upstream.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n" + length + told)
+    assert (await client.answer()).status == 200
+    receipt = await gateway.receipt()
+    assert (receipt.model, trace_of(receipt).response_model) == ("m", "m-2026")
+
+
 async def test_without_a_caller_that_decides_the_ratio_does(serve: Serve) -> None:
     gateway = await serve(traces={**ON, "sample_ratio": 0.0})
     told = context(await pass_through(gateway))
