@@ -19,7 +19,7 @@ _encode = msgspec.json.Encoder().encode
 _NEAR = re.compile(rb'"finish_reason": ?"[^"]|"usage": ?\{')
 # How servers refuse a field: by its name, or by saying that there is one too many.
 _REFUSED = re.compile(
-    rb"stream_?options|include_?usage|extra[ _](?:forbidden|inputs?|fields?|properties)|additional ?propert"
+    rb"stream[-_ ]?options|include[-_ ]?usage|extra[ _](?:forbidden|inputs?|fields?|properties)|additional ?propert"
     rb"|(?:unknown|unrecognized|unexpected|unsupported) (?:request )?"
     rb"(?:argument|field|key|keyword|name|param|property)",
     re.IGNORECASE,

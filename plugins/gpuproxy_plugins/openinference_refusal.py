@@ -1,6 +1,7 @@
 """The gateway's errors in the dialect of the path, so that official SDKs raise the exceptions they promise.
 
-``…/v1/messages`` speaks Anthropic, ``…/v2…`` Open Inference, all else OpenAI. ``code`` is the gateway's own
+``…/v1/messages`` speaks Anthropic, ``…/v2…`` Open Inference, all else OpenAI, but for the own routes of Ollama and of
+Text Generation Inference, whose errors are a text as those of V2 are. ``code`` is the gateway's own
 where the dialect has no word for it.
 """
 
@@ -40,9 +41,14 @@ def refusal(path: bytes, error: GatewayError, request_id: str) -> bytes:
     route = path.partition(b"?")[0] + b"/"
     if b"/v1/messages/" in route or isinstance(error, AnthropicError):
         return anthropic_error(error, request_id)
-    if b"/v2/" in route:
+    if b"/v2/" in route or _is_native(route):
         return _encode({"error": error.message, "code": error.code, "request_id": request_id})
     return openai_error(error)
+
+
+def _is_native(route: bytes) -> bool:
+    """Tell whether a route, with a slash at its end, is one of Ollama's or TGI's own."""
+    return b"/v1/" not in route and (b"/api/" in route or route.endswith((b"/generate/", b"/generate_stream/")))
 
 
 def openai_error(error: GatewayError) -> bytes:

@@ -53,6 +53,13 @@ def test_only_what_names_its_model_in_the_body_is_read_whole(method: bytes, path
         (b'{"model":"m","stream":false}', Intent("m")),
         (b'{"model":"m","stream":null}', Intent("m")),
         (b'{"model":"m","stream":"odd"}', Intent("m")),
+        (b'{"model":"m","stream":"True"}', Intent("m", is_stream=True)),
+        (b'{"model":"m","stream":"1"}', Intent("m", is_stream=True)),
+        (b'{"model":"m","stream":1.0}', Intent("m", is_stream=True)),
+        (b'{"model":"m","stream":0}', Intent("m")),
+        (b'{"model":"m","stream":"off"}', Intent("m")),
+        (b'{"model":"m","stream":[1]}', Intent("m")),
+        (b'{"model":"a","model":"m"}', Intent("m")),
         ('{"model":"größe"}'.encode(), Intent("größe")),
     ],
 )
@@ -119,6 +126,15 @@ def test_a_missing_or_impossible_model_is_named(body: bytes) -> None:
     error = refusal(post(body))
     assert (error.code, error.param) == ("BAD_REQUEST", "model")
     assert "model" in error.message
+
+
+@pytest.mark.parametrize("key", ["Model", "MODEL", "mOdEl", "\\u004dodel"])
+def test_no_other_spelling_hides_a_model(key: str) -> None:
+    body = f'{{"model":"cheap","{key}":"dear"}}'.encode()
+    error = refusal(post(body))
+    assert (error.code, error.param, "capitals" in error.message) == ("BAD_REQUEST", "model", True)
+    assert OPEN.describe(post(body, path=b"/api/chat")) == Intent()
+    assert OPEN.inspect(post(b'{"model":"m","x":{"%b":"y"}}' % key.encode())) == Intent("m")
 
 
 def test_a_compressed_body_is_refused_with_the_remedy() -> None:
@@ -346,8 +362,19 @@ def test_messages_speaks_anthropic(path: bytes, code: str, kind: str) -> None:
     assert told(path, code) == {"type": "error", "error": detail, "request_id": "r1"}
 
 
-@pytest.mark.parametrize("path", [b"/v2", b"/v2/models/m/infer", b"/x/v2/health/live?y"])
-def test_v2_speaks_open_inference(path: bytes) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/v2",
+        b"/v2/models/m/infer",
+        b"/x/v2/health/live?y",
+        b"/api/chat",
+        b"/ollama/api/tags?x",
+        b"/generate",
+        b"/tgi/generate_stream?x",
+    ],
+)
+def test_v2_and_native_routes_tell_a_text(path: bytes) -> None:
     assert told(path, "UNKNOWN_MODEL") == {"error": "why", "code": "UNKNOWN_MODEL", "request_id": "r1"}
 
 

@@ -45,6 +45,7 @@ REFUSALS = [
     b'{"error":"Unknown name \\"streamOptions\\": Cannot find field."}',
     b'{"message":"Extra inputs are not permitted"}',
     b"Additional properties are not allowed",
+    b'{"message":"Stream options are not supported by this model"}',
 ]
 
 
