@@ -109,7 +109,8 @@ class UsageReader(Protocol):
     it is neither stopped when what it reserved is used up nor billed for its tokens when it breaks off.
 
     Of a WebSocket `feed` gets each text message of the upstream, whole, but for those over 1 MiB. The reader may have a
-    method ``check(message) -> str`` that tells why a message of the client must not pass, empty if it may: that ends
+    property ``is_amid`` that tells whether an answer is under way, for limits of tokens are looked at between them; and
+    a method ``check(message) -> str`` that tells why a message of the client must not pass, empty if it may: that ends
     the connection.
     """
 

@@ -65,7 +65,7 @@ class Watch:
         """Count what was used, and set more aside if what was is nearly used."""
         bill, used = self.bill, used_by_now(self.reader)
         assert used is not None
-        if self._has_limit and used.source == "provider" and not self._is_counting:  # no answer is under way
+        if self._has_limit and not self._is_counting and not getattr(self.reader, "is_amid", False):
             self._is_counting = not self.exchange.count(used.input_tokens + used.output_tokens, self._counted)
         if bill is None or bill.waiting_for:
             return

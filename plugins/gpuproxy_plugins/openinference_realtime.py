@@ -3,8 +3,8 @@
 The URL names the model, which decides where the connection goes and what it costs. The Realtime API keeps to it; in the
 Responses API each event names a model, so those that name another one do not pass. Where the URL names none, as an
 upstream called by its name allows, no event may: it would be served for nothing. Each answer tells its usage in its
-last event; a transcription of what was said does too. What is delivered of an answer that is not over is counted by its
-events: each carries a token or more.
+last event; a transcription of what was said does too. What is delivered of an answer that is not over, or failed and
+tells none, is counted by its events: each carries a token or more.
 """
 
 import re
@@ -16,23 +16,24 @@ import msgspec
 from msgspec import Struct
 
 from gpuproxy.plugin import Call, GatewayError, Usage, UsageReader
-from gpuproxy_plugins.openinference_usage import UNREADABLE, WORD, Counts, usage_of
+from gpuproxy_plugins.openinference_usage import UNREADABLE, WORD, loose_counts, usage_of
 
 _PATHS = (b"/realtime", b"/responses")
 _DELTA = re.compile(rb'"type": ?"response\.[a-z_.]+\.delta"')
+_ENDED = re.compile(rb'"type": ?"response\.(?:done|completed|incomplete|failed)"')
 _TYPE_BYTES = 256  # within which an event tells its type
 _ANSWER_ENDS = ("response.done", "response.completed", "response.incomplete", "response.failed")
 _TRANSCRIBED = "conversation.item.input_audio_transcription.completed"
 
 
 class _Carrier(Struct, gc=False):
-    usage: Counts | None = None
+    usage: Any = None
 
 
 class _Event(Struct, gc=False):
     type: str = ""
     response: _Carrier | None = None
-    usage: Counts | None = None
+    usage: Any = None
 
 
 class _Named(Struct, gc=False):
@@ -75,19 +76,25 @@ def model_of_query(path: bytes) -> str:
 class RealtimeReader:
     """Sums up the usage of all answers on a connection."""
 
-    __slots__ = ("_cached", "_count", "_input", "_is_told", "_output")
+    __slots__ = ("_cached", "_count", "_input", "_is_counted", "_is_told", "_output")
 
     def __init__(self) -> None:
         self._input = self._cached = self._output = 0
         self._count = 0  # events of an answer that is not over
         self._is_told = False
+        self._is_counted = False  # of some answer its events alone are known
+
+    @property
+    def is_amid(self) -> bool:
+        """Tell whether an answer is under way."""
+        return self._count > 0
 
     def feed(self, data: bytes) -> None:
         """Look at one message of the upstream; most are pieces of an answer, and some of these are long."""
         if _DELTA.search(data, 0, _TYPE_BYTES) is not None:
             self._count += 1
             return
-        if WORD not in data:
+        if WORD not in data and _ENDED.search(data, 0, _TYPE_BYTES) is None:
             return
         try:
             event = _decode_event(data)
@@ -98,26 +105,28 @@ class RealtimeReader:
         elif event.type == _TRANSCRIBED:
             self._add(event.usage, is_answer=False)
 
-    def _add(self, counts: Counts | None, is_answer: bool = True) -> None:
-        usage = usage_of(counts)
-        if usage is None:
-            return  # an answer that failed tells none; what was delivered of it stays counted
-        self._is_told = True
-        self._input += usage.input_tokens
-        self._cached += usage.cached_tokens
-        self._output += usage.output_tokens
+    def _add(self, counts: Any, is_answer: bool = True) -> None:
+        usage = usage_of(loose_counts(counts)) if isinstance(counts, dict) else None
+        if usage is not None:
+            self._is_told = True
+            self._input += usage.input_tokens
+            self._cached += usage.cached_tokens
+            self._output += usage.output_tokens
+        elif is_answer and self._count:
+            self._is_counted = True
+            self._output += self._count
         if is_answer:
             self._count = 0
 
     def so_far(self) -> Usage:
         """Return what was delivered by now."""
-        is_exact = self._is_told and not self._count
+        is_exact = self._is_told and not self._count and not self._is_counted
         output = self._output + self._count
         return Usage(self._input, self._cached, output, "provider" if is_exact else "estimated")
 
     def finish(self) -> Usage | None:
         """Return what was used, None if nothing was told or delivered."""
-        return self.so_far() if self._is_told or self._count else None
+        return self.so_far() if self._is_told or self._is_counted or self._count else None
 
 
 class ResponsesReader(RealtimeReader):

@@ -137,10 +137,10 @@ def _counts_after(text: str) -> Counts | None:
         value: Any = _scan_value(text[1:].lstrip())[0]
     except UNREADABLE:
         return None
-    return _loose_counts(value) if isinstance(value, dict) else None
+    return loose_counts(value) if isinstance(value, dict) else None
 
 
-def _loose_counts(fields: dict[str, Any]) -> Counts:
+def loose_counts(fields: dict[str, Any]) -> Counts:
     """Return counts that may be written as ``5.0`` or ``"5"``; what is no number is left out."""
     counts = Counts()
     for name in Counts.__struct_fields__:

@@ -63,6 +63,19 @@ def test_what_was_delivered_of_an_answer_that_is_not_over_is_counted() -> None:
     assert fed(done(), DELTA, done()).so_far() == Usage(20, 6, 8)
 
 
+@pytest.mark.parametrize("response", [{"status": "cancelled"}, {"usage": None}, {"usage": {"input_tokens": -1}}, None])
+def test_of_an_answer_that_tells_none_the_delivered_events_stay_counted(response: Any) -> None:
+    failed = event("response.done", response=response)
+    assert fed(DELTA, DELTA, failed).finish() == Usage(0, 0, 2, "estimated")
+    assert fed(DELTA, DELTA, failed, failed, DELTA, done()).finish() == Usage(10, 3, 6, "estimated")
+    assert not fed(DELTA, failed).is_amid
+    assert fed(failed).finish() is None
+
+
+def test_counts_may_be_written_as_they_like() -> None:
+    assert fed(done(input_tokens=10.0, output_tokens="4")).finish() == Usage(10, 0, 4)
+
+
 def test_a_transcription_counts_and_ends_no_answer() -> None:
     said = event("conversation.item.input_audio_transcription.completed", usage={"input_tokens": 5, "output_tokens": 2})
     timed = event("conversation.item.input_audio_transcription.completed", usage={"type": "duration", "seconds": 2})
