@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet, shown_id
 from gpuproxy.fleet.rentals import Rental
+from gpuproxy.fleet.sight import unseen_since
 from gpuproxy.plugin import Offer
 from gpuproxy.pricing import with_markup
 
@@ -74,7 +75,8 @@ class OfferInfo(Struct):
 class RentalInfo(Struct):
     """A rental. `ports` lead from a port inside the machine to the one outside on `ip`; `cost` is what it cost so far.
 
-    Below `proxy_url` and a port inside, the gateway forwards to the machine.
+    Below `proxy_url` and a port inside, the gateway forwards to the machine. `seen_at` is when the provider last told
+    of it, `unreachable_since` is set while the provider has lost sight of one that runs: that time is not charged.
     """
 
     contract_id: str
@@ -96,6 +98,8 @@ class RentalInfo(Struct):
     reservation_id: str
     created_at: datetime
     running_at: datetime | None
+    seen_at: datetime | None
+    unreachable_since: datetime | None
     ended_at: datetime | None
     expires_at: datetime | None
 
@@ -162,6 +166,8 @@ def rental_info(rental: Rental) -> RentalInfo:
         reservation_id=rental.group_id,
         created_at=rental.created_at,
         running_at=rental.running_at,
+        seen_at=rental.seen_at,
+        unreachable_since=unseen_since(rental),
         ended_at=rental.ended_at,
         expires_at=rental.expires_at,
     )

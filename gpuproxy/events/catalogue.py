@@ -29,6 +29,9 @@ EVENTS: dict[str, Kind] = {
     "gpu.price_changed": Kind("gpu_updates", "the lowest price of a GPU has changed"),
     "instance.created": Kind("instance_events", "an instance is rented and will be started"),
     "instance.running": Kind("instance_events", "it is up"),
+    "instance.unreachable": Kind(
+        "instance_events", "its provider has lost sight of it; it is not charged until it is seen, and told as running"
+    ),
     "instance.stopped": Kind("instance_events", "it is stopped; its disk is kept and costs"),
     "instance.failed": Kind("instance_events", "it could not be had, or broke"),
     "instance.warning": Kind("instance_events", "credit or a budget will soon be used up, and then it is destroyed"),

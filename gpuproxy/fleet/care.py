@@ -10,11 +10,11 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.fleet.moves import begin_destroy, end, move
+from gpuproxy.fleet.moves import begin_destroy, end, is_overdue, move, overdue
 from gpuproxy.fleet.parts import Fleet, failure_of, shown_id
 from gpuproxy.fleet.purse import reserve
 from gpuproxy.fleet.rentals import Rental, find, locked, of_group
-from gpuproxy.fleet.sight import ASKED, miss, see, take
+from gpuproxy.fleet.sight import ASKED, BOOTS_AGAIN, miss, see, take
 from gpuproxy.fleet.states import ENDED, UNDER_WAY, State
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import (
@@ -46,7 +46,7 @@ async def advance(fleet: Fleet, rental: Rental) -> Rental:
     rental = await look(fleet, adapter, rental)
     if rental.state == "stopping":
         return await _press(fleet, adapter, rental, adapter.stop)
-    if rental.state == "provisioning" and rental.running_at is not None:
+    if rental.state == "provisioning" and rental.running_at is not None and rental.reason != BOOTS_AGAIN:
         return await _press(fleet, adapter, rental, adapter.start)
     if rental.state == "destroying":
         return await _press_destroy(fleet, adapter, rental)
@@ -98,8 +98,11 @@ async def note_made(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, inst
     return await fleet.write(take, rental.id, instance, shown, fleet.now(), **prices)
 
 
-def give_up(connection: Connection, rental_id: str, at: datetime, reason: str) -> Rental:
-    """End a rental that has no machine; with it go the others of its reservation."""
+def give_up(connection: Connection, rental_id: str, at: datetime, reason: str, is_proven: bool = True) -> Rental:
+    """End a rental that has no machine; with it go the others of its reservation.
+
+    If that is not proven, it is looked for until it is, but not waited for.
+    """
     found = find(connection, rental_id)
     assert found is not None  # rentals are never deleted
     group = of_group(connection, found.group_id) if found.group_id else [found]
@@ -108,10 +111,22 @@ def give_up(connection: Connection, rental_id: str, at: datetime, reason: str) -
     if rental.native_id or rental.state not in ("pending", "destroying"):
         return rental
     if rental.state == "destroying":
-        return end(connection, rental, at)
+        return end(connection, rental, at) if is_proven else rental
     for other in rows.values():
         begin_destroy(connection, other, at, "not all of the reservation could be had")
+    if not is_proven:
+        return begin_destroy(connection, rental, at, reason, has_failed=True)
     return move(connection, rental, "failed", at, reason=reason, has_failed=True)
+
+
+def unanswered(connection: Connection, rental_id: str, at: datetime, provision_s: float) -> Rental:
+    """Take note that the provider does not answer about a machine: what should long run is not waited for any more."""
+    rental = locked(connection, rental_id)
+    if not is_overdue(rental, at, provision_s):
+        return rental
+    if rental.native_id:
+        return overdue(connection, rental, at, provision_s)
+    return give_up(connection, rental_id, at, "the provider does not say whether it made it", is_proven=False)
 
 
 async def destroy(fleet: Fleet, rental: Rental, reason: str = ASKED) -> Rental:
@@ -128,13 +143,13 @@ async def destroy(fleet: Fleet, rental: Rental, reason: str = ASKED) -> Rental:
 
 
 async def stop(fleet: Fleet, rental: Rental) -> Rental:
-    """Stop a running machine; its storage goes on costing. One that is stopped or stopping stays so.
+    """Stop a machine that runs, or is to run again; its storage goes on costing. One that is stopping stays so.
 
-    Raises GatewayError CONFLICT for one that does not run, UNPROCESSABLE where the provider cannot stop.
+    Raises GatewayError CONFLICT for one that has not run, UNPROCESSABLE where the provider cannot stop.
     """
     if rental.state in ("stopping", "stopped"):
         return rental
-    if rental.state != "running":
+    if not _can_stop(rental):
         raise GatewayError("CONFLICT", f"rental {rental.id} is {rental.state}; only a running one can be stopped")
     await _last_look(fleet, rental)
     rental = await fleet.write(_stopping, rental.id, fleet.now())
@@ -199,7 +214,11 @@ def _begun(connection: Connection, rental_id: str, at: datetime, reason: str) ->
 
 def _stopping(connection: Connection, rental_id: str, at: datetime) -> Rental:
     rental = locked(connection, rental_id)
-    return move(connection, rental, "stopping", at, reason=ASKED) if rental.state == "running" else rental
+    return move(connection, rental, "stopping", at, reason=ASKED) if _can_stop(rental) else rental
+
+
+def _can_stop(rental: Rental) -> bool:
+    return rental.state == "running" or (rental.state == "provisioning" and rental.running_at is not None)
 
 
 def _moved(connection: Connection, rental_id: str, to: State, at: datetime, reason: str, only_from: State) -> Rental:

@@ -6,6 +6,7 @@ Of several nodes the one that leads does it. Every step is a conditional write, 
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
+from time import monotonic
 
 from gpuproxy.fleet import charges
 from gpuproxy.fleet.offers import Offers
@@ -36,6 +37,7 @@ class Keeper:
         settings = self._fleet.settings
         async with asyncio.TaskGroup() as group:
             group.create_task(self._every(settings.reconcile_s, self._reconciler.cycle, stopping))
+            group.create_task(self._every(settings.reconcile_s / 2, self._reconciler.check_money, stopping))
             group.create_task(self._every(settings.poll_s, self._reconciler.tend, stopping))
             group.create_task(self._every(settings.offers_s, self._offers.refresh_all, stopping))
             group.create_task(self._every(HOUR_S, self._compare, stopping, HOUR_S / 60))
@@ -46,10 +48,18 @@ class Keeper:
     async def _every(
         self, period_s: float, work: Callable[[], Awaitable[None]], stopping: asyncio.Event, first_s: float = 0.0
     ) -> None:
+        """Begin the work once in a period; what takes longer rests for a tenth of it."""
+        began_s = 0.0
+
         async def lead() -> None:
+            nonlocal began_s
+            began_s = monotonic()
             if await self._leads():
                 await work()
 
+        def rest_s() -> float:
+            return max(period_s / 10, period_s - (monotonic() - began_s))
+
         await pause(first_s, stopping)
         complain = partial(logger.error, "the fleet is not kept, will go on", work=work.__name__)
-        await rounds(lead, period_s, stopping, complain)
+        await rounds(lead, rest_s, stopping, complain)

@@ -44,8 +44,9 @@ def move(connection: Connection, rental: Rental, to: State, at: datetime, **valu
             values.setdefault("expires_at", moved_at + timedelta(hours=rental.committed_hours))
     rental = change(connection, rental, **values)
     rental = change(connection, rental, **rates_in(rental, to))
-    if to in ENDED:
+    if to in (*ENDED, "destroying"):  # however long it takes to be gone, the customer pays no more
         release(connection, rental)
+    if to in ENDED:
         rental = change(connection, rental, ended_at=moved_at)
     if "running" in (before, to):
         announce(connection, rental.user_id)
@@ -76,6 +77,18 @@ def begin_destroy(
         rental = charge_commitment(connection, rental)
         rental = change(connection, rental, rate_nanousd_per_hour=0)
     return move(connection, rental, "destroying", at, reason=reason, has_failed=has_failed)
+
+
+def is_overdue(rental: Rental, at: datetime, within_s: float) -> bool:
+    """Tell whether a machine has had its time to come up."""
+    return rental.state in ("pending", "provisioning") and at - rental.moved_at > timedelta(seconds=within_s)
+
+
+def overdue(connection: Connection, rental: Rental, at: datetime, within_s: float) -> Rental:
+    """Wait no longer for a machine to run. One that has run is stopped, for the sake of its disk, where that goes."""
+    if rental.running_at is not None and rental.basis != PREPAID:
+        return move(connection, rental, "stopping", at, reason=f"did not run again within {within_s:g} s")
+    return begin_destroy(connection, rental, at, f"did not run within {within_s:g} s", has_failed=True)
 
 
 def end(connection: Connection, rental: Rental, at: datetime) -> Rental:

@@ -2,7 +2,9 @@
 
 A list changes nothing by itself: it may fail, lie or be out of date. It tells whom to ask for: what it does not show
 as we know it is asked for alone, and only the provider's word about that one counts. The others are asked for in turn,
-so that all that runs is proven to, and charged, every minute, or every quarter of an hour where it is much.
+at the same time and whether a list comes or not: those whose money ends first, then the longest unseen. So all that
+runs is proven to, and charged, every minute; every quarter of an hour where it is much; more seldom where the provider
+wants more time between calls. A cycle asks for no more than fit into it.
 
 What carries our installation's tag and belongs to no living rental is destroyed: a create that was doubled or came up
 late. What carries another tag or none is somebody else's, and is never touched. Both are noted, see `findings`.
@@ -10,18 +12,19 @@ late. What carries another tag or none is somebody else's, and is never touched.
 
 import asyncio
 import math
-from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from collections.abc import Awaitable, Iterable, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from gpuproxy.fleet import money
-from gpuproxy.fleet.care import advance, look
+from gpuproxy.fleet.care import advance, look, unanswered
 from gpuproxy.fleet.findings import Kind, note_failure, note_list
+from gpuproxy.fleet.moves import is_overdue
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import IN_FLIGHT_S
 from gpuproxy.fleet.rentals import Rental, find, in_states
 from gpuproxy.fleet.sight import is_as_expected
-from gpuproxy.fleet.states import ENDED, LIVING, UNDER_WAY
+from gpuproxy.fleet.states import ENDED, LIVING, SETTLED, UNDER_WAY
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderAdapter, ProviderError, ProviderInstance
 
@@ -39,22 +42,21 @@ class Reconciler:
         self._suspects: set[tuple[str, str]] = set()  # provider, native id: seen once with our tag, but no row
 
     async def cycle(self) -> None:
-        """Look at every provider at once, then at every customer's money. Raises what the store raises."""
-        rows = await self._fleet.read(in_states, LIVING)
-        works = [self._reconcile(name, [row for row in rows if row.provider == name]) for name in self._fleet.providers]
-        results = await asyncio.gather(*works, return_exceptions=True)
-        await self.check_money()
-        for failure in results:  # one provider's trouble is not the others'
+        """Look at what every provider has, all at once. Raises what the store raises."""
+        rows = await self._fleet.read(in_states, SETTLED)
+        works: list[Awaitable[None]] = []
+        for name, adapter in self._fleet.providers.items():
+            ours, asked = [row for row in rows if row.provider == name], set[str]()
+            works += [self._prove(adapter, ours, asked), self._compare(adapter, ours, asked)]
+        for failure in await asyncio.gather(*works, return_exceptions=True):  # one's trouble is not the others'
             if failure is not None:
                 raise failure
 
     async def check_money(self) -> None:
-        """Fill holds, warn, and begin to destroy what cannot be paid; what is destroyed is seen to at once."""
+        """Fill holds, warn, and begin to destroy what cannot be paid. Asks no provider, so none can hold it up."""
         now = self._fleet.now()
         for rental in await self._fleet.read(in_states, LIVING):
-            checked = await self._fleet.write(money.check, rental.id, now, self._fleet.settings.reconcile_s)
-            if checked.state == "destroying" and rental.state != "destroying":
-                await self._advance(checked)
+            await self._fleet.write(money.check, rental.id, now, self._fleet.settings.reconcile_s)
 
     async def tend(self) -> None:
         """Do the next step of everything that is under way."""
@@ -73,25 +75,42 @@ class Reconciler:
             await advance(self._fleet, rental)
         except ProviderError as error:
             logger.warning("rental waits for its provider", contract_id=rental.id, error=str(error))
+            now, provision_s = self._fleet.now(), self._fleet.settings.provision_s
+            if is_overdue(rental, now, provision_s):
+                await self._fleet.write(unanswered, rental.id, now, provision_s)
 
-    async def _reconcile(self, name: str, rows: Sequence[Rental]) -> None:
-        adapter = self._fleet.providers[name]
+    async def _prove(self, adapter: ProviderAdapter, rows: Sequence[Rental], asked: set[str]) -> None:
+        """Let the provider say of some that they run."""
+        turn = _in_turn(rows, self._fleet.now(), self._fleet.settings.reconcile_s)
+        await self._ask_all(adapter, turn, asked)
+
+    async def _compare(self, adapter: ProviderAdapter, rows: Sequence[Rental], asked: set[str]) -> None:
+        """Look at the provider's list for what is news."""
         try:
             listed = [instance for instance in await adapter.list() if instance.state != "gone"]
         except ProviderError as error:
-            logger.warning("provider cannot be listed, nothing is changed", provider=name, error=str(error))
-            await self._fleet.write(note_failure, name, self._fleet.now(), str(error))
+            logger.warning("provider cannot be listed, nothing is changed", provider=adapter.name, error=str(error))
+            await self._fleet.write(note_failure, adapter.name, self._fleet.now(), str(error))
             return
-        for rental in _to_ask(rows, listed, self._fleet.settings.reconcile_s):
-            await self._ask(adapter, rental)
+        seen = {instance.id: instance for instance in listed}
+        news = [each for each in rows if not (shown := seen.get(each.native_id)) or not is_as_expected(each, shown)]
+        await self._ask_all(adapter, sorted(news, key=_last_seen), asked)
         await self._look_at_strays(adapter, listed)
+
+    async def _ask_all(self, adapter: ProviderAdapter, rentals: Iterable[Rental], asked: set[str]) -> None:
+        """See each that was not asked for in this cycle yet, as long as it lasts."""
+        until = self._fleet.now() + timedelta(seconds=self._fleet.settings.reconcile_s)
+        for rental in rentals:
+            if self._fleet.now() >= until:
+                return
+            if rental.id not in asked:
+                asked.add(rental.id)
+                await self._ask(adapter, rental)
 
     async def _ask(self, adapter: ProviderAdapter, rental: Rental) -> None:
         """See one machine for itself."""
         try:
-            rental = await look(self._fleet, adapter, rental)
-            if rental.state == "destroying":
-                await advance(self._fleet, rental)
+            await look(self._fleet, adapter, rental)
         except ProviderError as error:
             logger.warning("instance cannot be looked at", contract_id=rental.id, error=str(error))
 
@@ -121,14 +140,16 @@ class Reconciler:
             logger.error("stray instance cannot be destroyed yet", native_id=instance.id, error=str(error))
 
 
-def _to_ask(rows: Sequence[Rental], listed: Sequence[ProviderInstance], cycle_s: float) -> list[Rental]:
-    """Return the machines to ask for: those the list shows otherwise than we know them, and the longest unseen."""
-    seen = {instance.id: instance for instance in listed}
-    made = [rental for rental in rows if rental.native_id]
-    is_news = {each.id: not (shown := seen.get(each.native_id)) or not is_as_expected(each, shown) for each in made}
-    count = max(PROOFS_MIN, math.ceil(len(made) * cycle_s / PROOF_S))
-    rest = sorted((each for each in made if not is_news[each.id]), key=lambda each: each.seen_at or each.moved_at)
-    return [each for each in made if is_news[each.id]] + rest[:count]
+def _in_turn(rows: Sequence[Rental], now: datetime, cycle_s: float) -> list[Rental]:
+    """Return the machines to ask for: those whose money or time ends soon, and the longest unseen."""
+    soon = now + timedelta(seconds=2 * cycle_s)
+    ending = {each.id for each in rows if each.warned_s or (each.expires_at is not None and each.expires_at < soon)}
+    count = max(PROOFS_MIN, math.ceil(len(rows) * cycle_s / PROOF_S))
+    return sorted(rows, key=lambda each: (each.id not in ending, _last_seen(each)))[: count + len(ending)]
+
+
+def _last_seen(rental: Rental) -> datetime:
+    return rental.seen_at or rental.moved_at
 
 
 def _is_stray(rental: Rental | None, instance: ProviderInstance) -> bool:

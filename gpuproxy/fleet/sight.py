@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from gpuproxy.fleet.meter import PREPAID, meter, prove, proven_until, rates_in
-from gpuproxy.fleet.moves import adopt, announce, begin_destroy, end, lose, move
+from gpuproxy.fleet.meter import PREPAID, commit_cost, meter, prove, proven_until, rates_in
+from gpuproxy.fleet.moves import adopt, announce, begin_destroy, end, is_overdue, lose, move, overdue, tell
 from gpuproxy.fleet.rentals import Rental, change, locked
 from gpuproxy.fleet.states import ENDED
 from gpuproxy.observe.logs import get_logger
@@ -20,6 +20,9 @@ from gpuproxy.plugin import ProviderInstance
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 ASKED = "asked by its owner"
 INTERRUPTED = "interrupted by the provider"
+BOOTS_AGAIN = "boots again at the provider"
+UNSEEN = "the provider has lost sight of it; it is not charged until it is seen again"
+UNSEEN_S = 300.0  # how long that lasts before the owner is told: a heartbeat may be missed
 MISSES_MAX = 2  # complete lists without a machine, each confirmed by asking for it alone, before it is lost
 
 logger = get_logger(__name__)
@@ -34,7 +37,7 @@ def is_as_expected(rental: Rental, instance: ProviderInstance) -> bool:
         "stopped": ("stopped",),
         "destroying": ("pending", "running", "stopped", "failed"),
     }
-    return instance.state in expected.get(rental.state, ())
+    return instance.is_reachable and instance.state in expected.get(rental.state, ())
 
 
 def take(
@@ -46,7 +49,8 @@ def take(
     """
     rental = locked(connection, rental_id)
     if rental.state == "destroying" and not rental.native_id:
-        return change(connection, rental, native_id=instance.id, instance_id=shown)
+        rental = change(connection, rental, native_id=instance.id, instance_id=shown, **prices)
+        return commit_cost(connection, rental) if rental.basis == PREPAID else rental
     if rental.state != "pending":
         return rental  # ended: what was made late is destroyed as a stray
     return adopt(connection, rental, instance.id, at, instance_id=shown, **prices)
@@ -67,10 +71,11 @@ def see(connection: Connection, rental_id: str, instance: ProviderInstance, at: 
         case _, "failed":
             reason = f"failed: {instance.message}" if instance.message else "failed at the provider"
             return begin_destroy(connection, rental, max(last_seen, rental.moved_at), reason, has_failed=True)
-        case "provisioning", "running":
-            return meter(connection, move(connection, rental, "running", _began(rental, instance, at)), at)
-        case "running", "stopped":
-            return move(connection, rental, "stopped", max(last_seen, rental.moved_at), reason=INTERRUPTED)
+        case "provisioning", "running" if instance.is_reachable:
+            return meter(connection, move(connection, rental, "running", _began(rental, instance, at), reason=""), at)
+        case ("running", "stopped") | ("provisioning", "stopped") if _runs_by_itself(rental):
+            rental = move(connection, rental, "stopped", max(last_seen, rental.moved_at), reason=INTERRUPTED)
+            return prove(connection, rental, at, last_seen)
         case "stopping", "stopped":
             return move(connection, rental, "stopped", at)
         case "stopped", "running" if rental.reason == INTERRUPTED:
@@ -80,13 +85,37 @@ def see(connection: Connection, rental_id: str, instance: ProviderInstance, at: 
             logger.warning("a stopped instance runs, is stopped again", contract_id=rental.id)
             return move(connection, rental, "stopping", at)
         case "running", "running" if instance.is_reachable:
-            return prove(connection, rental, at, last_seen)
-        case "running", _:  # it boots again, or its provider has lost sight of it: no proof that it runs
-            return rental
-        case "provisioning", _ if at - rental.moved_at > timedelta(seconds=provision_s):
-            reason = f"did not run within {provision_s:g} s"
-            return begin_destroy(connection, rental, at, reason, has_failed=True)
-    return meter(connection, rental, at)
+            return _proven(connection, rental, at, last_seen)
+        case "running", "pending":
+            return prove(connection, move(connection, rental, "provisioning", at, reason=BOOTS_AGAIN), at, last_seen)
+        case "running", _:
+            return _unseen(connection, rental, at)
+        case "provisioning", _ if is_overdue(rental, at, provision_s):
+            return overdue(connection, rental, at, provision_s)
+    return prove(connection, rental, at, last_seen) if instance.is_reachable else rental
+
+
+def _runs_by_itself(rental: Rental) -> bool:
+    """Tell whether nobody of ours has to do anything for it to run."""
+    return rental.state == "running" or rental.reason == BOOTS_AGAIN
+
+
+def _proven(connection: Connection, rental: Rental, at: datetime, last_seen: datetime) -> Rental:
+    """Charge one that runs, no further than it was rented for; tell if its owner was told that it is out of sight."""
+    rental = prove(connection, rental, min(at, rental.expires_at or at), last_seen)
+    if rental.reason == UNSEEN:
+        rental = change(connection, rental, reason="")
+        tell(connection, "instance.running", rental)
+    return rental
+
+
+def _unseen(connection: Connection, rental: Rental, at: datetime) -> Rental:
+    """Pass over one that its provider has lost sight of: there is no proof that it runs. Tell when that lasts."""
+    if rental.reason == UNSEEN or at - rental.metered_at < timedelta(seconds=UNSEEN_S):
+        return rental
+    rental = change(connection, rental, reason=UNSEEN)
+    tell(connection, "instance.unreachable", rental)
+    return rental
 
 
 def miss(connection: Connection, rental_id: str, at: datetime) -> Rental:
@@ -101,6 +130,13 @@ def miss(connection: Connection, rental_id: str, at: datetime) -> Rental:
         logger.warning("instance is lost", contract_id=rental.id, instance_id=rental.instance_id)
         return lose(connection, rental, at)
     return change(connection, rental, missing_count=count)
+
+
+def unseen_since(rental: Rental) -> datetime | None:
+    """Return since when a running machine is out of its provider's sight; None for any other."""
+    until = rental.seen_at if rental.expires_at is None else min(rental.seen_at or rental.expires_at, rental.expires_at)
+    is_unseen = rental.state == "running" and until is not None and until > rental.metered_at
+    return rental.metered_at if is_unseen else None
 
 
 def _began(rental: Rental, instance: ProviderInstance, at: datetime) -> datetime:

@@ -2,6 +2,7 @@
 
     pending -> provisioning -> running -> stopping -> stopped -> provisioning (started again)
     stopped -> stopping: it runs although it was stopped, so it is stopped again
+    running -> provisioning: it boots again; provisioning -> stopping: it did so for too long
     all of them -> destroying -> destroyed | failed
 
 ``pending``: the intent is stored, the provider may or may not have heard of it. ``destroying`` lasts until the
@@ -14,8 +15,8 @@ State = Literal["pending", "provisioning", "running", "stopping", "stopped", "de
 STATES: tuple[State, ...] = get_args(State)
 MOVES: dict[State, tuple[State, ...]] = {
     "pending": ("provisioning", "destroying", "failed"),
-    "provisioning": ("running", "stopped", "destroying", "destroyed"),
-    "running": ("stopping", "stopped", "destroying", "destroyed"),
+    "provisioning": ("running", "stopping", "stopped", "destroying", "destroyed"),
+    "running": ("provisioning", "stopping", "stopped", "destroying", "destroyed"),
     "stopping": ("stopped", "running", "destroying", "destroyed"),
     "stopped": ("provisioning", "stopping", "destroying", "destroyed"),
     "destroying": ("destroyed", "failed"),

@@ -20,7 +20,7 @@ MIB_MAX = 1 << 30
 SIZES_GB = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 94, 96, 128, 141, 180, 192, 256, 288)
 SNAP = 0.07  # a card of 24 GB reports 24564 MiB, one of 48 GB 46068
 STARTING = frozenset((None, "created", "loading", "rebooting"))
-LOST = frozenset(("unknown", "offline"))  # no heartbeat, or the host is gone
+KNOWN = STARTING | {"running", "frozen", "stopped", "exited"}  # not "unknown": no heartbeat; "offline": no host
 KINDS: dict[str, ChargeKind] = {"gpu": "gpu", "disk": "storage", "bwd": "traffic", "bwu": "traffic"}
 
 
@@ -176,7 +176,7 @@ def read_instance(row: InstanceRow) -> ProviderInstance:
         storage_nanousd_per_hour=nanousd(storage),
         message=(row.status_msg or "").strip()[:500],
         is_interrupted=state == "stopped" and is_outbid(row),
-        is_reachable=row.actual_status not in LOST,
+        is_reachable=row.actual_status in KNOWN,
     )
 
 

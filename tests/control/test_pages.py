@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from gpuproxy.config import Config, build
 from gpuproxy.control.pages.render import DONE, bar, count, milliseconds, usd, when
 from gpuproxy.control.pages.static import FILES, VERSION
 from gpuproxy.control.pages.table import PAGES
-from gpuproxy.fleet import rentals
+from gpuproxy.fleet import findings, rentals
 from gpuproxy.fleet.rent import wait_until_running
 from gpuproxy.ledger.book import credit
 from gpuproxy.plugin import Checkout, Order, PaymentProvider, PaymentSettings
@@ -502,6 +503,24 @@ async def test_admins_check_the_books_give_credit_and_block(api: Api) -> None:
     assert (await visit(api, "/dashboard", ann.by_cookie)).status == 303
     assert (await visit(api, here, admin.by_cookie, {"do": "unblock"})).status == 303
     assert (await visit(api, here, admin.by_cookie, {"do": "dance"})).status == 422
+
+
+async def test_admins_see_what_was_found_at_providers_and_close_it(api: Api) -> None:
+    admin = await api.person(is_admin=True)
+    now = datetime.now(UTC)
+    async with api.store.writing() as connection:
+        for kind, detail in (
+            ("foreign", {"tag": "<b>tag", "gpu_model": "H100", "state": "running"}),
+            ("difference", {"told_nanousd": 2_000_000_000, "counted_nanousd": 1_500_000_000}),
+        ):
+            await connection.run_sync(findings.add, "simulated", kind, f"id-{kind}", detail, now)
+    text = (await visit(api, "/dashboard/admin", admin.by_cookie)).text
+    assert "&lt;b&gt;tag" in text
+    assert "took $2.0000, counted $1.5000" in text
+    for place in re.findall(r'action="(/dashboard/admin/findings/[^"]+)"', text):
+        assert (await visit(api, place, admin.by_cookie, {})).place == "/dashboard/admin?done=acknowledged"
+    text = (await visit(api, "/dashboard/admin?done=acknowledged", admin.by_cookie)).text
+    assert ("id-foreign" in text, "id-difference" in text, "Acknowledged." in text) == (False, False, True)
 
 
 async def test_the_account_shows_its_budgets_and_says_when_to_be_told_of_low_credit(api: Api) -> None:

@@ -13,7 +13,7 @@ from billing.conftest import provider_at
 from billing.stripe_server import Stripe
 from billing.test_stripe import BILLING, deliver, paid, payment_of
 from control.conftest import KEYRING, Api, Client, Person
-from fleet.conftest import Clock
+from fleet.conftest import Clock, Rounds
 from fleet.market import Market
 from gpuproxy_plugins.manual import Manual
 from sqlalchemy import select
@@ -28,7 +28,7 @@ from gpuproxy.events.catalogue import CHANNELS, EVENTS, socket_type
 from gpuproxy.events.post import Bounds, Poster
 from gpuproxy.events.sender import Sender
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.reconcile import Reconciler
+from gpuproxy.fleet.sight import UNSEEN_S
 from gpuproxy.guard import Guard
 from gpuproxy.ledger.book import credit
 from gpuproxy.ledger.ingest import Ingest
@@ -54,7 +54,7 @@ class Scene:
         self.api, self.config, self.clock, self.market, self.stripe = api, config, clock, market, stripe
         self.journal = journal
         self.teller = Teller(api.store, config, self._leads)
-        self.reconciler = Reconciler(api.fleet)
+        self.reconciler = Rounds(api.fleet)
         self.ann: Person
         self.admin: Person
         self.cashier: Cashier
@@ -155,6 +155,14 @@ async def watch_the_market(scene: Scene) -> None:
 async def start_an_instance(scene: Scene) -> None:
     await scene.give(100)
     await scene.running()
+
+
+async def lose_sight_of_an_instance(scene: Scene) -> None:
+    await scene.give(100)
+    rental = await scene.running()
+    scene.market.shown[rental["instance_id"].removeprefix("sim-")] = "lost"
+    await scene.pass_by(60)
+    await scene.pass_by(UNSEEN_S)
 
 
 async def stop_an_instance(scene: Scene) -> None:
@@ -283,6 +291,7 @@ PROVOKED: dict[str, Callable[[Scene], Awaitable[None]]] = {
     "gpu.price_changed": watch_the_market,
     "instance.created": start_an_instance,
     "instance.running": start_an_instance,
+    "instance.unreachable": lose_sight_of_an_instance,
     "instance.stopped": stop_an_instance,
     "instance.failed": rent_what_is_never_made,
     "instance.warning": run_out_of_money,

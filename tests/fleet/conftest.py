@@ -6,16 +6,19 @@ from typing import Any, TypeVar
 
 import pytest
 from gpuproxy_plugins.simulated import Simulated
+from sqlalchemy import select
 
 from gpuproxy import config
 from gpuproxy.access.accounts import create_user
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.rent import Wish
-from gpuproxy.fleet.rentals import Rental, add, new_id, prefix_of
+from gpuproxy.fleet.reconcile import Reconciler
+from gpuproxy.fleet.rent import Wish, rent, wait_until_running
+from gpuproxy.fleet.rentals import Rental, add, find, new_id, prefix_of
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import NANOUSD, credit
 from gpuproxy.plugin import InstanceSpec, OfferQuery
 from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import events
 
 from .market import Market
 
@@ -95,6 +98,16 @@ async def fleet(books: Books, market: Market, clock: Clock) -> Fleet:
     return await fleet_over(books.store, market, clock)
 
 
+class Rounds(Reconciler):
+    """The work of the keeper, in turn."""
+
+    async def cycle(self) -> None:
+        """Do all of it once."""
+        await super().cycle()
+        await self.check_money()
+        await self.tend()
+
+
 async def fleet_over(store: Store, market: Market, clock: Clock) -> Fleet:
     """Return a fleet as a process has it after its start."""
     fleet = Fleet(store, {"simulated": market}, config.Fleet(), (config.Provider("simulated", markup_percent="20"),))
@@ -112,3 +125,32 @@ async def wish_for(fleet: Fleet, user_id: str, **more: Any) -> Wish:
     """Return the wish for the cheapest offer."""
     offer = (await Simulated.offers(fleet.providers["simulated"], OfferQuery()))[0]  # type: ignore[arg-type]
     return Wish(**{"user_id": user_id, "offer": offer, "spec": InstanceSpec(image="x", ports=(8000,)), **more})
+
+
+@pytest.fixture
+async def running(fleet: Fleet, books: Books) -> Rental:
+    await books.give(100)
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    return await wait_until_running(fleet, rental, 60)
+
+
+@pytest.fixture
+def reconciler(fleet: Fleet) -> Rounds:
+    return Rounds(fleet)
+
+
+async def now(fleet: Fleet, rental: Rental) -> Rental:
+    found: Rental | None = await fleet.read(find, rental.id)
+    assert found is not None
+    return found
+
+
+async def names(fleet: Fleet) -> list[str]:
+    def work(connection):  # type: ignore[no-untyped-def]
+        return connection.scalars(select(events.c.name).order_by(events.c.seq)).all()
+
+    return await fleet.read(work)
+
+
+def price_of(rental: Rental, seconds: float) -> int:
+    return -(-rental.price_nanousd_per_hour * round(seconds * 1_000_000) // 3_600_000_000)

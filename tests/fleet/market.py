@@ -36,7 +36,7 @@ class Market(Simulated):
     ``empty``, ``partial``, ``stale``, ``lying``: the list has nothing in it, one half, is that of before, tells wrong
     states; ``frozen``: it stays that of before. ``taken``: the offer is gone. ``forgotten``: an order is taken and not
     done. ``never``, ``late``: no answer, and nothing is done, or a quarter of an hour later. `shown` has the states in
-    which machines are shown when they are asked for.
+    which machines are shown when they are asked for; after "lost" they are out of sight.
     """
 
     def __init__(self, now: Callable[[], datetime], **options: str) -> None:
@@ -89,8 +89,9 @@ class Market(Simulated):
         found = await super().get(id)
         if found is None or id not in self.shown:
             return found
-        state = self.shown[id]
-        return structs.replace(found, state="running" if state == "lost" else state, is_reachable=state != "lost")
+        shown = self.shown[id]
+        state = shown.removeprefix("lost").strip() or "running"
+        return structs.replace(found, state=state, is_reachable=not shown.startswith("lost"))
 
     async def list(self) -> Sequence[ProviderInstance]:
         fault = self.fault("list", "down", "empty", "partial", "stale", "lying")

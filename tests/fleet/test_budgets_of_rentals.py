@@ -12,7 +12,6 @@ from gpuproxy.access.accounts import create_key
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care, purse
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.reconcile import Reconciler
 from gpuproxy.fleet.rent import rent, reserve_all, wait_until_running
 from gpuproxy.fleet.rentals import Rental, find, in_states
 from gpuproxy.fleet.states import ENDED
@@ -22,7 +21,7 @@ from gpuproxy.ledger.verify import verify
 from gpuproxy.plugin import OfferQuery
 from gpuproxy.store.schema import events
 
-from .conftest import Books, Clock, wish_for
+from .conftest import Books, Clock, Rounds, wish_for
 from .market import Market
 
 DAY_S = 86_400
@@ -116,7 +115,7 @@ async def test_a_budget_that_ends_warns_and_destroys_before_it_is_exceeded(
     made = await limit(books, price * 3 // 2)
     rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
     rental = await wait_until_running(fleet, rental, 60)
-    reconciler, began = Reconciler(fleet), clock.now
+    reconciler, began = Rounds(fleet), clock.now
     while (await now(fleet, rental)).state not in ENDED:
         clock.advance(60)
         await reconciler.cycle()
@@ -143,7 +142,7 @@ async def test_a_window_that_ends_in_time_gives_new_budget(
     await limit(books, price * 3 // 2)
     rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
     rental = await wait_until_running(fleet, rental, 60)
-    reconciler = Reconciler(fleet)
+    reconciler = Rounds(fleet)
     for _ in range(120):
         clock.advance(60)
         await reconciler.cycle()

@@ -12,12 +12,11 @@ from gpuproxy.fleet import care, findings
 from gpuproxy.fleet.charges import DAY, LAG, report
 from gpuproxy.fleet.findings import Finding, acknowledge
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.reconcile import Reconciler
 from gpuproxy.fleet.rent import Wish, rent, wait_until_running
 from gpuproxy.fleet.rentals import find
 from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderSettings
 
-from .conftest import Books, Clock, wish_for
+from .conftest import Books, Clock, Rounds, wish_for
 from .market import Market
 
 
@@ -28,8 +27,8 @@ def store_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def reconciler(fleet: Fleet) -> Reconciler:
-    return Reconciler(fleet)
+def reconciler(fleet: Fleet) -> Rounds:
+    return Rounds(fleet)
 
 
 async def found(fleet: Fleet, is_all: bool = False) -> list[Finding]:
@@ -37,7 +36,7 @@ async def found(fleet: Fleet, is_all: bool = False) -> list[Finding]:
 
 
 async def test_a_foreign_instance_is_noted_once_and_over_when_it_is_gone(
-    fleet: Fleet, reconciler: Reconciler, market: Market, clock: Clock
+    fleet: Fleet, reconciler: Rounds, market: Market, clock: Clock
 ) -> None:
     id = await market.stranger("theirs")
     for _ in range(3):
@@ -52,7 +51,7 @@ async def test_a_foreign_instance_is_noted_once_and_over_when_it_is_gone(
     assert one.resolved_at == clock.now
 
 
-async def test_a_stray_is_noted_until_it_is_destroyed(fleet: Fleet, reconciler: Reconciler, market: Market) -> None:
+async def test_a_stray_is_noted_until_it_is_destroyed(fleet: Fleet, reconciler: Rounds, market: Market) -> None:
     await market.stranger(f"{fleet.prefix}0000")
     await reconciler.cycle()
     assert [each.kind for each in await found(fleet)] == ["stray"]
@@ -62,7 +61,7 @@ async def test_a_stray_is_noted_until_it_is_destroyed(fleet: Fleet, reconciler: 
 
 
 async def test_a_list_that_fails_is_noted_and_resolves_nothing(
-    fleet: Fleet, reconciler: Reconciler, market: Market, clock: Clock
+    fleet: Fleet, reconciler: Rounds, market: Market, clock: Clock
 ) -> None:
     await market.stranger()
     await reconciler.cycle()
@@ -78,7 +77,7 @@ async def test_a_list_that_fails_is_noted_and_resolves_nothing(
 
 
 async def test_what_is_acknowledged_stays_closed_while_it_lasts(
-    fleet: Fleet, reconciler: Reconciler, market: Market, clock: Clock
+    fleet: Fleet, reconciler: Rounds, market: Market, clock: Clock
 ) -> None:
     await market.stranger()
     await reconciler.cycle()
@@ -143,7 +142,7 @@ async def test_our_count_is_what_vast_ai_says_it_took(books: Books, clock: Clock
         for spec in (InstanceSpec(image="x", disk_gb=10), InstanceSpec(image="x", disk_gb=200)):
             offer = (await adapter.offers(OfferQuery(limit=1)))[0]
             rental, _ = await rent(fleet, Wish(user_id=books.user_id, offer=offer, spec=spec))
-            reconciler = Reconciler(fleet)
+            reconciler = Rounds(fleet)
             for seconds in (23, 1_800, 1_800):
                 clock.advance(seconds)
                 await reconciler.tend()

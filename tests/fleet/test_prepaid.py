@@ -11,14 +11,13 @@ from gpuproxy import config
 from gpuproxy.fleet import care
 from gpuproxy.fleet.charges import LAG, report
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.reconcile import Reconciler
-from gpuproxy.fleet.rent import Wish, rent
+from gpuproxy.fleet.rent import IN_FLIGHT_S, LOOKS_S, Wish, rent
 from gpuproxy.fleet.rentals import Rental, find
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.verify import verify
 from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderSettings
 
-from .conftest import Books, Clock
+from .conftest import Books, Clock, Rounds
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ async def rented(fleet: Fleet, books: Books, hours: int | None) -> Rental:
 
 async def pass_by(fleet: Fleet, clock: Clock, seconds: float) -> None:
     clock.advance(seconds)
-    reconciler = Reconciler(fleet)
+    reconciler = Rounds(fleet)
     await reconciler.tend()
     await reconciler.cycle()
 
@@ -115,3 +114,23 @@ async def test_a_machine_that_fails_costs_only_what_it_ran(
     assert (ended.state, ended.charged_nanousd) == ("failed", 0)
     assert ended.cost_posted_nanousd == rental.cost_posted_nanousd > 0
     assert await balance(books.store, books.user_id) == 100 * NANOUSD
+
+
+async def test_who_gives_up_before_it_is_known_pays_nothing_and_the_provider_is_owed_all_the_same(
+    fleet: Fleet, books: Books, clock: Clock, simulator: IoNetSimulator
+) -> None:
+    async def sleep(seconds: float) -> None:
+        clock.advance(seconds)
+
+    fleet.sleep = sleep
+    simulator.faults.add("deploy", "drop_after")
+    simulator.faults.add("list", "html_503", len(LOOKS_S) + 1)  # the looks of the call, and the one of the owner's end
+    rental = await rented(fleet, books, 3)
+    assert rental.state == "pending"
+    await care.destroy(fleet, rental)
+    await pass_by(fleet, clock, IN_FLIGHT_S)
+    await pass_by(fleet, clock, 20)
+    ended = await now(fleet, rental)
+    assert (ended.state, ended.charged_nanousd) == ("destroyed", 0)
+    assert ended.cost_posted_nanousd == pytest.approx(round((10_000 - simulator.credit) * NANOUSD), abs=3) != 0
+    assert await verify(books.store) == []

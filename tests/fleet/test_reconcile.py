@@ -10,16 +10,16 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
 from gpuproxy.fleet.charges import compare
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.reconcile import PROOFS_MIN, Reconciler
+from gpuproxy.fleet.reconcile import PROOFS_MIN
 from gpuproxy.fleet.rent import rent, wait_until_running
-from gpuproxy.fleet.rentals import Rental, find
+from gpuproxy.fleet.rentals import Rental
 from gpuproxy.fleet.states import ENDED
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.verify import verify
 from gpuproxy.plugin import InstanceSpec, OfferQuery
 from gpuproxy.store.schema import events
 
-from .conftest import Books, Clock, wish_for
+from .conftest import Books, Clock, Rounds, names, now, price_of, wish_for
 from .market import Market
 
 
@@ -27,31 +27,6 @@ from .market import Market
 def store_url(tmp_path: Path) -> str:
     """Name a SQLite database: what moves does not depend on the kind, which the meter's tests try both of."""
     return f"sqlite:///{tmp_path}/gpuproxy.db"
-
-
-@pytest.fixture
-async def running(fleet: Fleet, books: Books) -> Rental:
-    await books.give(100)
-    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
-    return await wait_until_running(fleet, rental, 60)
-
-
-@pytest.fixture
-def reconciler(fleet: Fleet) -> Reconciler:
-    return Reconciler(fleet)
-
-
-async def now(fleet: Fleet, rental: Rental) -> Rental:
-    found: Rental | None = await fleet.read(find, rental.id)
-    assert found is not None
-    return found
-
-
-async def names(fleet: Fleet) -> list[str]:
-    def work(connection):  # type: ignore[no-untyped-def]
-        return connection.scalars(select(events.c.name).order_by(events.c.seq)).all()
-
-    return await fleet.read(work)
 
 
 async def warnings(fleet: Fleet) -> list[Any]:
@@ -62,12 +37,8 @@ async def warnings(fleet: Fleet) -> list[Any]:
     return await fleet.read(work)
 
 
-def price_of(rental: Rental, seconds: float) -> int:
-    return -(-rental.price_nanousd_per_hour * round(seconds * 1_000_000) // 3_600_000_000)
-
-
 async def test_what_runs_is_charged_every_cycle(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock
 ) -> None:
     for minutes in range(1, 4):
         clock.advance(60)
@@ -77,7 +48,7 @@ async def test_what_runs_is_charged_every_cycle(
 
 @pytest.mark.parametrize("fault", ["empty", "down"])
 async def test_a_list_that_shows_nothing_ends_nothing(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock, market: Market, fault: str
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, market: Market, fault: str
 ) -> None:
     for _ in range(5):
         clock.advance(60)
@@ -87,7 +58,7 @@ async def test_a_list_that_shows_nothing_ends_nothing(
 
 
 async def test_nobody_pays_on_the_word_of_a_list(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock, market: Market
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, market: Market
 ) -> None:
     clock.advance(60)
     await reconciler.cycle()
@@ -100,7 +71,7 @@ async def test_nobody_pays_on_the_word_of_a_list(
 
 
 async def test_time_between_two_proofs_is_charged_only_if_it_ran_at_both(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock, market: Market
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, market: Market
 ) -> None:
     for states in (("running", "pending", "running"), ("running", "lost", "running")):
         before = (await now(fleet, running)).running_us
@@ -115,7 +86,7 @@ async def test_time_between_two_proofs_is_charged_only_if_it_ran_at_both(
 
 
 async def test_of_many_machines_each_is_proven_in_turn(
-    fleet: Fleet, books: Books, reconciler: Reconciler, clock: Clock, market: Market
+    fleet: Fleet, books: Books, reconciler: Rounds, clock: Clock, market: Market
 ) -> None:
     await books.give(1_000)
     rented = []
@@ -133,7 +104,7 @@ async def test_of_many_machines_each_is_proven_in_turn(
 
 
 async def test_a_lost_machine_is_closed_and_billed_to_when_it_was_seen(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock, market: Market
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, market: Market
 ) -> None:
     clock.advance(60)
     await reconciler.cycle()
@@ -149,7 +120,7 @@ async def test_a_lost_machine_is_closed_and_billed_to_when_it_was_seen(
 
 
 async def test_a_doubled_create_leaves_one_machine(
-    fleet: Fleet, books: Books, reconciler: Reconciler, market: Market
+    fleet: Fleet, books: Books, reconciler: Rounds, market: Market
 ) -> None:
     await books.give(10)
     market.faults = {"create": "doubled"}
@@ -160,7 +131,7 @@ async def test_a_doubled_create_leaves_one_machine(
 
 
 async def test_a_machine_that_comes_up_after_its_rental_failed_is_destroyed(
-    fleet: Fleet, books: Books, reconciler: Reconciler, market: Market, clock: Clock
+    fleet: Fleet, books: Books, reconciler: Rounds, market: Market, clock: Clock
 ) -> None:
     await books.give(10)
     market.faults = {"create": "never"}
@@ -173,7 +144,7 @@ async def test_a_machine_that_comes_up_after_its_rental_failed_is_destroyed(
 
 
 async def test_a_machine_with_our_tag_and_no_row_is_destroyed_when_seen_again(
-    fleet: Fleet, reconciler: Reconciler, market: Market
+    fleet: Fleet, reconciler: Rounds, market: Market
 ) -> None:
     await market.stranger(f"{fleet.prefix}0000")
     await reconciler.cycle()
@@ -183,9 +154,7 @@ async def test_a_machine_with_our_tag_and_no_row_is_destroyed_when_seen_again(
 
 
 @pytest.mark.parametrize("tag", ["", "somebody-else", "gpxffffffff-0000"])
-async def test_what_is_not_ours_is_never_touched(
-    fleet: Fleet, reconciler: Reconciler, market: Market, tag: str
-) -> None:
+async def test_what_is_not_ours_is_never_touched(fleet: Fleet, reconciler: Rounds, market: Market, tag: str) -> None:
     id = await market.stranger(tag)
     for _ in range(4):
         await reconciler.cycle()
@@ -195,7 +164,7 @@ async def test_what_is_not_ours_is_never_touched(
 
 @pytest.mark.parametrize("fault", ["down", "lost_answer", "forgotten"])
 async def test_a_destroy_lasts_until_the_machine_is_gone(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, market: Market, clock: Clock, fault: str
+    fleet: Fleet, running: Rental, reconciler: Rounds, market: Market, clock: Clock, fault: str
 ) -> None:
     clock.advance(30)
     market.faults = {"destroy": fault}
@@ -210,7 +179,7 @@ async def test_a_destroy_lasts_until_the_machine_is_gone(
 
 
 async def test_stopped_costs_storage_and_started_runs_again(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock
 ) -> None:
     clock.advance(60)
     stopped = await care.stop(fleet, running)
@@ -230,15 +199,13 @@ async def test_stopped_costs_storage_and_started_runs_again(
 
 
 async def test_a_stopped_machine_that_runs_is_stopped_again_and_costs_us_what_it_did(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, clock: Clock, market: Market
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, market: Market
 ) -> None:
     clock.advance(60)
     stopped = await care.stop(fleet, running)
     await market.start(running.native_id)  # by whoever may, at the provider's console
     clock.advance(70)
     await reconciler.cycle()
-    assert (await now(fleet, running)).state == "stopping"
-    await reconciler.tend()
     again = await now(fleet, running)
     assert again.state == "stopped"
     assert again.running_us == stopped.running_us
@@ -247,7 +214,7 @@ async def test_a_stopped_machine_that_runs_is_stopped_again_and_costs_us_what_it
 
 @pytest.mark.parametrize("fault", ["down", "lost_answer", "forgotten"])
 async def test_a_stop_is_repeated_until_it_is_seen(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, market: Market, clock: Clock, fault: str
+    fleet: Fleet, running: Rental, reconciler: Rounds, market: Market, clock: Clock, fault: str
 ) -> None:
     market.faults = {"stop": fault}
     assert (await care.stop(fleet, running)).state == "stopping"
@@ -257,7 +224,7 @@ async def test_a_stop_is_repeated_until_it_is_seen(
 
 
 async def test_who_runs_out_of_money_is_warned_and_then_destroyed(
-    fleet: Fleet, books: Books, reconciler: Reconciler, market: Market, clock: Clock
+    fleet: Fleet, books: Books, reconciler: Rounds, market: Market, clock: Clock
 ) -> None:
     wish = await wish_for(fleet, books.user_id)
     price = -(-wish.offer.price_nanousd_per_hour * 6 // 5)
@@ -279,7 +246,7 @@ async def test_who_runs_out_of_money_is_warned_and_then_destroyed(
 
 
 async def test_what_was_rented_for_an_hour_ends_after_it(
-    fleet: Fleet, books: Books, reconciler: Reconciler, market: Market, clock: Clock
+    fleet: Fleet, books: Books, reconciler: Rounds, market: Market, clock: Clock
 ) -> None:
     await books.give(100)
     rental, _ = await rent(fleet, await wish_for(fleet, books.user_id, duration_hours=1))
@@ -297,14 +264,14 @@ async def test_a_machine_that_fails_is_destroyed_and_costs_nothing(books: Books,
     await books.give(100)
     rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
     clock.advance(20)
-    await Reconciler(fleet).tend()
+    await Rounds(fleet).tend()
     ended = await now(fleet, rental)
     assert (ended.state, ended.charged_nanousd, await market.there()) == ("failed", 0, [])
     assert await balance(books.store, books.user_id) == 100 * NANOUSD
 
 
 async def test_a_machine_that_is_outbid_stops_and_is_told(
-    fleet: Fleet, books: Books, reconciler: Reconciler, market: Market, clock: Clock
+    fleet: Fleet, books: Books, reconciler: Rounds, market: Market, clock: Clock
 ) -> None:
     await books.give(100)
     offer = (await market.offers(OfferQuery(is_spot=True)))[0]
@@ -325,7 +292,7 @@ async def test_a_machine_that_is_outbid_stops_and_is_told(
 
 
 async def test_our_count_is_compared_with_the_providers_charges(
-    fleet: Fleet, books: Books, reconciler: Reconciler, market: Market, clock: Clock
+    fleet: Fleet, books: Books, reconciler: Rounds, market: Market, clock: Clock
 ) -> None:
     since = clock.now
     await books.give(100)
@@ -343,7 +310,7 @@ async def test_our_count_is_compared_with_the_providers_charges(
 
 
 async def test_another_price_of_the_provider_is_noted_and_the_customers_stays(
-    fleet: Fleet, running: Rental, reconciler: Reconciler, market: Market, clock: Clock
+    fleet: Fleet, running: Rental, reconciler: Rounds, market: Market, clock: Clock
 ) -> None:
     market._all()[running.native_id].price_nanousd_per_hour += 1_000_000
     clock.advance(60)

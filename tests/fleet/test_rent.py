@@ -8,14 +8,13 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.reconcile import Reconciler
 from gpuproxy.fleet.rent import IN_FLIGHT_S, rent, reserve_all, wait_until_running
 from gpuproxy.fleet.rentals import Rental, find, in_states, of_group
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.verify import verify
 from gpuproxy.plugin import Offer, OfferQuery
 
-from .conftest import Books, Clock, wish_for
+from .conftest import Books, Clock, Rounds, wish_for
 from .market import Market
 
 
@@ -67,10 +66,10 @@ async def test_a_create_in_doubt_stays_pending_until_it_shows(
     rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
     assert rental.state == "pending"
     market.find = keep  # type: ignore[method-assign]
-    await Reconciler(fleet).tend()
+    await Rounds(fleet).tend()
     assert (await now(fleet, rental)).state == "pending"  # its call may still be at it
     clock.advance(IN_FLIGHT_S)
-    await Reconciler(fleet).tend()
+    await Rounds(fleet).tend()
     assert (await now(fleet, rental)).native_id == (await market.there())[0].id
     assert market.asked.count("create") == 1
 
@@ -86,7 +85,7 @@ async def test_a_create_that_never_was_fails_in_time_and_gives_the_money_back(
     market.faults = {"create": "never"}
     rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
     clock.advance(fleet.settings.pending_s)
-    await Reconciler(fleet).tend()
+    await Rounds(fleet).tend()
     assert (await now(fleet, rental)).state == "failed"
     assert await balance(books.store, books.user_id) == 10 * NANOUSD
 
@@ -144,7 +143,7 @@ async def test_a_reservation_gets_all_or_nothing(fleet: Fleet, books: Books, mar
 async def test_many_at_once_do_not_disturb_each_other(fleet: Fleet, books: Books, market: Market) -> None:
     await books.give(1_000)
     offers = (await market.offers(OfferQuery()))[:8]
-    reconciler = Reconciler(fleet)
+    reconciler = Rounds(fleet)
 
     async def life(offer: Offer) -> None:
         rental, _ = await rent(fleet, await wish_for(fleet, books.user_id, offer=offer))

@@ -14,7 +14,6 @@ from gpuproxy.access.accounts import create_user
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.reconcile import Reconciler
 from gpuproxy.fleet.rent import IN_FLIGHT_S, Wish, rent, reserve_all
 from gpuproxy.fleet.rentals import Rental, in_states
 from gpuproxy.fleet.states import ENDED, LIVING
@@ -25,7 +24,7 @@ from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderError
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import accounts
 
-from .conftest import Clock
+from .conftest import Clock, Rounds
 from .market import Market
 
 T = TypeVar("T")
@@ -77,14 +76,14 @@ class World:
         self.chance = 0.0
         self.spot = 0.2  # the share of those that others may bid away
         self.fleet: MortalFleet
-        self.reconciler: Reconciler
+        self.reconciler: Rounds
 
     async def start(self, dies_at: int = 0) -> None:
         self.fleet = MortalFleet(self.store, self.market, self.clock)
         self.fleet.sleep = self._sleep
         await self.fleet.open()
         self.fleet.dies_at, self.fleet.moments, self.fleet.chance = dies_at, 0, self.chance
-        self.reconciler = Reconciler(self.fleet)
+        self.reconciler = Rounds(self.fleet)
 
     async def _sleep(self, seconds: float) -> None:
         self.clock.advance(seconds)
@@ -145,7 +144,7 @@ class World:
         other = MortalFleet(self.store, self.market, self.clock)
         other.sleep = self._sleep
         await other.open()
-        works = [self.reconciler.cycle(), self.reconciler.tend(), Reconciler(other).cycle(), Reconciler(other).tend()]
+        works = [self.reconciler.cycle(), self.reconciler.tend(), Rounds(other).cycle(), Rounds(other).tend()]
         for failure in await asyncio.gather(*works, return_exceptions=True):
             if failure is not None:
                 raise failure

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from gpuproxy_plugins.vast import Vast
+from gpuproxy_plugins.vast_wire import InstanceRow, read_instance
 from provider_worlds import VAST_KEY, VastWorld, check_faults, failure
 
 from gpuproxy.plugin import (
@@ -228,6 +229,15 @@ async def test_a_container_that_cannot_start_has_failed(world: VastWorld) -> Non
     seen = await world.seen(made)
     assert (seen.state, seen.ports) == ("failed", {})
     assert "OCI runtime create failed" in seen.message
+
+
+@pytest.mark.parametrize("status", ["unknown", "offline", "a new word"])
+def test_what_is_not_known_to_run_is_out_of_sight(status: str) -> None:
+    row = InstanceRow(1, actual_status=status, cur_state="running", next_state="running", intended_status="running")
+    seen = read_instance(row)
+    assert (seen.state, seen.is_reachable) == ("running", False)
+    row.actual_status = "running"
+    assert read_instance(row).is_reachable
 
 
 async def test_rows_that_do_not_fit_the_query_are_dropped(world: VastWorld) -> None:

@@ -11,6 +11,7 @@ from gpuproxy.control.pages.serve import PREFIX, see_other
 from gpuproxy.control.pages.visit import Visit
 
 HERE = f"{PREFIX}/admin"
+FINDINGS_SHOWN = "50"
 FLAGS = {"block": {"is_active": False}, "unblock": {"is_active": True}, "promote": {"is_admin": True}}
 
 
@@ -25,6 +26,7 @@ async def show(visit: Visit, verdict: Any = None) -> web.StreamResponse:
         next=users.get("next_cursor"),
         upstreams=(await visit.ask(admin_routing.list_upstreams))["data"],
         providers=(await visit.ask(admin_fleet.list_providers))["data"],
+        findings=(await visit.ask(admin_fleet.list_findings, query={"limit": FINDINGS_SHOWN}))["data"],
         workers=visit.request.app[GAUGES_READ].total("gpuproxy_workers"),
     )
 
@@ -44,3 +46,9 @@ async def add_credit(visit: Visit) -> web.StreamResponse:
     """Add credit to a user's account."""
     await visit.ask(credits.add_credits, {"user_id": visit.id, "amount": visit.text("amount")})
     return see_other(f"{HERE}?done=credited")
+
+
+async def acknowledge(visit: Visit) -> web.StreamResponse:
+    """Close a finding."""
+    await visit.ask(admin_fleet.acknowledge, id=visit.id)
+    return see_other(f"{HERE}?done=acknowledged")

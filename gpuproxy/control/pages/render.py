@@ -99,6 +99,7 @@ DONE = {
     "destroyed": "The machine is being destroyed and costs nothing more.",
     "deleted": "The webhook is deleted.",
     "changed": "Changed.",
+    "acknowledged": "Acknowledged.",
     "sent": "On its way; look at the deliveries in a moment.",
     "password": "The password is changed; all other sessions have ended.",
     "credited": "The credit is added.",

@@ -43,6 +43,7 @@ PAGES: tuple[Page, ...] = (
     Page("POST", f"{HOOKS}/deliveries/{{id}}/replay", webhooks.replay),
     Page("GET", ADMIN, admin.show),
     Page("POST", f"{ADMIN}/verify", admin.verify, back=admin.show),
+    Page("POST", f"{ADMIN}/findings/{{id}}/acknowledge", admin.acknowledge, back=admin.show),
     Page("POST", f"{ADMIN}/users/{{id}}", admin.change_user, back=admin.show),
     Page("POST", f"{ADMIN}/users/{{id}}/credit", admin.add_credit, back=admin.show),
 )
