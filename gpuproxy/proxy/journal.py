@@ -42,16 +42,20 @@ class Journal:
         self._pending: list[Receipt] = []
         self._unwritten = b""
         self._sequence = 0
+        self._is_stuck = False
         directory.mkdir(parents=True, exist_ok=True)
         self._open_segment()
 
     def append(self, receipt: Receipt) -> None:
         """Take a receipt; the next flush writes it.
 
-        While the journal is full only refusals can come: they cost nobody anything and are counted, not kept.
+        While the journal is full refusals, which cost nobody anything, are counted and not kept. Nor are checkpoints
+        while the disk takes nothing: a worker that is killed then leaves none of what it holds in memory.
         """
         if self.is_full and receipt.outcome == "refused":
             self.refusals_dropped += 1
+            return
+        if self._unwritten and receipt.outcome == "open":
             return
         self._pending.append(receipt)
 
@@ -72,8 +76,7 @@ class Journal:
         self._size += written
         self._unwritten = self._unwritten[written:]
         if self._size >= self._config.segment_bytes and not self._unwritten:
-            os.close(self._file)
-            self._open_segment()
+            self._go_on()
 
     def measure(self) -> None:
         """Compare the backlog of all workers with its bound; called now and then, not per call."""
@@ -86,8 +89,7 @@ class Journal:
                 continue
         is_full = backlog_bytes > self._config.bytes_max or bool(self._unwritten)
         if is_full and self._size and not self._unwritten:
-            os.close(self._file)  # a closed segment can be deleted once it is stored: room, even in a live one
-            self._open_segment()
+            self._go_on()  # a closed segment can be deleted once it is stored: room, even in a live one
         if is_full != self.is_full:
             event = "journal full" if is_full else "journal takes receipts again"
             _log.warning(event, backlog_bytes=backlog_bytes, refusals_dropped=self.refusals_dropped)
@@ -96,16 +98,35 @@ class Journal:
     def close(self) -> None:
         """Write the rest and give up the lock, which tells control that this segment is finished."""
         self.flush()
+        if self._unwritten:
+            _log.error("journal lost receipts that the disk did not take", lost_bytes=len(self._unwritten))
         os.close(self._file)
+
+    def _go_on(self) -> None:
+        """Go on in a new segment; in the old one, where none can be made: its number must not become a socket's."""
+        before = self._file
+        try:
+            self._open_segment()
+        except OSError as error:
+            if not self._is_stuck:
+                _log.error("journal segment cannot be made, the old one goes on", reason=os.strerror(error.errno or 0))
+            self._is_stuck = True
+            return
+        self._is_stuck = False
+        os.close(before)
 
     def _open_segment(self) -> None:
         self._sequence += 1
-        self._path = self._directory / f"{self._name}-{self._sequence:06d}.log"
-        unlocked = self._path.with_suffix(".new")  # control must never see a live segment without its lock
-        self._file = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_EXCL, 0o600)
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        unlocked.rename(self._path)
-        self._size = 0
+        path = self._directory / f"{self._name}-{self._sequence:06d}.log"
+        unlocked = path.with_suffix(".new")  # control must never see a live segment without its lock
+        file = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_EXCL, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unlocked.rename(path)
+        except OSError:
+            os.close(file)
+            raise
+        self._path, self._file, self._size = path, file, 0
 
 
 def segment_name(slot: int) -> str:
