@@ -165,7 +165,7 @@ async def _serve(
         store, node, limits(store, boot.config.rates), link.push, lambda: ingest.pass_count, nodes.windows, nodes.peers
     )
     leases.limit_stale_s = auth.stale_grant_s
-    leases.expiry_s = boot.config.ledger.lost_node_s
+    leases.credit.expiry_s = boot.config.ledger.lost_node_s
     keeper = Keeper(
         store, ingest, leases, link.epochs, journal_directory(boot.config), boot.config.prices, link.publish
     )

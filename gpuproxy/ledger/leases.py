@@ -1,9 +1,7 @@
 """Hands workers parts of limits and balances, so that both hold exactly without a question for every call.
 
-A lease of credit is a hold in the ledger: one for each worker process and customer, which grows when the worker asks,
-shrinks when it gives back and when its receipts are settled, and ends when the worker is dead and its journal
-is read to the end. The less is left the smaller the leases, down to what one call needs; before a call is refused,
-the other workers, of this machine and of others, are asked to give back what they do not use.
+The less is left the smaller the leases, down to what one call needs; before a call is refused, the other workers, of
+this machine and of others, are asked to give back what they do not use. See `credit_leases`, `windows` and `slots`.
 """
 
 import asyncio
@@ -12,38 +10,25 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from sqlalchemy import Connection, Select, select, update
-
-from gpuproxy.ledger import holds
-from gpuproxy.ledger.budgets import KEY_MARK, Budget, refused, room
+from gpuproxy.ledger.credit_leases import OWNER_PREFIX, CreditLeases, worker_of
 from gpuproxy.ledger.peers import Peers
-from gpuproxy.ledger.rates import share
 from gpuproxy.ledger.settle import lease_owner
 from gpuproxy.ledger.slots import Slots
-from gpuproxy.ledger.transfers import AMOUNT_NANOUSD_MAX, credit_account, lock
 from gpuproxy.ledger.windows import LocalWindows, Part, Subject, Windows
-from gpuproxy.link.messages import STREAMS, TOKENS, HeldStreams, Lease, Leased, LeaseKind, Recall, Return
+from gpuproxy.link.messages import STREAMS, TOKENS, HeldCredit, HeldStreams, Lease, Leased, LeaseKind, Recall, Return
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import Store
-from gpuproxy.store.schema import holds as table
 
-SHARE = 8  # a lease is at most this part of the free credit
-EXPIRY_S = 7_200.0  # a lease whose node is gone for so long is given back; its receipts then meet free credit
-RENEWALS = 12  # of living workers' leases, until they would expire
 MOMENT_S = 0.05  # longer than a worker has no segment between two
 RECALL_S = 0.25  # how long a worker may take to give back what another needs
 LIMIT_TTL_S = 1.0  # a changed limit holds after this long
 LIMIT_ANSWER_S = 1.0  # half of what a worker waits
 LIMITS_MAX = 100_000  # remembered for a store that is away
-OWNER_PREFIX = lease_owner("", "").removesuffix("/")
-
 MARKS = {"requests": "", "tokens": TOKENS, "streams": STREAMS}  # before the key id of a subject
 
 LimitOf = Callable[[str, str], Awaitable[int]]
@@ -74,24 +59,18 @@ class Leases:
     ) -> None:
         self.now_ns: Callable[[], int] = time.monotonic_ns
         self.limit_stale_s = 3_600.0  # how long a limit holds that cannot be read again
-        self.expiry_s = EXPIRY_S
-        self._store = store
+        self.credit = CreditLeases(store, node, passes)
         self._node = node
         self._limit_of = limit_of
         self._push = push
-        self._passes = passes
         self._locks: WeakValueDictionary[Subject, asyncio.Lock] = WeakValueDictionary()
         self._windows = windows or LocalWindows()
         self._peers = peers
         self._slots = slots or Slots()
         self._limits: dict[Subject, tuple[int, float]] = {}  # and when it was read
         self._limits_away_until_s = 0.0
-        self._owed: dict[tuple[str, str], int] = {}  # owner, user: what came back and is still held
-        self._idle: dict[tuple[str, str], int] = {}  # owner, user: the pass in which the worker had nothing left
         self._recalls: dict[int, tuple[set[str], asyncio.Event]] = {}
         self._recall_ids = count(1)
-        self._suspects: set[str] = set()
-        self._renewed_s = -math.inf
         if peers is not None:
             peers.give_back = self.give_back
 
@@ -119,8 +98,11 @@ class Leases:
         limit = await self._limit(subject)
         return (limit, self._slots.left(subject, limit)) if limit else None
 
-    def hold(self, epoch: str, told: HeldStreams) -> None:
-        """Note which streams a worker holds that has been linked."""
+    def hold(self, epoch: str, told: HeldStreams | HeldCredit) -> None:
+        """Note which streams a worker holds, or of whom it has credit, that has been linked."""
+        if isinstance(told, HeldCredit):
+            self.credit.restate(epoch, told)
+            return
         held = [((user_id, STREAMS + key_id), amount) for user_id, key_id, amount in told.held]
         self._slots.restate(epoch, held, told.is_first)
 
@@ -130,52 +112,28 @@ class Leases:
         await self.flush()
 
     def take_back(self, epoch: str, returned: Return) -> None:
-        """Note what a worker gives back; credit is free again with the next grant or `flush`, within a moment.
-
-        A negative amount of nanodollars says that the worker has nothing left nor in use: whatever the ledger still
-        holds for it is given back when its receipts are settled.
-        """
+        """Note what a worker gives back; all can have it with the next grant or `flush`, within a moment."""
         if returned.kind == "streams":
             self._slots.take_back(subject_of(returned), epoch, returned.amount)
         elif returned.kind != "nanousd":
             self._windows.take_back(subject_of(returned), (epoch, returned.lease_id), returned.amount)
-        elif returned.amount < 0:
-            self._idle[(lease_owner(self._node, epoch, returned.key_id), returned.user_id)] = self._passes()
-        elif returned.amount:
-            key = (lease_owner(self._node, epoch, returned.key_id), returned.user_id)
-            self._owed[key] = self._owed.get(key, 0) + returned.amount
+        else:
+            self.credit.take_back(epoch, returned)
         self._note_answer(epoch, returned.recall_id)
 
     async def flush(self) -> None:
-        """Free what came back. Raises what the store raises; no credit is forgotten then."""
+        """Free what came back. Raises what the store raises."""
         await self._windows.flush()
-        if not self._owed and not self._idle:
-            return
-        owed, idle = dict(self._owed), {key for key, seen in self._idle.items() if self._passes() >= seen + 2}
-        async with self._store.writing() as connection:
-            await connection.run_sync(_give_back, owed, idle)
-        self._forget(owed)
-        for key in idle:
-            self._idle.pop(key, None)
+        await self.credit.flush()
 
     async def sweep(self, linked: Iterable[str], journaled: Iterable[str]) -> int:
-        """End the leases of workers that are neither linked nor have a journal; return how many.
-
-        Only who was missing in the sweep before as well is dead: between two segments a worker has none.
-        """
+        """End the leases of workers that are neither linked nor have a journal, see `CreditLeases`; return how many."""
         linked = set(linked)
         self._slots.sweep(linked)
         await self.flush()
-        living = {lease_owner(self._node, epoch) for epoch in (*linked, *journaled)}
         self._windows.sweep(self.now_ns())
         self._forget_limits()
-        found = {row.owner for row in await self._store.look(_owners(lease_owner(self._node, "")))}
-        dead = {owner for owner in found if worker_of(owner) not in living}
-        ended, self._suspects = dead & self._suspects, dead
-        if time.monotonic() - self._renewed_s >= self.expiry_s / RENEWALS:
-            await self._renew(found - dead)
-            self._renewed_s = time.monotonic()
-        return await self._end(ended) if ended else 0
+        return await self.credit.sweep((*linked, *journaled))
 
     async def close(self, journaled: Callable[[], set[str]]) -> int:
         """End the leases of the workers of this node that are gone, at once; return how many. Raises as `sweep`.
@@ -185,24 +143,9 @@ class Leases:
         """
         living = journaled()
         await asyncio.sleep(MOMENT_S)
-        self._suspects = set()
+        self.credit.forget_suspects()
         await self.sweep((), living | journaled())
         return await self.sweep((), living | journaled())
-
-    async def _end(self, owners: set[str]) -> int:
-        """Resolve the leases of workers that are gone, whose receipts are all settled."""
-        async with self._store.writing() as connection:
-            ended = sum([await connection.run_sync(_end, owner) for owner in sorted(owners)])
-        for key in [key for key in {**self._idle, **self._owed} if key[0] in owners]:
-            self._idle.pop(key, None)
-            self._owed.pop(key, None)
-        logger.info("leases of workers that are gone were given back", owners=sorted(owners), lease_count=ended)
-        return ended
-
-    async def _renew(self, owners: set[str]) -> None:
-        async with self._store.writing() as connection:
-            await connection.run_sync(_renew, owners, self.expiry_s)
-            await connection.run_sync(holds.expire, datetime.now(UTC))
 
     async def _grant(
         self, epoch: str, ask: Lease, subject: Subject, is_last: bool = False
@@ -212,14 +155,7 @@ class Leases:
             return await self._grant_streams(epoch, ask, subject), frozenset()
         if ask.kind != "nanousd":
             return await self._grant_requests(epoch, ask, subject)
-        owner = lease_owner(self._node, epoch, ask.key_id)
-        owed = {key: amount for key, amount in self._owed.items() if key[1] == ask.user_id}
-        async with self._store.writing() as connection:
-            await connection.run_sync(_give_back, owed, ())
-            amount, budget = await connection.run_sync(_hold, owner, ask, is_last, self.expiry_s)
-        self._forget(owed)
-        if amount:
-            self._idle.pop((owner, ask.user_id), None)
+        amount, budget = await self.credit.grant(epoch, ask, is_last)
         budget_ends_ns = budget.ends_ns(time.time()) if budget is not None else 0
         return Leased(ask.id, amount, budget_ends_ns=budget_ends_ns), frozenset()
 
@@ -290,28 +226,13 @@ class Leases:
             return {lease_owner(self._node, epoch) for epoch in self._slots.holders(subject)}
         if kind != "nanousd":
             return {lease_owner(self._node, epoch) for epoch in self._windows.holders(subject, self.now_ns())}
-        chosen = (
-            (table.c.state == "pending")
-            & (table.c.account_id == credit_account(subject[0]))
-            & (table.c.remaining_nanousd > 0)
-            & table.c.owner.startswith(OWNER_PREFIX, autoescape=True)
-        )
-        async with self._store.reading() as connection:
-            return set(await connection.scalars(select(table.c.owner).where(chosen)))
+        return await self.credit.holders(subject[0])
 
     def _note_answer(self, epoch: str, recall_id: int) -> None:
         missing, answered = self._recalls.get(recall_id, (set(), None))
         missing.discard(epoch)
         if answered is not None and not missing:
             answered.set()
-
-    def _forget(self, freed: dict[tuple[str, str], int]) -> None:
-        for key, amount in freed.items():
-            rest = self._owed.get(key, 0) - amount  # more may have come back meanwhile
-            if rest > 0:
-                self._owed[key] = rest
-            else:
-                self._owed.pop(key, None)
 
     def _forget_limits(self) -> None:
         oldest_s = time.monotonic() - self.limit_stale_s
@@ -344,68 +265,3 @@ def journaled_epochs(directory: Path) -> set[str]:
     with suppress(FileNotFoundError):
         return {path.stem.rpartition("-")[0] for path in directory.iterdir() if path.suffix in (".log", ".new")}
     return set()
-
-
-def worker_of(owner: str) -> str:
-    """Return the owner of the leases for all keys, of the worker that owns those of one."""
-    return owner.partition(KEY_MARK)[0]
-
-
-def _hold(connection: Connection, owner: str, ask: Lease, is_last: bool, expiry_s: float) -> tuple[int, Budget | None]:
-    """Hold a part of the customer's free credit for a worker; return how much, and the budget that refused more.
-
-    `is_last` tells that the call is refused now if this refuses.
-    """
-    account_id = credit_account(ask.user_id)
-    account = lock(connection, [account_id]).get(account_id)
-    free = account.free_nanousd if account else 0
-    left = room(connection, ask.user_id, ask.key_id)
-    amount = share(min(free, left.nanousd), ask.least, ask.wanted, SHARE)
-    if not amount:
-        budget = left.tightest if left.nanousd < ask.least <= free else None
-        if budget is not None and is_last:
-            refused(connection, budget)
-        return 0, budget
-    expires_at = datetime.now(UTC) + timedelta(seconds=expiry_s)
-    hold = _of(connection, owner, account_id)
-    if hold is None:
-        holds.place(connection, ask.user_id, amount, f"{owner}:{uuid4()}", owner, expires_at)
-    elif not holds.extend(connection, hold.id, amount, expires_at):
-        return 0, None
-    return amount, None
-
-
-def _of(connection: Connection, owner: str, account_id: str) -> holds.Hold | None:
-    return next((hold for hold in holds.pending_of(connection, owner) if hold.account_id == account_id), None)
-
-
-def _give_back(connection: Connection, owed: dict[tuple[str, str], int], idle: Iterable[tuple[str, str]]) -> None:
-    """Free parts of holds, and all of those whose worker has nothing left."""
-    wanted = {**dict.fromkeys(idle, AMOUNT_NANOUSD_MAX), **owed}
-    lock(connection, {credit_account(user_id) for _, user_id in wanted})
-    for (owner, user_id), amount in sorted(wanted.items()):
-        hold = _of(connection, owner, credit_account(user_id))
-        if hold is not None:
-            holds.give_back(connection, hold.id, amount)
-
-
-def _owners(prefix: str) -> Select[Any]:
-    chosen = (table.c.state == "pending") & (table.c.owner >= prefix) & (table.c.owner < prefix + "\U0010ffff")
-    return select(table.c.owner).where(chosen).distinct()
-
-
-def _end(connection: Connection, owner: str) -> int:
-    found = holds.pending_of(connection, owner)
-    lock(connection, {hold.account_id for hold in found})
-    for hold in found:
-        if hold.posted_nanousd:
-            holds.settle(connection, hold.id, 0, "usage")
-        else:
-            holds.void(connection, hold.id)
-    return len(found)
-
-
-def _renew(connection: Connection, owners: set[str], expiry_s: float) -> None:
-    expires_at = datetime.now(UTC) + timedelta(seconds=expiry_s)
-    chosen = (table.c.state == "pending") & table.c.owner.in_(sorted(owners))
-    connection.execute(update(table).where(chosen).values(expires_at=expires_at))

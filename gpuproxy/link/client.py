@@ -10,6 +10,7 @@ from gpuproxy.link.messages import (
     Authorized,
     ForgetMachines,
     FrameReader,
+    HeldCredit,
     HeldStreams,
     Hello,
     Lease,
@@ -111,8 +112,8 @@ class LinkClient(asyncio.Protocol):
         self._machines[self._next_id] = answer
         self._transport.write(frame(AskMachines(self._next_id, user_id)))
 
-    def send(self, message: Return | States | HeldStreams) -> None:
-        """Tell control something that needs no answer; while it is away it is told nothing, and lets leases expire."""
+    def send(self, message: Return | States | HeldStreams | HeldCredit) -> None:
+        """Tell control something that needs no answer; while it is away it is told nothing."""
         if self._transport is not None:
             self._transport.write(frame(message))
 

@@ -18,6 +18,7 @@ from gpuproxy.types import Grant
 LeaseKind = Literal["requests", "tokens", "streams", "nanousd"]
 TOKENS = "tokens:"  # stands before the key id, or nothing, where control names a limit of tokens
 STREAMS = "streams:"  # the same for streams
+HELD_AT_ONCE = 5_000  # in one message: 450 KB
 
 FRAME_BYTES_MAX = 1 << 20  # a Grant is under 10 KiB; anything near this is a broken stream
 
@@ -166,6 +167,17 @@ class HeldStreams(Struct, tag="held_streams", frozen=True):
     is_first: bool = True
 
 
+class HeldCredit(Struct, tag="held_credit", frozen=True):
+    """Told by a worker whenever it is linked, before it asks: of whom it has credit, as user and key id of the leases.
+
+    The messages it takes go from ``is_first`` to ``is_last``.
+    """
+
+    held: tuple[tuple[str, str], ...]
+    is_first: bool = True
+    is_last: bool = True
+
+
 class Recall(Struct, tag="recall", frozen=True):
     """Pushed: return at once what is not in use, even if that is 0; somebody else needs it."""
 
@@ -204,7 +216,7 @@ class ForgetMachines(Struct, tag="forget_machines", frozen=True):
     user_ids: tuple[str, ...]
 
 
-FromWorker = Hello | Authorize | Lease | Return | HeldStreams | AskMachines | States
+FromWorker = Hello | Authorize | Lease | Return | HeldStreams | HeldCredit | AskMachines | States
 FromControl = (
     Authorized
     | Unavailable

@@ -22,6 +22,7 @@ from gpuproxy.link.messages import (
     FrameReader,
     FromControl,
     FromWorker,
+    HeldCredit,
     HeldStreams,
     Hello,
     Lease,
@@ -65,8 +66,8 @@ class Lessor(Protocol):
     def take_back(self, epoch: str, returned: Return) -> None:
         """Take what a worker does not need, in the order it gives."""
 
-    def hold(self, epoch: str, told: HeldStreams) -> None:
-        """Note which streams a worker holds that has been linked."""
+    def hold(self, epoch: str, told: HeldStreams | HeldCredit) -> None:
+        """Note what a worker holds that has been linked."""
 
 
 class LinkServer:
@@ -315,7 +316,7 @@ class WorkerLink(asyncio.Protocol):
                 self._ask(message)
             case States():
                 self.states = tuple(structs.replace(state, worker=self._slot) for state in message.endpoints)
-            case HeldStreams():
+            case HeldStreams() | HeldCredit():
                 if self._server.lessor is not None and self.epoch:
                     self._server.lessor.hold(self.epoch, message)
             case Return():

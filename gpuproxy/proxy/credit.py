@@ -13,7 +13,7 @@ from collections.abc import Callable
 from gpuproxy import config
 from gpuproxy.errors import GatewayError
 from gpuproxy.link.client import LinkClient
-from gpuproxy.link.messages import Leased, Recall, Return
+from gpuproxy.link.messages import HELD_AT_ONCE, HeldCredit, Leased, Recall, Return
 from gpuproxy.link.wallet import Outcome, Wallet
 from gpuproxy.plugin import Intent, UsageReader
 from gpuproxy.pricing import Price, marked_up, upper_bound
@@ -99,6 +99,13 @@ class Credit:
             if wallet.is_empty:
                 del self._wallets[subject]
                 self._link.send(Return(*subject, "nanousd", NOTHING_LEFT))
+
+    def report(self) -> None:
+        """Tell control, which may be a new one, of whom there is credit here: of others it holds none on."""
+        held = list(self._wallets)
+        for start in range(0, max(1, len(held)), HELD_AT_ONCE):
+            end = start + HELD_AT_ONCE
+            self._link.send(HeldCredit(tuple(held[start:end]), start == 0, end >= len(held)))
 
     def close(self) -> None:
         """Give everything back: the worker stops."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.link.client import LinkClient
-from gpuproxy.link.messages import STREAMS, TOKENS, HeldStreams, Leased, LeaseKind, Recall, Return
+from gpuproxy.link.messages import HELD_AT_ONCE, STREAMS, TOKENS, HeldStreams, Leased, LeaseKind, Recall, Return
 from gpuproxy.link.wallet import Outcome, Wallet
 from gpuproxy.proxy.headers import Field
 from gpuproxy.types import Grant
@@ -26,7 +26,6 @@ AHEAD_PER_MINUTE = 600  # a lease is asked for at least a tenth of a second's wo
 OVERRIDE = b"x-rate-limit-override"
 OVERRIDE_MAX = 1 << 31
 RAISED = "raised:"
-HELD_AT_ONCE = 5_000  # in one message: 450 KB
 
 
 class Purse:

@@ -169,6 +169,7 @@ class Plane:
         self.admission.refresh_all()
         self.instances.forget_all()
         self.limits_by_key.report()
+        self.credit.report()
 
     def new_id(self) -> str:
         """Return an id for a request and its receipt, unique over all workers and restarts, growing with time."""

@@ -3,21 +3,31 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import balance, credit
+from gpuproxy.ledger.credit_leases import EXPIRY_S
 from gpuproxy.ledger.leases import Leases, journaled_epochs, node_id
 from gpuproxy.ledger.peers import Peers
 from gpuproxy.ledger.settle import lease_owner
 from gpuproxy.ledger.verify import verify
 from gpuproxy.ledger.windows import Windows
-from gpuproxy.link.messages import Lease, LeaseKind, Recall, Return
+from gpuproxy.link.messages import HeldCredit, Lease, LeaseKind, Recall, Return
 from gpuproxy.link.wallet import Wallet
 from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import holds as table
+
+Writing = AbstractAsyncContextManager[AsyncConnection]
 
 
 class Site:
@@ -93,13 +103,27 @@ async def user_id(store: Store) -> str:
     return made
 
 
+async def held(store: Store, epoch: str) -> int:
+    """Return what the ledger holds for a worker."""
+    async with store.reading() as connection:
+        return sum(
+            hold.remaining_nanousd for hold in await connection.run_sync(holds.pending_of, lease_owner("here", epoch))
+        )
+
+
+@asynccontextmanager
+async def committed_unheard(writing: Callable[[], Writing]) -> AsyncIterator[AsyncConnection]:
+    """Write, but lose the answer to the commit."""
+    async with writing() as connection:
+        yield connection
+    raise ConnectionResetError("the answer to COMMIT was lost")
+
+
 async def test_a_lease_is_held_in_the_ledger(store: Store, site: Site, user_id: str) -> None:
     assert await site.ask("w", user_id, 10, 1_000) == 100
     assert await site.ask("w", user_id, 10) == 10
     assert await balance(store, user_id) == 690
-    async with store.reading() as connection:
-        (hold,) = await connection.run_sync(holds.pending_of, lease_owner("here", "w"))
-    assert hold.remaining_nanousd == 110
+    assert await held(store, "w") == 110
     assert await verify(store) == []
 
 
@@ -180,15 +204,16 @@ async def test_what_a_lost_node_had_is_free_after_its_time_and_not_before(
     store: Store, site: Site, user_id: str
 ) -> None:
     lost, other = Site(store, "lost"), site
-    lost.leases.expiry_s = other.leases.expiry_s = 0.2
+    other.leases.credit.expiry_s = 0
     await lost.ask("w", user_id, 700)
     assert await other.ask("v", user_id, 200) == 0
     await other.leases.sweep(["v"], [])
     assert await balance(store, user_id) == 100
-    async with asyncio.timeout(10):
-        while await balance(store, user_id) < 800:
-            await other.leases.sweep(["v"], [])
-            await asyncio.sleep(0.02)
+    async with store.writing() as connection:
+        await connection.execute(update(table).values(expires_at=datetime.now(UTC)))
+    await other.leases.sweep(["v"], [])
+    assert await balance(store, user_id) == 800
+    other.leases.credit.expiry_s = EXPIRY_S
     assert await other.ask("v", user_id, 700) == 700
     assert await verify(store) == []
 
@@ -196,9 +221,9 @@ async def test_what_a_lost_node_had_is_free_after_its_time_and_not_before(
 async def test_a_node_that_lives_keeps_its_leases_for_longer_than_one_is_kept_without_it(
     store: Store, site: Site, user_id: str
 ) -> None:
-    site.leases.expiry_s = 0.3
+    site.leases.credit.expiry_s = 0.3
     await site.ask("w", user_id, 700)
-    ends_s = time.monotonic() + 3 * site.leases.expiry_s
+    ends_s = time.monotonic() + 3 * site.leases.credit.expiry_s
     while time.monotonic() < ends_s:
         await site.leases.sweep(["w"], [])
         await asyncio.sleep(0.02)
@@ -234,6 +259,72 @@ async def test_a_worker_that_goes_on_is_not_idle(store: Store, site: Site, user_
     site.passes = 9
     await site.leases.flush()
     assert await balance(store, user_id) == 790
+
+
+async def test_a_worker_that_asks_again_as_it_is_found_idle_keeps_what_it_gets(
+    store: Store, site: Site, user_id: str
+) -> None:
+    await site.ask("w", user_id, 10)
+    site.give("w", user_id, -1)
+    site.passes = 2
+    await asyncio.gather(site.ask("w", user_id, 10), site.leases.flush())
+    assert await held(store, "w") in (10, 20)
+    site.passes = 9
+    await site.leases.flush()
+    assert await held(store, "w") in (10, 20)
+
+
+async def test_nothing_is_left_of_an_idle_worker_that_gave_back_at_the_same_time(
+    store: Store, site: Site, user_id: str
+) -> None:
+    await site.ask("w", user_id, 10)
+    site.give("w", user_id, -1)
+    site.give("w", user_id, 3)
+    site.passes = 2
+    await site.leases.flush()
+    assert await balance(store, user_id) == 800
+
+
+@pytest.mark.parametrize("asks", [False, True])
+async def test_what_came_back_is_freed_once_even_if_the_answer_to_the_commit_is_lost(
+    store: Store, site: Site, user_id: str, monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    await site.ask("w", user_id, 100)
+    site.give("w", user_id, 30)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "writing", partial(committed_unheard, store.writing))
+        with pytest.raises(ConnectionResetError):
+            await (site.ask("v", user_id, 0) if asks else site.leases.flush())
+    await site.leases.flush()
+    assert await held(store, "w") == 70
+
+
+async def test_a_new_control_frees_what_workers_no_longer_have(store: Store, site: Site, user_id: str) -> None:
+    for epoch in ("w", "v", "silent"):
+        await site.ask(epoch, user_id, 10)
+    fresh = Site(store)
+    fresh.leases.hold("w", HeldCredit((("someone", ""),), is_last=False))
+    fresh.leases.hold("w", HeldCredit(((user_id, "k"),), is_first=False))
+    fresh.leases.hold("v", HeldCredit(((user_id, ""),)))
+    await fresh.leases.flush()
+    assert await balance(store, user_id) == 770
+    fresh.passes = 2
+    await fresh.leases.flush()
+    assert [await held(store, epoch) for epoch in ("w", "v", "silent")] == [0, 10, 10]
+
+
+async def test_what_a_worker_asks_for_after_it_told_what_it_has_is_not_freed(
+    store: Store, site: Site, user_id: str
+) -> None:
+    await site.ask("w", user_id, 10)
+    fresh = Site(store)
+    fresh.leases.hold("w", HeldCredit(()))
+    await fresh.ask("w", user_id, 10)
+    fresh.passes = 2
+    await fresh.leases.flush()
+    fresh.passes = 4
+    await fresh.leases.flush()
+    assert await held(store, "w") == 20
 
 
 async def test_a_limit_of_nothing_is_no_limit(site: Site) -> None:

@@ -14,6 +14,7 @@ from gpuproxy.link.messages import (
     FrameReader,
     FromControl,
     FromWorker,
+    HeldCredit,
     HeldStreams,
     Hello,
     Lease,
@@ -336,7 +337,7 @@ class Purse:
         await self.may_answer.wait()
         return Leased(ask.id, ask.wanted)
 
-    def hold(self, epoch: str, told: HeldStreams) -> None:
+    def hold(self, epoch: str, told: HeldStreams | HeldCredit) -> None:
         """Nothing: no streams are counted."""
 
     def take_back(self, epoch: str, returned: Return) -> None:

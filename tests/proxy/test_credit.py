@@ -11,7 +11,7 @@ from msgspec import structs
 
 from gpuproxy.ledger.batch import priced
 from gpuproxy.ledger.open_calls import Notes
-from gpuproxy.link.messages import HeldStreams, Lease, Leased, Return
+from gpuproxy.link.messages import HeldCredit, HeldStreams, Lease, Leased, Return
 from gpuproxy.pricing import Catalogue, Price, cost_of, marked_up, upper_bound
 from gpuproxy.types import Receipt
 
@@ -36,6 +36,7 @@ class Bank:
     def __init__(self, nanousd: int) -> None:
         self.rest = nanousd
         self.asked: list[Lease] = []
+        self.told: list[tuple[tuple[str, str], ...]] = []
         self.budget_ends_ns = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -47,8 +48,9 @@ class Bank:
         self.rest -= amount
         return Leased(ask.id, amount, budget_ends_ns=0 if amount else self.budget_ends_ns)
 
-    def hold(self, epoch: str, told: HeldStreams) -> None:
-        """Nothing: no streams are counted."""
+    def hold(self, epoch: str, told: HeldStreams | HeldCredit) -> None:
+        if isinstance(told, HeldCredit):
+            self.told.append(told.held)
 
     def take_back(self, epoch: str, returned: Return) -> None:
         self.rest += max(0, returned.amount)
@@ -68,6 +70,12 @@ async def _back(gateway: Gateway, bank: Bank, nanousd: int) -> None:
     gateway.plane.credit.sweep()
     assert not gateway.plane.credit._wallets
     await until(lambda: bank.rest == nanousd, f"{nanousd} nanodollars, has {bank.rest}")
+
+
+async def _relink(gateway: Gateway) -> None:
+    (link,) = gateway.link_server.links
+    link.close()
+    await until(lambda: link not in gateway.link_server.links and gateway.link.connected.is_set(), "the link")
 
 
 def _cost(receipt: Receipt, price: Price = PRICE) -> int:
@@ -239,6 +247,17 @@ async def test_with_control_away_what_is_leased_is_served_and_then_refused_for_n
     await client.send(request(b"POST " + CHAT, body=BODY))
     answer = await client.answer()
     assert (answer.status, answer.field(b"retry-after")) == (503, b"1")
+
+
+async def test_a_worker_that_is_linked_anew_tells_of_whom_it_has_credit(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 1_000)
+    client, _ = await _stream(gateway)
+    await _relink(gateway)
+    await until(lambda: bank.told == [(("user", ""),)], "the user")
+    client.close()
+    await _back(gateway, bank, 1_000 - _cost(await gateway.receipt()))
+    await _relink(gateway)
+    await until(lambda: bank.told[1:] == [()], "nobody")
 
 
 async def test_an_upstream_that_cannot_be_reached_costs_nothing(serve: Serve) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from gpuproxy.ledger.rates import Window
 from gpuproxy.ledger.slots import Slots
-from gpuproxy.link.messages import HeldStreams, Lease, Leased, Return
+from gpuproxy.link.messages import HeldCredit, HeldStreams, Lease, Leased, Return
 
 from .conftest import Serve
 from .harness import CHAT, OK, RAW, Gateway, request, until
@@ -38,7 +38,7 @@ class Counter:
         entry = window.grant((epoch, ask.id), limit, ask.least, ask.wanted, now_ns)
         return Leased(ask.id, entry.amount, 1 << 61, limit, window.left(limit, now_ns), 1 << 61)
 
-    def hold(self, epoch: str, told: HeldStreams) -> None:
+    def hold(self, epoch: str, told: HeldStreams | HeldCredit) -> None:
         """Nothing: no streams are counted."""
 
     def take_back(self, epoch: str, returned: Return) -> None:
@@ -169,9 +169,10 @@ class Booth:
         amount = self.slots.grant((ask.user_id, ask.key_id), epoch, self.limit, ask.least, ask.wanted)
         return Leased(ask.id, amount, limit=self.limit)
 
-    def hold(self, epoch: str, told: HeldStreams) -> None:
-        held = [((user_id, key_id), amount) for user_id, key_id, amount in told.held]
-        self.slots.restate(epoch, held, told.is_first)
+    def hold(self, epoch: str, told: HeldStreams | HeldCredit) -> None:
+        if isinstance(told, HeldStreams):
+            held = [((user_id, key_id), amount) for user_id, key_id, amount in told.held]
+            self.slots.restate(epoch, held, told.is_first)
 
     def take_back(self, epoch: str, returned: Return) -> None:
         self.slots.take_back((returned.user_id, returned.key_id), epoch, returned.amount)
