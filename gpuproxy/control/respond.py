@@ -11,11 +11,10 @@ from uuid import uuid4
 import msgspec
 from aiohttp import web
 from msgspec import Struct, structs
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from gpuproxy.errors import CODES, GatewayError
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.store.engine import fault_of
+from gpuproxy.store.engine import fault_of, is_away
 
 CODE_BY_STATUS = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED", 413: "BODY_TOO_LARGE"}
 KEPT_HEADERS = ("Allow", "Retry-After", "WWW-Authenticate")
@@ -85,10 +84,10 @@ async def errors_in_one_shape(request: web.Request, handler: Any) -> web.StreamR
         return failure(error, request_id_of(request))
     except web.HTTPException as error:
         return failure(_translated(request, error), request_id_of(request), _kept(error))
-    except (OperationalError, InterfaceError, OSError) as error:
-        logger.error("store is away", request_id=request_id_of(request), path=request.path, error=fault_of(error))
-        return failure(GatewayError("UNAVAILABLE", "the store is away", retry_after_s=2), request_id_of(request))
-    except Exception:
+    except Exception as error:
+        if is_away(error):
+            logger.error("store is away", request_id=request_id_of(request), path=request.path, error=fault_of(error))
+            return failure(GatewayError("UNAVAILABLE", "the store is away", retry_after_s=2), request_id_of(request))
         logger.exception("request failed", request_id=request_id_of(request), path=request.path)
         message = "a fault of the gateway; the request id finds it in the log"
         return failure(GatewayError("INTERNAL", message), request_id_of(request))

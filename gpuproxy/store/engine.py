@@ -18,11 +18,12 @@ import aiosqlite
 from sqlalchemy import Engine, Executable, Insert, Row, Table, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Dialect, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-BUSY_TIMEOUT_MS = 5_000  # CLI commands and control share the file; no transaction here takes that long
+BUSY_TIMEOUT_MS = 5_000  # for a lock, or a connection: no transaction here takes that long
 POOL_CONNECTIONS = 5  # each SQLite connection is a thread
 PAGE_SIZE = "PRAGMA page_size=8192"  # of a new file; with the cache below 1.5 of 6.5 us less per receipt stored
 PRAGMAS = (
@@ -33,6 +34,8 @@ PRAGMAS = (
     "PRAGMA journal_size_limit=67108864",
 )
 KEEPALIVE = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
+# SQLSTATE classes of PostgreSQL: the connection, rolled back for another, short of something, in use, being stopped
+AWAY_STATES = ("08", "40", "53", "55", "57")
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
@@ -117,6 +120,13 @@ def fault_of(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, SQLAlchemyError) and error.__cause__ is not None else error
     lines = str(cause).splitlines()
     return lines[0] if lines else type(cause).__name__
+
+
+def is_away(error: Exception) -> bool:
+    """Tell whether the database could not be asked or broke off, so that it may do later what it did not do now."""
+    if isinstance(error, (OperationalError, InterfaceError, InternalError, PoolTimeoutError, OSError)):
+        return True
+    return isinstance(error, DBAPIError) and (getattr(error.orig, "sqlstate", None) or "")[:2] in AWAY_STATES
 
 
 def open_store(url: str) -> Store:
@@ -247,6 +257,11 @@ def _postgresql_engine(url: URL, ssl_mode: str) -> AsyncEngine:
         url.set(drivername="postgresql+asyncpg", query={}),
         pool_size=POOL_CONNECTIONS,
         max_overflow=0,
+        pool_timeout=BUSY_TIMEOUT_MS / 1_000,
         hide_parameters=True,
-        connect_args={"ssl": ssl_mode, "timeout": BUSY_TIMEOUT_MS / 1_000},
+        connect_args={
+            "ssl": ssl_mode,
+            "timeout": BUSY_TIMEOUT_MS / 1_000,
+            "server_settings": {"lock_timeout": str(BUSY_TIMEOUT_MS)},
+        },
     )

@@ -34,6 +34,7 @@ async def upgrade(store: Store) -> bool:
             return False
     async with store.writing() as connection:
         if not store.is_sqlite:
+            await connection.execute(text("SET LOCAL lock_timeout = 0"))  # another's migration may take its time
             await connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK_ID})"))
         return await connection.run_sync(_upgrade)
 

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import WSMsgType, web
 from aiohttp.test_utils import TestClient
 from sqlalchemy import text, update
+from sqlalchemy.exc import DBAPIError
 from structlog.testing import capture_logs
 
 from gpuproxy import __version__
@@ -21,7 +22,8 @@ from gpuproxy.control.parts import STOPPING
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.link.server import LinkServer
 from gpuproxy.proxy.journal import frame
-from gpuproxy.store.engine import Store
+from gpuproxy.store import engine
+from gpuproxy.store.engine import Store, connect_postgresql, open_store
 from gpuproxy.store.schema import api_keys
 from gpuproxy.types import Receipt
 
@@ -94,6 +96,42 @@ async def test_a_store_that_is_away_makes_no_key_invalid(
     answer = await client.get("/api/v1/user/usage", headers={"X-API-Key": key})
     assert await _error(answer) == (503, "UNAVAILABLE", "the store is away")
     assert answer.headers["Retry-After"] == "2"
+
+
+WAITING = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("word", ["pg_terminate_backend", "pg_cancel_backend"])
+async def test_a_store_that_breaks_off_is_away_and_no_fault_of_the_gateway(
+    store: Store, client: Client, key: str, word: str
+) -> None:
+    other = await connect_postgresql(store)
+    try:
+        async with other.transaction():
+            await other.execute("LOCK TABLE receipts IN ACCESS EXCLUSIVE MODE")
+            asked = asyncio.create_task(client.get("/api/v1/user/usage", headers={"X-API-Key": key}))
+            async with asyncio.timeout(10):
+                while not (waiting := await other.fetch(WAITING)):
+                    await asyncio.sleep(0.01)
+            await other.execute(f"SELECT {word}($1)", waiting[0]["pid"])
+            assert await _error(await asked) == (503, "UNAVAILABLE", "the store is away")
+    finally:
+        await other.close()
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_who_waits_in_vain_for_what_another_has_locked_is_told_so(
+    store: Store, client: Client, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT_MS", 100)
+    impatient = open_store(store.engine.url.set(drivername="postgresql").render_as_string(hide_password=False))
+    async with store.writing() as connection:
+        await connection.execute(text("LOCK TABLE receipts IN ACCESS EXCLUSIVE MODE"))
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            async with impatient.reading() as other:
+                await other.execute(text("SELECT 1 FROM receipts"))
+    await impatient.close()
 
 
 async def take_away(store: Store, directory: Path) -> None:
