@@ -49,17 +49,22 @@ class Budget(Struct, frozen=True):
     told_percent: int
     created_at: datetime
 
+    def number(self, now_s: float) -> int:
+        """Return which window a time is in. The next, if a clock ahead of ours has begun that: none begins twice."""
+        number = int(now_s // self.window_s)
+        return self.window_number if self.window_number == number + 1 else number
+
     def spent(self, now_s: float) -> int:
         """Return what was charged in the window of a time."""
-        return self.spent_nanousd if self.window_number == _number(self, now_s) else 0
+        return self.spent_nanousd if self.window_number == self.number(now_s) else 0
 
     def told(self, now_s: float) -> int:
         """Return the percentage that was told in the window of a time."""
-        return self.told_percent if self.window_number == _number(self, now_s) else 0
+        return self.told_percent if self.window_number == self.number(now_s) else 0
 
     def ends_ns(self, now_s: float) -> int:
         """Return when the window of a time ends, in unix nanoseconds."""
-        return (_number(self, now_s) + 1) * self.window_s * 10**9
+        return (self.number(now_s) + 1) * self.window_s * 10**9
 
     def ends_at(self, now_s: float) -> datetime:
         """Return when the window of a time ends."""
@@ -161,7 +166,7 @@ def _count(connection: Connection, budget: Budget, amount: int, now_s: float) ->
 def _tell(connection: Connection, budget: Budget, spent: int, percent: int, now_s: float) -> None:
     """Store what was spent; record an event if a percentage is reached that was not told yet."""
     told = budget.told(now_s)
-    values = {"window_number": _number(budget, now_s), "spent_nanousd": spent, "told_percent": max(told, percent)}
+    values = {"window_number": budget.number(now_s), "spent_nanousd": spent, "told_percent": max(told, percent)}
     connection.execute(update(budgets).where(_column.id == budget.id).values(**values))
     if percent > told:
         name = "budget.exceeded" if percent == 100 else "budget.warning"
@@ -180,10 +185,6 @@ def _data(budget: Budget, spent: int, percent: int, now_s: float) -> dict[str, A
         "spent_nanousd": spent,
         "percent": percent,
     }
-
-
-def _number(budget: Budget, now_s: float) -> int:
-    return int(now_s // budget.window_s)
 
 
 def _outstanding(connection: Connection, budget: Budget) -> int:

@@ -127,6 +127,28 @@ async def test_a_new_window_begins_with_nothing_spent_but_what_is_held(
     assert budget.spent(10_002.0 * HOUR) == 0
 
 
+async def test_a_clock_that_is_behind_begins_no_window_anew(ann: Ann, monkeypatch: pytest.MonkeyPatch) -> None:
+    await ann.budget(100)
+    now_s = 10_001.0 * HOUR
+    for seconds, cost, spent in ((-1, 60, 60), (0, 70, 70), (-1, 20, 90), (1, 5, 95), (-1, 0, 95)):
+        monkeypatch.setattr(budgets.time, "time", lambda at_s=now_s + seconds: at_s)
+        await ann.run(spend, {(ann.id, ann.one): cost})
+        (room_left,) = await ann.run(budgets.rooms, ann.id, "")
+        assert room_left.nanousd == 100 - spent
+    assert await ann.events() == [("budget.warning", 90)]
+
+
+async def test_a_clock_that_was_far_ahead_for_a_moment_stops_no_budget(
+    ann: Ann, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ann.budget(100)
+    for hours, left in ((10_003, 20), (10_000, 20), (10_001, 20)):
+        monkeypatch.setattr(budgets.time, "time", lambda hours=hours: hours * HOUR)
+        await ann.run(spend, {(ann.id, ann.one): 80})
+        (room_left,) = await ann.run(budgets.rooms, ann.id, "")
+        assert room_left.nanousd == left
+
+
 async def test_80_and_100_percent_are_told_once_in_a_window(ann: Ann, monkeypatch: pytest.MonkeyPatch) -> None:
     await ann.budget(100)
     for cost in (79, 1, 1, 18, 1, 5):
