@@ -7,6 +7,7 @@ from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
 from gpuproxy.access.accounts import user_by_id
+from gpuproxy.control.money import Usd, usd
 from gpuproxy.control.parts import CALLER, STORE
 from gpuproxy.control.query import count_asked, time_asked
 from gpuproxy.control.respond import listing, success
@@ -31,7 +32,7 @@ CallInfo: type[Struct] = msgspec.defstruct(
 
 
 class UsageSums(Struct):
-    """What calls used; tokens of answers that told none count as 0. `groups` is there if it was asked for."""
+    """What calls used and cost; tokens of answers that told none count as 0. `groups` is there if it was asked for."""
 
     requests: int
     input_tokens: int
@@ -39,6 +40,8 @@ class UsageSums(Struct):
     output_tokens: int
     request_bytes: int
     response_bytes: int
+    cost: Usd
+    cost_nanousd: int
     by_model: list[dict[str, Any]]
     groups: list[dict[str, Any]] | UnsetType = UNSET
 
@@ -50,10 +53,12 @@ async def profile(request: web.Request) -> web.Response:
 
 
 async def usage(request: web.Request) -> web.Response:
-    """Sum up the caller's calls, in all and by model."""
+    """Sum up the caller's calls and what they cost, in all and by model."""
     since, until = time_asked(request, "since"), time_asked(request, "until")
-    user_id = request[CALLER].user_id
-    return success(await usage_summary(request.app[STORE], user_id, since, until, _group_by(request)))
+    used = await usage_summary(request.app[STORE], request[CALLER].user_id, since, until, _group_by(request))
+    for each in (used, *used["by_model"], *used.get("groups", ())):
+        each["cost"] = usd(each["cost_nanousd"])
+    return success(used)
 
 
 async def calls(request: web.Request) -> web.Response:

@@ -13,7 +13,7 @@ from gpuproxy.types import TOOL_CALL
 
 GroupBy = Literal["day", "model", "key", "upstream", "tool"]
 CALLS_MAX = 1_000
-SUMS = ("requests", "input_tokens", "cached_tokens", "output_tokens", "request_bytes", "response_bytes")
+SUMS = ("requests", "input_tokens", "cached_tokens", "output_tokens", "request_bytes", "response_bytes", "cost_nanousd")
 
 _column = receipts.c
 _day = receipt_days.c

@@ -204,6 +204,7 @@ async def test_usage_is_shown_to_the_owner_of_the_key(client: Client, key: str, 
     assert (answer.status, body["status"]) == (200, "success")
     assert body["data"] == {name: value for name, value in body.items() if name not in ("data", "status")}
     assert (body["requests"], body["input_tokens"], body["cached_tokens"], body["output_tokens"]) == (3, 30, 12, 60)
+    assert (body["cost"], body["cost_nanousd"], body["by_model"][0]["cost"]) == (0, 0, 0)
     assert [each["model"] for each in body["by_model"]] == ["m1"]
 
 

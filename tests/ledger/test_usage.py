@@ -7,10 +7,12 @@ import msgspec
 import pytest
 from journals import DAY_NS, START_NS, frame, receipt
 
-from gpuproxy.ledger.batch import Batch
+from gpuproxy.ledger.batch import priced
 from gpuproxy.ledger.ingest import Ingest
+from gpuproxy.ledger.open_calls import Notes
 from gpuproxy.ledger.usage import newest_calls, usage_summary
 from gpuproxy.ledger.writer import open_writer
+from gpuproxy.pricing import Catalogue, Price
 from gpuproxy.store.engine import Store
 
 NOTHING = {
@@ -20,6 +22,7 @@ NOTHING = {
     "output_tokens": 0,
     "request_bytes": 0,
     "response_bytes": 0,
+    "cost_nanousd": 0,
 }
 ONE = {
     "requests": 1,
@@ -28,6 +31,7 @@ ONE = {
     "output_tokens": 20,
     "request_bytes": 100,
     "response_bytes": 1_000,
+    "cost_nanousd": 0,
 }
 
 
@@ -81,7 +85,7 @@ async def test_calls_can_be_grouped(filled: Store, group_by: str, expected: list
     assert [(group[group_by], group["requests"]) for group in used["groups"]] == expected
 
 
-async def test_tools_are_grouped_with_their_server_and_other_calls_left_out(store: Store) -> None:
+async def test_tools_are_grouped_with_their_server_and_cost_and_other_calls_left_out(store: Store) -> None:
     calls = [
         receipt(1),
         receipt(2, upstream="web", rpc_method="tools/call", rpc_name="search", rpc_outcome="ok"),
@@ -89,11 +93,15 @@ async def test_tools_are_grouped_with_their_server_and_other_calls_left_out(stor
         receipt(4, upstream="docs", rpc_method="tools/call", rpc_name="search", rpc_outcome="ok"),
         receipt(5, upstream="docs", rpc_method="prompts/get", rpc_name="search", rpc_outcome="ok"),
     ]
+    prices = Catalogue([Price("", upstream="web", tool="search", request_nanousd=7), Price("m1", request_nanousd=100)])
     writer = open_writer(store)
-    await writer.write(Batch([msgspec.structs.astuple(call) for call in calls]))
+    await writer.write(priced(prices, [("lease:n/w", [msgspec.structs.astuple(call) for call in calls])], {}, Notes()))
     writer.close()
     used = await usage_summary(store, "u1", group_by="tool")
-    assert [(group["tool"], group["requests"]) for group in used["groups"]] == [("docs/search", 1), ("web/search", 2)]
+    assert [(group["tool"], group["requests"], group["cost_nanousd"]) for group in used["groups"]] == [
+        ("docs/search", 1, 100), ("web/search", 2, 14),
+    ]  # fmt: skip
+    assert used["cost_nanousd"] == 314
 
 
 async def test_a_group_has_all_sums(filled: Store) -> None:
