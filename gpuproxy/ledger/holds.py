@@ -20,6 +20,7 @@ from gpuproxy.ledger.transfers import (
     credit_account,
     insert_new,
     lock,
+    make_missing,
     post,
 )
 from gpuproxy.store.schema import accounts, holds
@@ -190,6 +191,8 @@ def _pending(connection: Connection, hold_id: str, *others: str) -> Hold:
     account_id = connection.scalar(select(holds.c.account_id).where(holds.c.id == hold_id))
     if account_id is None:
         raise GatewayError("NOT_FOUND", f"no hold {hold_id!r}")
+    if others:
+        make_missing(connection, others)
     lock(connection, (account_id, *others))
     hold = get(connection, hold_id)
     assert hold is not None  # holds are never deleted

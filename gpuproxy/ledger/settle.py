@@ -21,7 +21,7 @@ from gpuproxy.ledger.transfers import (
     Transfer,
     credit_account,
     lock,
-    open_accounts,
+    make_missing,
     post_locked,
 )
 from gpuproxy.store.schema import holds
@@ -74,8 +74,8 @@ def settle(connection: Connection, owed: Mapping[Payer, int]) -> dict[tuple[str,
     by_user: dict[str, dict[Payer, int]] = {}
     for payer, cost in owed.items():
         by_user.setdefault(payer.user_id, {})[payer] = cost
+    make_missing(connection, (REVENUE, WRITE_OFF))
     found = lock(connection, [*map(credit_account, by_user), REVENUE, WRITE_OFF])
-    open_accounts(connection, {REVENUE, WRITE_OFF} - found.keys())
     leases = _leases(connection, {payer.owner for payer in owed}, found)
     owners = _owners(connection, owed, leases)
     transfers: list[Transfer] = []

@@ -88,16 +88,20 @@ def lock(connection: Connection, account_ids: Iterable[str]) -> dict[str, Accoun
 
 
 def lock_made(connection: Connection, account_ids: Iterable[str]) -> dict[str, Account]:
-    """Return the accounts, locked, made if they were not there.
+    """Return the accounts, locked, made if they were not there."""
+    wanted = set(account_ids)
+    make_missing(connection, wanted)
+    return lock(connection, wanted)
 
-    Made before any is locked: who had locked some and then waited for one that another has just made, which comes
-    before those in the order, would wait in a circle.
+
+def make_missing(connection: Connection, account_ids: Iterable[str]) -> None:
+    """Add those of the accounts that are not there, before any is locked.
+
+    Who had locked some and then waited for one that another has just made would wait in a circle.
     """
     wanted = set(account_ids)
-    there = connection.scalars(_FIND, {"ids": sorted(wanted)})
-    if missing := wanted.difference(there):
+    if missing := wanted.difference(connection.scalars(_FIND, {"ids": sorted(wanted)})):
         open_accounts(connection, missing)
-    return lock(connection, wanted)
 
 
 def open_accounts(connection: Connection, account_ids: Iterable[str]) -> None:

@@ -1,23 +1,26 @@
 """From receipts to money: every call is charged once, out of the lease of its worker, never beyond what is there."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from journals import DAY_NS, START_NS, frame, receipt
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import balance, credit
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.settle import lease_owner
+from gpuproxy.ledger.transfers import REVENUE, WRITE_OFF, credit_account, lock, open_accounts
 from gpuproxy.ledger.verify import verify
 from gpuproxy.pricing import Catalogue, Price, cost_of
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import accounts, receipts, transfers
 from gpuproxy.types import Receipt
 
+WAITING = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 Take = Callable[..., Awaitable[None]]
 CATALOGUE = Catalogue([Price("m1", request_nanousd=10)])
 OWNER = lease_owner("here", "000-7")
@@ -115,6 +118,21 @@ async def test_a_receipt_met_again_is_not_charged_again(store: Store, ingest: Ta
     await ingest(receipt(1, user_id=user_id), receipt(2, user_id=user_id))
     assert await balance(store, user_id) == 80
     assert await verify(store) == []
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_the_first_charge_ever_waits_in_no_circle_with_the_first_refund(
+    store: Store, ingest: Take, user_id: str
+) -> None:
+    async with store.writing() as refund:
+        await refund.run_sync(open_accounts, {REVENUE, WRITE_OFF})
+        charge = asyncio.create_task(ingest(receipt(1, user_id=user_id)))
+        async with asyncio.timeout(10), store.reading() as watching:
+            while not await watching.scalar(text(WAITING)):
+                await asyncio.sleep(0.01)
+        await refund.run_sync(lock, {credit_account(user_id)})
+    await charge
+    assert await balance(store, user_id) == 90
 
 
 async def test_without_prices_nothing_is_charged(store: Store, tmp_path: Path, user_id: str) -> None:
