@@ -71,8 +71,9 @@ def order_refund(
     if amount > payment.left_nanousd:
         message = f"{format_usd(amount)} is more than the {format_usd(payment.left_nanousd)} left of the payment"
         raise GatewayError("UNPROCESSABLE", message, param="amount_usd")
-    if amount > account.free_nanousd:
-        message = f"the customer has {format_usd(account.free_nanousd)} of it left; refund no more than that"
+    unspent = max(0, account.posted_nanousd - account.held_nanousd)  # an overdraft is ours
+    if amount > unspent:
+        message = f"the customer has {format_usd(unspent)} of it left; refund no more than that"
         raise GatewayError("INSUFFICIENT_CREDITS", message)
     due_at = datetime.now(UTC) + ASK_AGAIN
     wanted = Reversal(

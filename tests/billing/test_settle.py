@@ -11,7 +11,9 @@ from msgspec.structs import replace
 
 from gpuproxy.billing.cents import CENT_NANOUSD, to_cents, to_nanousd
 from gpuproxy.billing.payments import MOVES, Payment
+from gpuproxy.billing.reversals import order_refund
 from gpuproxy.errors import GatewayError
+from gpuproxy.ledger.terms import set_overdraft
 from gpuproxy.ledger.transfers import REVENUE, WRITE_OFF, Transfer, credit_account, post
 from gpuproxy.plugin import PaymentEvent
 from gpuproxy.store.engine import open_store
@@ -137,6 +139,18 @@ async def test_a_failed_refund_told_before_its_refund_takes_nothing(book: Book) 
     await book.tell(back("evt_3", 2_500, "re_1", "refund_failed"))
     await book.tell(back("evt_2", 2_500, "re_1"))
     assert await book.usd() == 25
+
+
+async def test_what_is_spent_is_not_refunded_out_of_an_overdraft(book: Book) -> None:
+    payment = await book.pay(25)
+    await book.tell(paid(payment))
+    await book.do(set_overdraft, book.user_id, 50 * USD)
+    await book.do(post, [Transfer(credit_account(book.user_id), REVENUE, 20 * USD, "usage", "usage:1")])
+    with pytest.raises(GatewayError, match=r"has 5.00 of it left") as refused:
+        await book.do(order_refund, payment.id, None, "", "re_1")
+    assert refused.value.code == "INSUFFICIENT_CREDITS"
+    assert (await book.do(order_refund, payment.id, 5 * USD, "", "re_2")).taken_nanousd == 5 * USD
+    assert await book.is_sound()
 
 
 async def test_a_dispute_takes_what_credit_is_left_and_the_rest_is_written_off(book: Book) -> None:
