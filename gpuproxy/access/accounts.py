@@ -1,7 +1,6 @@
-"""Users and their API keys: create, list, block, revoke, and what a key may do.
+"""Users and their API keys: create, list, block, revoke.
 
-Whatever takes a right away, or gives it back, writes a row to the change feed in the same transaction; control
-reads the feed and tells the workers, so it does not matter which process did it.
+Whatever takes a right away, or gives it back, is announced in the same transaction, see `changes`.
 """
 
 import re
@@ -11,25 +10,19 @@ from typing import Any
 from uuid import uuid4
 
 from msgspec import Struct
-from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import Row, and_, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from gpuproxy.access.changes import KEY_REVOKED, USER_BLOCKED, USER_UNBLOCKED, announce
 from gpuproxy.access.paging import Page, after
 from gpuproxy.codec.key import SHOWN_CHARACTERS, digest_of, generate
 from gpuproxy.codec.tools import RULES_MAX, is_rule
 from gpuproxy.errors import GatewayError
-from gpuproxy.store.cursor import Cursor
 from gpuproxy.store.engine import Store
-from gpuproxy.store.schema import account_terms, api_keys, budgets, changes, users
-from gpuproxy.types import ALL_SCOPES, Grant
+from gpuproxy.store.schema import api_keys, users
+from gpuproxy.types import ALL_SCOPES
 
-KEY_REVOKED = "key_revoked"  # changes.kind; the subject is a key
-CHANGES_AT_ONCE = 1_000
-USER_BLOCKED = "user_blocked"  # changes.kind; the subject is a user
-USER_UNBLOCKED = "user_unblocked"
-INSTANCES_CHANGED = "instances_changed"
-TERMS_CHANGED = "terms_changed"  # changes.kind; the subject is a user, whose grants are to be asked for anew
 ADMIN_SCOPE = "admin"
 SCOPES = {  # of API keys; who logs in has all their account allows
     "inference": "call models and tools",
@@ -94,19 +87,6 @@ class KeyTerms(Struct, frozen=True):
 
 
 KEY_COLUMNS = tuple(api_keys.c[field] for field in Key.__struct_fields__)
-
-
-class ChangedKeys(Struct, frozen=True):
-    """Keys whose right changed up to row `seq` of the change feed, by what they may do now.
-
-    `renters` are users whose rented machines have changed. Keys `renewed` may do the same, on other terms.
-    """
-
-    seq: int
-    lost: tuple[str, ...] = ()
-    restored: tuple[str, ...] = ()
-    renters: tuple[str, ...] = ()
-    renewed: tuple[str, ...] = ()
 
 
 async def create_user(store: Store, email: str, is_admin: bool = False) -> User:
@@ -219,96 +199,19 @@ async def list_keys(store: Store, email: str | None = None) -> list[Key]:
 async def revoke_key(store: Store, key_id: str) -> bool:
     """Take a key back for good. Return False if it was revoked before. Raises GatewayError NOT_FOUND."""
     async with store.writing() as connection:
-        live = and_(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
-        done = await connection.execute(update(api_keys).where(live).values(revoked_at=datetime.now(UTC)))
-        if done.rowcount == 0:
+        is_done = await revoke(connection, key_id)
+        if not is_done:
             await _check_key(connection, key_id)
-            return False
+        return is_done
+
+
+async def revoke(connection: AsyncConnection, key_id: str) -> bool:
+    """Do what `revoke_key` does, inside the caller's writing transaction; False for an unknown key too."""
+    live = and_(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
+    done = await connection.execute(update(api_keys).where(live).values(revoked_at=datetime.now(UTC)))
+    if done.rowcount:
         await announce(connection, KEY_REVOKED, key_id)
-        return True
-
-
-async def grant_for(store: Store, digest: bytes, rpm: int = 0, tpm: int = 0, streams: int = 0) -> Grant | None:
-    """Return what the key with this SHA-256 digest may do; None if unknown, expired, revoked or blocked.
-
-    `rpm`, `tpm` and `streams` are the limits of users, which hold where a key has none of its own.
-    """
-    async with store.reading() as connection:
-        row = (await connection.execute(_GRANT, {"wanted": digest})).first()
-    if row is None or (row.expires_at is not None and row.expires_at <= datetime.now(UTC)):
-        return None
-    models = None if row.models is None else tuple(row.models)
-    return Grant(
-        row.id,
-        row.user_id,
-        tuple(row.scopes),
-        models,
-        _unix_ns(row.expires_at),
-        rpm=rpm if row.rpm is None else row.rpm,
-        is_rpm_shared=row.rpm is None,
-        rpm_ceiling=row.rpm_ceiling or 0,
-        tpm=tpm if row.tpm is None else row.tpm,
-        is_tpm_shared=row.tpm is None,
-        markup_bps=row.markup_bps or 0,
-        budget_key=row.budget_key or "",
-        streams=streams if row.streams is None else row.streams,
-        is_streams_shared=row.streams is None,
-        tools=None if row.tools is None else tuple(row.tools),
-    )
-
-
-async def newest_change(store: Store) -> int:
-    """Return the number of the newest row of the change feed, 0 if there is none."""
-    async with store.reading() as connection:
-        query = select(changes.c.seq).order_by(changes.c.seq.desc()).limit(1)
-        return (await connection.scalar(query)) or 0
-
-
-async def changed_keys_after(store: Store, seq: int) -> ChangedKeys:
-    """Read the change feed past `seq`."""
-    async with store.reading() as connection:
-        newest = await connection.scalar(select(func.max(changes.c.seq)).where(changes.c.seq > seq))
-        if newest is None:
-            return ChangedKeys(seq)
-        return await _changed(connection, newest, and_(changes.c.seq > seq, changes.c.seq <= newest))
-
-
-async def unread_changes(store: Store, cursor: Cursor) -> tuple[list[int], ChangedKeys]:
-    """Read what is new in the change feed; return the numbers of its rows too, for `cursor.advance`."""
-    query = select(changes.c.seq).where(cursor.unread(changes.c.seq)).order_by(changes.c.seq).limit(CHANGES_AT_ONCE)
-    rows = [row.seq for row in await store.look(query)]
-    if not rows:
-        return rows, ChangedKeys(cursor.seq)
-    async with store.reading() as connection:
-        return rows, await _changed(connection, max(cursor.seq, *rows), changes.c.seq.in_(rows))
-
-
-async def revoked_keys_since(store: Store, since: datetime) -> tuple[str, ...]:
-    """Return the ids of all keys that lost their right since the time `since` and have not got it back."""
-    async with store.reading() as connection:
-        return (await _changed(connection, 0, changes.c.at >= since)).lost
-
-
-async def _changed(connection: AsyncConnection, newest: int, chosen: ColumnElement[bool]) -> ChangedKeys:
-    """Say what the keys these changes are about may do now, which is not what each change said."""
-    subjects = select(changes.c.subject_id).where(chosen)
-    of_keys = subjects.where(changes.c.kind == KEY_REVOKED)
-    of_users = subjects.where(changes.c.kind.in_((USER_BLOCKED, USER_UNBLOCKED)))
-    on_other_terms = subjects.where(changes.c.kind == TERMS_CHANGED)
-    is_live = and_(api_keys.c.revoked_at.is_(None), users.c.is_active).label("is_live")
-    is_right = or_(api_keys.c.id.in_(of_keys), api_keys.c.user_id.in_(of_users)).label("is_right")
-    query = (
-        select(api_keys.c.id, is_live, is_right)
-        .select_from(api_keys.join(users, users.c.id == api_keys.c.user_id))
-        .where(or_(is_right, and_(is_live, api_keys.c.user_id.in_(on_other_terms))))
-        .order_by(api_keys.c.created_at, api_keys.c.id)
-    )
-    rows = (await connection.execute(query)).all()
-    of_right = [row for row in rows if row.is_right]
-    lost, restored = (tuple(row.id for row in of_right if row.is_live == wanted) for wanted in (False, True))
-    renewed = tuple(row.id for row in rows if not row.is_right)
-    of_renters = select(changes.c.subject_id).where(chosen, changes.c.kind == INSTANCES_CHANGED).distinct()
-    return ChangedKeys(newest, lost, restored, tuple(await connection.scalars(of_renters)), renewed)
+    return bool(done.rowcount)
 
 
 async def _user(connection: AsyncConnection, email: str) -> User:
@@ -321,29 +224,6 @@ async def _user(connection: AsyncConnection, email: str) -> User:
 async def _check_key(connection: AsyncConnection, key_id: str) -> None:
     if await connection.scalar(select(api_keys.c.id).where(api_keys.c.id == key_id)) is None:
         raise GatewayError("NOT_FOUND", f"no key {key_id!r}; list them with: gpuproxy key list")
-
-
-async def announce(connection: AsyncConnection, kind: str, subject_id: str) -> None:
-    """Write a row to the change feed, in the transaction of the change."""
-    await connection.execute(insert(changes).values(kind=kind, subject_id=subject_id, at=datetime.now(UTC)))
-
-
-def _grant_query() -> Select[Any]:
-    may_call: ColumnElement[bool] = and_(
-        api_keys.c.digest == bindparam("wanted"), api_keys.c.revoked_at.is_(None), users.c.is_active
-    )
-    joined = api_keys.join(users, users.c.id == api_keys.c.user_id)
-    key = api_keys.c
-    terms, budget = account_terms.c, budgets.c
-    markup_bps = select(terms.markup_bps).where(terms.user_id == key.user_id).scalar_subquery().label("markup_bps")
-    shared = and_(budget.user_id == key.user_id, budget.key_id == func.coalesce(key.root_id, key.id))
-    budget_key = select(func.min(budget.key_id)).where(shared).scalar_subquery().label("budget_key")
-    bounds = (key.rpm, key.rpm_ceiling, key.tpm, key.streams, key.tools, markup_bps, budget_key)
-    shown = select(key.id, key.user_id, key.scopes, key.models, key.expires_at, *bounds)
-    return shown.select_from(joined).where(may_call)
-
-
-_GRANT = _grant_query()
 
 
 def _checked_email(email: str) -> str:
@@ -394,11 +274,3 @@ def key_from(row: Row[Any]) -> Key:
     for name in ("models", "tools"):
         fields[name] = None if fields[name] is None else tuple(fields[name])
     return Key(**fields)
-
-
-def _unix_ns(time: datetime | None) -> int:
-    """Return unix time in nanoseconds, 0 for None; exact, which `timestamp()` is not."""
-    if time is None:
-        return 0
-    since = time - datetime(1970, 1, 1, tzinfo=UTC)
-    return ((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds) * 1_000

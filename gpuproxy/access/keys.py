@@ -6,17 +6,7 @@ import msgspec
 from sqlalchemy import and_, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gpuproxy.access.accounts import (
-    ADMIN_SCOPE,
-    KEY_COLUMNS,
-    KEY_REVOKED,
-    SCOPES,
-    Key,
-    KeyTerms,
-    add_key,
-    announce,
-    key_from,
-)
+from gpuproxy.access.accounts import ADMIN_SCOPE, KEY_COLUMNS, SCOPES, Key, KeyTerms, add_key, key_from, revoke
 from gpuproxy.access.callers import Caller
 from gpuproxy.access.paging import Page, after
 from gpuproxy.codec.tools import EVERY, covers
@@ -96,14 +86,14 @@ async def rotate_key(connection: AsyncConnection, caller: Caller, key_id: str, o
         ends_at = min(ends_at, key.expires_at)
     await connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(expires_at=ends_at))
     if overlap_s == 0:
-        await _revoke(connection, key_id, now)
+        await revoke(connection, key_id)
     return secret, fresh, await _own(connection, caller, key_id)
 
 
 async def revoke_own_key(connection: AsyncConnection, caller: Caller, key_id: str) -> Key:
     """Take a key of the caller's back for good; again changes nothing. Raises GatewayError NOT_FOUND."""
     if (await _own(connection, caller, key_id)).revoked_at is None:
-        await _revoke(connection, key_id, datetime.now(UTC))
+        await revoke(connection, key_id)
     return await _own(connection, caller, key_id)
 
 
@@ -128,15 +118,7 @@ async def revoke_expired_keys(store: Store) -> int:
     if not due:
         return 0
     async with store.writing() as connection:
-        return sum([await _revoke(connection, row.id, now) for row in due])
-
-
-async def _revoke(connection: AsyncConnection, key_id: str, now: datetime) -> bool:
-    live = and_(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
-    is_done = (await connection.execute(update(api_keys).where(live).values(revoked_at=now))).rowcount == 1
-    if is_done:
-        await announce(connection, KEY_REVOKED, key_id)
-    return is_done
+        return sum([await revoke(connection, row.id) for row in due])
 
 
 async def _own(connection: AsyncConnection, caller: Caller, key_id: str) -> Key:

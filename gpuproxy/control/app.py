@@ -17,8 +17,8 @@ import uvloop
 from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
 
-from gpuproxy.access.accounts import grant_for
 from gpuproxy.access.attempts import Attempts
+from gpuproxy.access.grants import grant_for
 from gpuproxy.access.keyring import Keyring, fresh_keyring, load_keyring
 from gpuproxy.access.passwords import Hasher
 from gpuproxy.codec.seal import Seal

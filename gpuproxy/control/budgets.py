@@ -8,9 +8,10 @@ from aiohttp import web
 from msgspec import Meta, Struct
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gpuproxy.access.accounts import TERMS_CHANGED, announce, user_by_id
+from gpuproxy.access.accounts import user_by_id
 from gpuproxy.access.audit import note
 from gpuproxy.access.callers import Caller
+from gpuproxy.access.changes import TERMS_CHANGED, announce
 from gpuproxy.access.keys import has_budget
 from gpuproxy.control.money import GivenUsd, Usd, nanousd_given, usd
 from gpuproxy.control.once import once

@@ -7,7 +7,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from gpuproxy.access.accounts import newest_change, revoked_keys_since, unread_changes
+from gpuproxy.access.changes import newest_change, revoked_keys_since, unread_changes
 from gpuproxy.access.keys import revoke_expired_keys
 from gpuproxy.link.server import LinkServer
 from gpuproxy.observe.logs import get_logger

@@ -6,8 +6,9 @@ from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gpuproxy.access.accounts import TERMS_CHANGED, announce, user_by_id
+from gpuproxy.access.accounts import user_by_id
 from gpuproxy.access.audit import note
+from gpuproxy.access.changes import TERMS_CHANGED, announce
 from gpuproxy.control.money import GivenUsd, Usd, nanousd_given, usd
 from gpuproxy.control.parts import CALLER, STORE
 from gpuproxy.control.respond import success

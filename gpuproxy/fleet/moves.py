@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert
 
-from gpuproxy.access.accounts import INSTANCES_CHANGED
+from gpuproxy.access.changes import INSTANCES_CHANGED
 from gpuproxy.events.outbox import record
 from gpuproxy.fleet.meter import PREPAID, charge_commitment, commit_cost, meter, proven_until, rates_in
 from gpuproxy.fleet.purse import release

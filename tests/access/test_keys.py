@@ -8,17 +8,10 @@ from hypothesis import strategies as some
 from sqlalchemy import text, update
 
 from gpuproxy.access import keys
-from gpuproxy.access.accounts import (
-    SCOPES,
-    Key,
-    KeyTerms,
-    changed_keys_after,
-    create_key,
-    create_user,
-    grant_for,
-    newest_change,
-)
+from gpuproxy.access.accounts import SCOPES, Key, KeyTerms, create_key, create_user
 from gpuproxy.access.callers import Caller, caller_by_key
+from gpuproxy.access.changes import newest_change, unread_changes
+from gpuproxy.access.grants import grant_for
 from gpuproxy.access.keys import (
     issue_key,
     list_own_keys,
@@ -30,6 +23,7 @@ from gpuproxy.access.keys import (
 from gpuproxy.access.paging import Page
 from gpuproxy.codec.key import digest_of
 from gpuproxy.errors import GatewayError
+from gpuproxy.store.cursor import Cursor
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import api_keys
 from gpuproxy.types import ALL_SCOPES
@@ -147,7 +141,7 @@ async def test_the_old_key_ends_on_every_worker_when_its_time_is_up(store: Store
     async with store.writing() as connection:
         await connection.execute(update(api_keys).where(api_keys.c.id == old.id).values(expires_at=datetime.now(UTC)))
     assert [await revoke_expired_keys(store) for _ in range(2)] == [1, 0]
-    assert (await changed_keys_after(store, 0)).lost == (old.id,)
+    assert (await unread_changes(store, Cursor(0)))[1].lost == (old.id,)
     assert not await is_good(store, old_secret)
 
 

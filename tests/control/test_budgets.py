@@ -4,7 +4,9 @@ from typing import Any
 
 from sqlalchemy import select
 
-from gpuproxy.access.accounts import create_key, grant_for, newest_change, unread_changes
+from gpuproxy.access.accounts import create_key
+from gpuproxy.access.changes import newest_change, unread_changes
+from gpuproxy.access.grants import grant_for
 from gpuproxy.codec.key import digest_of
 from gpuproxy.control.parts import LEASES
 from gpuproxy.ledger.book import credit

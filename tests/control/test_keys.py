@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, text
 
-from gpuproxy.access.accounts import grant_for
+from gpuproxy.access.grants import grant_for
 from gpuproxy.codec.key import digest_of, is_well_formed
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import api_keys
