@@ -1,101 +1,23 @@
 """Control's end of the link, spoken to over a real Unix socket as a worker does."""
 
 import asyncio
-import os
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from links import DIGEST, GRANT, Site
 
 from gpuproxy.link.messages import (
     Authorize,
     Authorized,
-    FrameReader,
-    FromControl,
-    FromWorker,
-    HeldCredit,
-    HeldStreams,
-    Hello,
-    Lease,
-    Leased,
     Prices,
-    Recall,
-    Return,
     Revoke,
     Unavailable,
-    decode_from_control,
     frame,
 )
 from gpuproxy.link.server import PRICES_AT_ONCE, QUESTIONS_MAX, REVOKE_KEYS_MAX, LinkServer
 from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
-
-DIGEST = bytes(range(32))
-GRANT = Grant("k1", "u1")
-
-
-class Worker:
-    """A worker's end: says messages, hears messages; those that tell prices it keeps apart."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-        self._frames = FrameReader()
-        self._heard: list[FromControl] = []
-        self.prices: list[Prices] = []
-
-    def say(self, *messages: FromWorker) -> None:
-        self._writer.write(b"".join(frame(message) for message in messages))
-
-    def babble(self, data: bytes) -> None:
-        self._writer.write(data)
-
-    async def hear(self) -> FromControl:
-        """Return the next message; EOFError when the link ends."""
-        async with asyncio.timeout(5):
-            while not self._heard:
-                data = await self._reader.read(65_536)
-                if not data:
-                    raise EOFError
-                messages = list(map(decode_from_control, self._frames.feed(data)))
-                self.prices += [message for message in messages if isinstance(message, Prices)]
-                self._heard += [message for message in messages if not isinstance(message, Prices)]
-        return self._heard.pop(0)
-
-    async def leave(self) -> None:
-        self._writer.close()
-        await self._writer.wait_closed()
-
-
-class Site:
-    """A running link server and the workers that met it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.answer: Callable[[bytes], Awaitable[Grant | None]] = self._grant
-        self.server = LinkServer(lambda digest: self.answer(digest), timeout_s=0.2, remember_s=60)
-        self.workers: list[Worker] = []
-
-    async def start(self) -> None:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(self.path))
-        listener.listen()
-        await self.server.start(listener)
-
-    async def worker(self) -> Worker:
-        worker = Worker(*await asyncio.open_unix_connection(self.path))
-        self.workers.append(worker)
-        worker.say(Hello(len(self.workers) - 1, os.getpid()), Authorize(0, bytes(32)))
-        await worker.hear()
-        return worker
-
-    async def stop(self) -> None:
-        await self.server.close()
-        for worker in self.workers:
-            await worker.leave()
-
-    async def _grant(self, digest: bytes) -> Grant | None:
-        return GRANT if digest == DIGEST else None
 
 
 @pytest.fixture
@@ -195,9 +117,7 @@ async def test_a_revocation_reaches_every_worker(site: Site) -> None:
 
 async def test_a_worker_that_was_away_hears_what_it_missed(site: Site) -> None:
     site.server.revoke(["k1"])
-    worker = Worker(*await asyncio.open_unix_connection(site.path))
-    site.workers.append(worker)
-    worker.say(Hello(0, 1))
+    worker = await site.link()
     assert await worker.hear() == Revoke(("k1",))
 
 
@@ -208,9 +128,7 @@ async def test_a_worker_on_its_return_hears_nothing_that_is_out_of_date(site: Si
 
     site.server.revoke(["k1", "k2"])
     site.server.refresh = read_the_store
-    worker = Worker(*await asyncio.open_unix_connection(site.path))
-    site.workers.append(worker)
-    worker.say(Hello(0, 1))
+    worker = await site.link()
     heard = [await worker.hear(), await worker.hear()]
     assert heard == [Revoke(("k3",)), Revoke(("k2", "k3"))]
 
@@ -221,9 +139,7 @@ async def test_a_worker_hears_what_is_remembered_though_the_store_is_away(site: 
 
     site.server.revoke(["k1"])
     site.server.refresh = fail
-    worker = Worker(*await asyncio.open_unix_connection(site.path))
-    site.workers.append(worker)
-    worker.say(Hello(0, 1))
+    worker = await site.link()
     assert await worker.hear() == Revoke(("k1",))
 
 
@@ -321,96 +237,3 @@ async def test_a_worker_that_leaves_takes_its_questions_along(site: Site) -> Non
     await worker.leave()
     async with asyncio.timeout(5):
         await cancelled.wait()
-
-
-class Purse:
-    """A lessor that grants what is wanted when it may, and notes what it gets."""
-
-    def __init__(self) -> None:
-        self.may_answer = asyncio.Event()
-        self.may_answer.set()
-        self.asked: list[tuple[str, int]] = []
-        self.returned: list[tuple[str, int]] = []
-
-    async def grant(self, epoch: str, ask: Lease) -> Leased:
-        self.asked.append((epoch, ask.wanted))
-        await self.may_answer.wait()
-        return Leased(ask.id, ask.wanted)
-
-    def hold(self, epoch: str, told: HeldStreams | HeldCredit) -> None:
-        """Nothing: no streams are counted."""
-
-    def take_back(self, epoch: str, returned: Return) -> None:
-        self.returned.append((epoch, returned.amount))
-
-
-ASK = Lease(3, "u1", "", "nanousd", 1, 50)
-
-
-async def leasing_worker(site: Site, epoch: str = "000-1-2") -> Worker:
-    worker = await site.worker()
-    worker.say(Hello(0, os.getpid(), epoch))
-    return worker
-
-
-async def test_a_lease_is_granted_to_the_workers_epoch(site: Site) -> None:
-    site.server.lessor = purse = Purse()
-    worker = await leasing_worker(site)
-    worker.say(ASK, Return("u1", "", "nanousd", 7))
-    assert await worker.hear() == Leased(3, 50)
-    assert (purse.asked, purse.returned) == ([("000-1-2", 50)], [("000-1-2", 7)])
-    assert site.server.epochs() == {"000-1-2"}
-
-
-async def test_a_worker_without_an_epoch_gets_no_lease(site: Site) -> None:
-    site.server.lessor = Purse()
-    worker = await site.worker()
-    worker.say(Return("u1", "", "nanousd", 7), ASK)
-    assert await worker.hear() == Unavailable(3)
-    assert site.server.lessor.returned == []
-
-
-async def test_a_control_without_leases_cannot_tell(site: Site) -> None:
-    worker = await leasing_worker(site)
-    worker.say(ASK)
-    assert await worker.hear() == Unavailable(3)
-
-
-async def test_what_is_granted_too_late_goes_back(site: Site) -> None:
-    site.server.lessor = purse = Purse()
-    purse.may_answer.clear()
-    worker = await leasing_worker(site)
-    worker.say(ASK)
-    assert await worker.hear() == Unavailable(3)
-    purse.may_answer.set()
-    async with asyncio.timeout(5):
-        while not purse.returned:
-            await asyncio.sleep(0)
-    assert purse.returned == [("000-1-2", 50)]
-
-
-async def test_what_is_granted_to_a_worker_that_left_goes_back(site: Site) -> None:
-    site.server.lessor = purse = Purse()
-    purse.may_answer.clear()
-    worker = await leasing_worker(site)
-    worker.say(ASK)
-    async with asyncio.timeout(5):
-        while not purse.asked:
-            await asyncio.sleep(0)
-        await worker.leave()
-        while site.server.links:
-            await asyncio.sleep(0)
-        purse.may_answer.set()
-        while not purse.returned:
-            await asyncio.sleep(0)
-    assert purse.returned == [("000-1-2", 50)]
-
-
-async def test_a_recall_reaches_one_worker(site: Site) -> None:
-    site.server.lessor = Purse()
-    worker = await leasing_worker(site)
-    worker.say(ASK)
-    await worker.hear()
-    assert site.server.push("nobody", Recall(1, "u1", "", "nanousd")) is False
-    assert site.server.push("000-1-2", Recall(1, "u1", "", "nanousd")) is True
-    assert await worker.hear() == Recall(1, "u1", "", "nanousd")
