@@ -13,10 +13,12 @@ from gpuproxy.codec.websocket import BINARY, TEXT, unmasked
 from gpuproxy.errors import GatewayError
 
 MESSAGE_BYTES_MAX = 65_536
+MESSAGE_FRAMES_MAX = 1_024  # a frame takes time, however small it is
 CONTINUATION, CLOSE, PING, PONG = 0x0, 0x8, 0x9, 0xA
 OPCODES = (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG)
 CONTROL_BYTES_MAX = 125
 NORMAL, PROTOCOL_ERROR, UNSUPPORTED, INVALID_TEXT, TOO_BIG = 1000, 1002, 1003, 1007, 1009  # RFC 6455 §7.4.1
+UNSAYABLE = (1004, 1005, 1006)  # between them and 1014 all others are registered; from 3000 on they are free
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 KEY_BYTES = 16
 
@@ -46,11 +48,12 @@ class _Frame(NamedTuple):
 class FrameReader:
     """Takes bytes as they come; never holds more than a message of MESSAGE_BYTES_MAX and what came with it."""
 
-    __slots__ = ("_begun", "_buffer", "_opcode")
+    __slots__ = ("_begun", "_begun_bytes", "_buffer", "_opcode")
 
     def __init__(self) -> None:
         self._buffer = b""
-        self._begun = b""  # of a message in several frames
+        self._begun: list[bytes] | None = None  # of a message in several frames
+        self._begun_bytes = 0
         self._opcode = CONTINUATION  # of that message; CONTINUATION: there is none
 
     def feed(self, data: bytes) -> list[Message]:
@@ -68,13 +71,15 @@ class FrameReader:
             return Message(frame.opcode, frame.data)
         if (frame.opcode == CONTINUATION) != (self._opcode != CONTINUATION):
             raise FrameError(PROTOCOL_ERROR, "a frame continues no message, or begins one inside another")
-        opcode, whole = self._opcode or frame.opcode, self._begun + frame.data
-        if len(whole) > MESSAGE_BYTES_MAX:
-            raise FrameError(TOO_BIG, f"a message has at most {MESSAGE_BYTES_MAX} bytes")
+        opcode, parts = self._opcode or frame.opcode, self._begun or []
+        parts.append(frame.data)
+        size = self._begun_bytes + len(frame.data)
+        if size > MESSAGE_BYTES_MAX or len(parts) > MESSAGE_FRAMES_MAX:
+            raise FrameError(TOO_BIG, f"a message has at most {MESSAGE_BYTES_MAX} bytes in {MESSAGE_FRAMES_MAX} frames")
         if frame.is_final:
-            self._begun, self._opcode = b"", CONTINUATION
-            return Message(opcode, whole)
-        self._begun, self._opcode = whole, opcode
+            self._begun, self._begun_bytes, self._opcode = None, 0, CONTINUATION
+            return Message(opcode, b"".join(parts))
+        self._begun, self._begun_bytes, self._opcode = parts, size, opcode
         return None
 
 
@@ -105,6 +110,18 @@ def _check(first: int, second: int, opcode: int, size: int, is_final: bool) -> N
         raise FrameError(PROTOCOL_ERROR, "a frame of a client must be masked")
     if opcode >= CLOSE and (size > CONTROL_BYTES_MAX or not is_final):
         raise FrameError(PROTOCOL_ERROR, "a control frame is too long or in parts")
+
+
+def answering_code(data: bytes) -> int:
+    """Return what a client's frame that closes is answered with: its own code, or what is wrong (RFC 6455 §7.4)."""
+    code = int.from_bytes(data[:2], "big") if data else NORMAL
+    if not (NORMAL <= code <= 1014 and code not in UNSAYABLE) and not 3000 <= code <= 4999:
+        return PROTOCOL_ERROR
+    try:
+        data[2:].decode()
+    except UnicodeDecodeError:
+        return INVALID_TEXT
+    return code
 
 
 def frame(opcode: int, data: bytes) -> bytes:

@@ -12,18 +12,18 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from gpuproxy.codec.websocket import BINARY, TEXT, close_frame
+from gpuproxy.codec.websocket import BINARY, POLICY_VIOLATION, TEXT, close_frame
 from gpuproxy.control.frames import (
     CLOSE,
     INVALID_TEXT,
     NORMAL,
     PING,
     PONG,
-    PROTOCOL_ERROR,
     UNSUPPORTED,
     FrameError,
     FrameReader,
     Message,
+    answering_code,
     frame,
     upgrade,
 )
@@ -31,6 +31,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.observe.logs import get_logger
 
 CLOSE_S = 5.0  # for a client to answer that it closes, and to take what was sent before
+PINGS_MAX = 600  # between two heartbeats: each is answered
 
 logger = get_logger(__name__)
 
@@ -52,8 +53,8 @@ class WebSocket(asyncio.Protocol):
     """One connection. Texts are written at once; see `is_writable` before writing much."""
 
     __slots__ = (
-        "_drained", "_inbox", "_is_busy", "_is_lost", "_lost", "_reader", "_transport", "is_closing", "is_quiet",
-        "is_writable", "owner",
+        "_drained", "_inbox", "_is_busy", "_is_lost", "_lost", "_ping_count", "_reader", "_transport", "is_closing",
+        "is_quiet", "is_writable", "owner",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, transport: asyncio.Transport) -> None:
@@ -65,6 +66,7 @@ class WebSocket(asyncio.Protocol):
         self._reader = FrameReader()
         self._inbox: deque[str] | None = None
         self._is_busy = True
+        self._ping_count = 0
         self._drained: asyncio.Future[None] | None = None
         self._lost: asyncio.Future[None] | None = None
         self._is_lost = False
@@ -93,12 +95,15 @@ class WebSocket(asyncio.Protocol):
     def close(self, code: int = NORMAL, reason: str = "") -> None:
         """Say goodbye; the connection ends when the client answers, or after CLOSE_S. Again does nothing."""
         if not self.is_closing:
-            self.is_closing = True
-            self._inbox = None
-            self._wake()
-            self._transport.write(close_frame(code, reason))
+            self._say_goodbye(close_frame(code, reason))
             self._read_on()  # for its answer
-            asyncio.get_running_loop().call_later(CLOSE_S, self._transport.abort)
+
+    def _say_goodbye(self, frame: bytes) -> None:
+        self.is_closing = True
+        self._inbox = None
+        self._wake()
+        self._transport.write(frame)
+        asyncio.get_running_loop().call_later(CLOSE_S, self._transport.abort)
 
     async def closed(self) -> None:
         """Wait until the connection has ended."""
@@ -113,6 +118,7 @@ class WebSocket(asyncio.Protocol):
             self._transport.abort()
         elif not self.is_closing:
             self.is_quiet = True
+            self._ping_count = 0
             self._transport.write(frame(PING, b""))
 
     def data_received(self, data: bytes) -> None:
@@ -131,6 +137,9 @@ class WebSocket(asyncio.Protocol):
         elif self.is_closing or message.opcode == PONG:
             return
         elif message.opcode == PING:
+            self._ping_count += 1
+            if self._ping_count > PINGS_MAX:
+                raise FrameError(POLICY_VIOLATION, "too many pings")
             self._transport.write(frame(PONG, message.data))
         elif message.opcode == BINARY:
             raise FrameError(UNSUPPORTED, "send JSON as text")
@@ -144,9 +153,7 @@ class WebSocket(asyncio.Protocol):
 
     def _answer_close(self, data: bytes) -> None:
         if not self.is_closing:
-            self.is_closing = True
-            code = PROTOCOL_ERROR if len(data) == 1 else int.from_bytes(data[:2], "big") or NORMAL
-            self._transport.write(close_frame(code))
+            self._say_goodbye(close_frame(answering_code(data)))
         self._transport.close()
 
     def _next(self) -> None:

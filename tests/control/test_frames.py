@@ -11,10 +11,12 @@ from gpuproxy.control.frames import (
     CLOSE,
     CONTINUATION,
     MESSAGE_BYTES_MAX,
+    MESSAGE_FRAMES_MAX,
     PING,
     FrameError,
     FrameReader,
     Message,
+    answering_code,
     frame,
     upgrade,
 )
@@ -65,13 +67,35 @@ def test_a_message_in_parts_is_one_and_control_frames_come_between() -> None:
         (masked(TEXT, b"x", False) + masked(TEXT, b"y"), 1002),
         (masked(TEXT, bytes(MESSAGE_BYTES_MAX + 1))[:14], 1009),
         (masked(TEXT, bytes(MESSAGE_BYTES_MAX), False) + masked(CONTINUATION, b"x"), 1009),
+        (masked(TEXT, b"", False) + masked(CONTINUATION, b"", False) * MESSAGE_FRAMES_MAX, 1009),
     ],
-    ids=["unmasked", "extension", "opcode", "cut ping", "long ping", "no begin", "two begins", "long", "long in parts"],
+    ids=[
+        "unmasked",
+        "extension",
+        "opcode",
+        "cut ping",
+        "long ping",
+        "no begin",
+        "two begins",
+        "long",
+        "long in parts",
+        "empty parts",
+    ],
 )
 def test_who_breaks_the_protocol_is_told_how(data: bytes, code: int) -> None:
     with pytest.raises(FrameError) as caught:
         FrameReader().feed(data)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "answer"),
+    [(code, b"bye", code) for code in (1000, 1001, 1003, 1007, 1011, 1014, 3000, 4999)]
+    + [(code, b"", 1002) for code in (0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535)]
+    + [(1000, b"\xff", 1007)],
+)
+def test_a_goodbye_is_answered_with_what_may_be_said(code: int, reason: bytes, answer: int) -> None:
+    assert answering_code(code.to_bytes(2, "big") + reason) == answer
 
 
 def test_a_goodbye_carries_code_and_reason() -> None:

@@ -8,7 +8,7 @@ from aiohttp import ClientError, web
 
 from gpuproxy.access.callers import Caller
 from gpuproxy.codec.websocket import TEXT, close_frame
-from gpuproxy.control import listener
+from gpuproxy.control import listener, web_socket
 from gpuproxy.control.events import beat, close_all
 from gpuproxy.control.frames import CLOSE, PING, PONG, frame
 from gpuproxy.control.identify import identify
@@ -79,13 +79,26 @@ async def test_what_comes_with_the_request_is_heard(api: Api) -> None:
         (masked(CLOSE, b""), 1000),
         (masked(CLOSE, b"\x03\xe9bye"), 1001),
         (masked(CLOSE, b"x"), 1002),
+        (masked(CLOSE, b"\x03\xed"), 1002),
+        (masked(PING, b"") * (web_socket.PINGS_MAX + 1), 1008),
     ],
-    ids=["binary", "no utf-8", "unmasked", "close", "close with code", "close with half a code"],
+    ids=[
+        "binary",
+        "no utf-8",
+        "unmasked",
+        "close",
+        "close with code",
+        "close with half a code",
+        "close with no code",
+        "pings",
+    ],
 )
 async def test_the_end_has_its_code(api: Api, sent: bytes, code: int) -> None:
     wire = await connect(api, sent)
     head = close_frame(code)
-    got = await wire.reader.readexactly(4)
+    while (got := await wire.reader.readexactly(2)) == frame(PONG, b""):
+        pass
+    got += await wire.reader.readexactly(2)
     assert (got[0], got[2:]) == (head[0], head[2:])
     wire.writer.write(masked(CLOSE, b""))
     await wire.rest()
@@ -106,7 +119,8 @@ async def test_who_answers_a_heartbeat_stays_and_who_does_not_goes(api: Api) -> 
     dead.writer.close()
 
 
-async def test_who_asks_and_reads_no_answer_is_heard_no_more(api: Api) -> None:
+async def test_who_asks_and_reads_no_answer_is_heard_no_more(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_socket, "PINGS_MAX", 1_000_000)
     wire = await connect(api)
     (heard,) = api.client.app[LISTENERS]
     question = masked(PING, bytes(125)) * 1_000
@@ -120,6 +134,18 @@ async def test_who_asks_and_reads_no_answer_is_heard_no_more(api: Api) -> None:
     assert heard.socket._transport.get_write_buffer_size() < 1_000_000
     beat(api.client.app)
     beat(api.client.app)  # it says nothing now
+    await gone(api)
+    wire.writer.close()
+
+
+async def test_who_says_goodbye_and_takes_nothing_more_is_cut_off(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_socket, "CLOSE_S", 0.05)
+    wire = await connect(api)
+    (heard,) = api.client.app[LISTENERS]
+    while not heard.socket._transport.get_write_buffer_size():  # what the system holds must be full
+        heard.socket.send("x" * 1_000)
+    assert heard.socket.is_writable
+    wire.writer.write(masked(CLOSE, b""))
     await gone(api)
     wire.writer.close()
 
