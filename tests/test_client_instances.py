@@ -166,6 +166,32 @@ async def test_events_are_resumed_after_a_break_and_none_comes_twice(scripted: S
     assert (heard, subscribed[:3]) == ([1, 2, 3, 4], ["", "evt_2", "evt_3"])
 
 
+async def test_events_go_on_from_where_they_began_though_none_had_come(
+    scripted: Scripted, caplog: pytest.LogCaptureFixture
+) -> None:
+    subscribed: list[str] = []
+    last = {"type": "subscribed", "payload": {"last_event_id": "evt_5"}}
+    away, lost = ({"type": "error", "payload": {"code": code, "error": code}} for code in ("UNAVAILABLE", "NOT_FOUND"))
+    event = {"type": "payment_completed", "payload": {}, "id": "evt_8"}
+    told = iter(([last], [last, away, event | {"id": "evt_7"}], [last, lost, event]))
+
+    async def script(request: web.Request, count: int) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        subscribed.append((await socket.receive_json())["last_event_id"])
+        for each in next(told):
+            await socket.send_json(each)
+        await socket.close()
+        return socket
+
+    scripted.script = script
+    happening = scripted.client.events(["billing_events"])
+    assert (await anext(happening))["id"] == "evt_8"
+    await happening.aclose()
+    assert (subscribed, len(scripted.waits)) == (["", "evt_5", "evt_5"], 2)
+    assert "events may have been missed: NOT_FOUND" in caplog.text
+
+
 async def test_a_channel_that_is_refused_is_raised(scripted: Scripted) -> None:
     async def script(request: web.Request, count: int) -> web.StreamResponse:
         socket = web.WebSocketResponse()

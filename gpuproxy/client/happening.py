@@ -1,5 +1,10 @@
-"""Events over ``/ws`` as an endless sequence that outlives connections: each break is followed by a resumption."""
+"""Events over ``/ws`` as an endless sequence that outlives connections: each break is followed by a resumption.
 
+It goes on from the last event that came, or from what the gateway said when it began, if none has come yet.
+"""
+
+import logging
+import random
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
@@ -14,9 +19,9 @@ from gpuproxy.client.errors import failed
 HEARTBEAT_S = 30.0
 SEEN_MAX = 1_024  # an event that comes again after a resumption is passed over
 STATUS_BY_CODE = {"UNAUTHORIZED": 401, "FORBIDDEN": 403, "UNKNOWN_CHANNEL": 404, "UNAVAILABLE": 503}
-IGNORED = ("NOT_FOUND",)  # the last event is kept no more: go on with what happens now
 LASTING = (400, 401, 403, 404)  # a refusal that another attempt would meet again
 
+logger = logging.getLogger(__name__)
 Sleep = Callable[[float], Awaitable[None]]
 
 
@@ -37,33 +42,41 @@ async def happening(
         try:
             async with http.ws_connect(socket_url(api_url), heartbeat=HEARTBEAT_S) as socket:
                 await socket.send_json({"type": "subscribe", "channels": channels, "last_event_id": last_event_id})
-                async for event in _told(socket):
-                    breaks = 0
-                    if event["id"] not in seen:
-                        seen.append(event["id"])
-                        last_event_id = event["id"]
-                        yield event
+                async for told in _told(socket):
+                    if told["type"] == "subscribed":
+                        last_event_id = told["payload"].get("last_event_id", last_event_id)
+                    elif told["id"] not in seen:
+                        breaks = 0
+                        seen.append(told["id"])
+                        last_event_id = told["id"]
+                        yield told
         except aiohttp.WSServerHandshakeError as error:
             if error.status in LASTING:
                 raise failed(f"/ws answered {error.status}", "REFUSED", error.status) from error
         except (aiohttp.ClientError, TimeoutError, ConnectionError):
             pass
-        await sleep(min(WAIT_S_MAX, WAIT_S * 2**breaks))
+        await sleep(min(WAIT_S_MAX, WAIT_S * 2**breaks) * random.uniform(0.5, 1))  # noqa: S311 (jitter, no secret)
         breaks = min(breaks + 1, 8)
 
 
 async def _told(socket: aiohttp.ClientWebSocketResponse) -> AsyncIterator[dict[str, Any]]:
+    """Yield events and what was said when they began; end where only another connection helps."""
     async for message in socket:
         if message.type is not aiohttp.WSMsgType.TEXT:
             return
         told: dict[str, Any] = msgspec.json.decode(message.data)
         if told["type"] == "error":
-            _raise_unless_passing(told["payload"])
-        elif "id" in told:
+            if _is_broken(told["payload"]):
+                return
+        elif "id" in told or told["type"] == "subscribed":
             yield told
 
 
-def _raise_unless_passing(payload: Mapping[str, str]) -> None:
-    code = payload["code"]
-    if code not in IGNORED and code != "UNAVAILABLE":
-        raise failed(payload["error"], code, STATUS_BY_CODE.get(code, 0))
+def _is_broken(payload: Mapping[str, str]) -> bool:
+    """Tell whether an error is over with another connection. Raises GpuproxyError for one that is not."""
+    code, error = payload["code"], payload["error"]
+    if code == "NOT_FOUND":
+        logger.warning("events may have been missed: %s", error)
+    elif code != "UNAVAILABLE":  # of the store: what was missed is not sent, so nothing else may come before it
+        raise failed(error, code, STATUS_BY_CODE.get(code, 0))
+    return code == "UNAVAILABLE"

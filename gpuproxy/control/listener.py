@@ -2,7 +2,8 @@
 
 A client sends ``auth`` with a token, ``subscribe`` and ``unsubscribe`` with channels, ``ping``. It gets events as
 ``{type, payload, id, timestamp}``; answers and errors have no id. Subscribing with ``last_event_id`` brings what
-happened since. Nothing but a full queue, a revoked credential or noise closes it from this side.
+happened since; ``subscribed`` names one for who has heard nothing yet. Nothing but a full queue, a revoked credential
+or noise closes it from this side.
 """
 
 import time
@@ -23,7 +24,7 @@ from gpuproxy.control.web_socket import Owner, WebSocket, take_over
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.catalogue import CHANNELS, EVENTS, PUBLIC_CHANNEL
 from gpuproxy.events.hub import Consumer, text_of
-from gpuproxy.events.stream import READ_MAX, Event
+from gpuproxy.events.stream import READ_MAX, Event, Mark, Place
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import fault_of
 
@@ -170,17 +171,17 @@ class Listener:
                 self._refuse("UNAUTHORIZED", f"{channel} is private; {remedy}")
             else:
                 accepted.append(channel)
+        if not message.channels:
+            self._refuse("UNPROCESSABLE", f"channels: name at least one; known: {', '.join(CHANNELS)}")
         if not accepted:
             return
-        self._is_held = bool(message.last_event_id)
+        self._is_held, mark = True, self._app[STREAM].mark()
         for channel in accepted:
             self._app[HUB].subscribe(self._consumer, channel)
         try:
             if USAGE_CHANNEL in accepted:
                 await self._app[USAGE_WANTED].note(self.wants_usage_of)
-            self._say("subscribed", {"channels": accepted})
-            if message.last_event_id:
-                await self._replay(message.last_event_id, accepted)
+            await self._begin(accepted, message.last_event_id, mark)
         finally:
             self._is_held = False
             self.go_on()
@@ -194,24 +195,28 @@ class Listener:
         is_public = channel == PUBLIC_CHANNEL and self._app[CONFIG].events.gpu_updates_public
         return is_public or self.holder is not None
 
-    async def _replay(self, event_id: str, channels: list[str]) -> None:
-        """Send what happened after an event; what happens meanwhile waits, and is not sent twice."""
+    async def _begin(self, channels: list[str], event_id: str, mark: Mark) -> None:
+        """Say from where the client hears, and send what happened between its last event and `mark`."""
         stream, user_id = self._app[STREAM], self._consumer.user_id
-        place, mark = await stream.place_of(event_id, user_id), stream.seq
-        if place is None:
+        place = await stream.place_of(event_id, user_id) if event_id else None
+        begins = event_id if place is not None else await stream.newest(mark, user_id)
+        self._say("subscribed", {"channels": channels, "last_event_id": begins})
+        if place is not None:
+            await self._replay(place, mark, [name for name, kind in EVENTS.items() if kind.channel in channels])
+        elif event_id:
             message = f"no event {_shown(event_id)} is kept; you hear of what happens from now on"
             self._refuse("NOT_FOUND", message)
-            return
-        names = [name for name, kind in EVENTS.items() if kind.channel in channels]
-        await self._send(await stream.missed(place, user_id, names))
-        seq, sent = place.seq, set()
-        while page := await stream.after(seq, user_id, names):
+
+    async def _replay(self, place: Place, mark: Mark, names: list[str]) -> None:
+        """Send what was published after an event; what is published after `mark` waits meanwhile."""
+        stream, user_id = self._app[STREAM], self._consumer.user_id
+        await self._send(await stream.missed(place, mark, user_id, names))
+        seq = place.seq
+        while page := await stream.after(seq, mark, user_id, names):
             await self._send(page)
             seq = page[-1].seq
-            sent |= {event.seq for event in page if event.seq > mark}
             if len(page) < READ_MAX:
                 break
-        self._consumer.drop(sent)
 
     async def _send(self, found: list[Event]) -> None:
         for event in found:
@@ -225,7 +230,7 @@ class Listener:
             socket.close(TRY_LATER, "read faster")
             return
         while not self._is_held and socket.is_writable and not socket.is_closing and consumer.queue:
-            socket.send(consumer.pop()[1])
+            socket.send(consumer.pop())
 
     def revoke(self) -> None:
         """End the stream: its credential is good no more."""

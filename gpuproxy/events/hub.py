@@ -4,7 +4,6 @@ No task waits for an event: who owns a queue is told to go on, and writes. One t
 """
 
 from collections import deque
-from collections.abc import Collection
 from datetime import UTC
 from functools import lru_cache
 from typing import Protocol
@@ -35,12 +34,12 @@ class Consumer:
     def __init__(self, writer: Writer) -> None:
         self.user_id: str | None = None
         self.channels: frozenset[str] = frozenset()
-        self.queue: deque[tuple[int, str]] | None = None  # None: empty; an empty deque has 760 bytes
+        self.queue: deque[str] | None = None  # None: empty; an empty deque has 760 bytes
         self.is_over = False
         self._writer = writer
         self._bytes = 0
 
-    def push(self, seq: int, text: str) -> None:
+    def push(self, text: str) -> None:
         """Put a text behind those that wait."""
         if self.is_over:
             return
@@ -50,22 +49,16 @@ class Consumer:
             self.is_over = True
             self.clear()
         else:
-            waiting.append((seq, text))
+            waiting.append(text)
         self._writer.go_on()
 
-    def pop(self) -> tuple[int, str]:
+    def pop(self) -> str:
         """Take the text that waits longest; there must be one."""
         assert self.queue is not None
-        seq, text = self.queue.popleft()
+        text = self.queue.popleft()
         self._bytes -= len(text)
         self.queue = self.queue or None
-        return seq, text
-
-    def drop(self, seqs: Collection[int]) -> None:
-        """Take out of what waits the events that were sent otherwise."""
-        if seqs and self.queue:
-            self.queue = deque(each for each in self.queue if each[0] not in seqs) or None
-            self._bytes = sum(len(text) for _, text in self.queue or ())
+        return text
 
     def clear(self) -> None:
         """Forget what waits."""
@@ -87,7 +80,7 @@ class Hub:
         if listening:
             text = text_of(event)
             for consumer in listening:
-                consumer.push(event.seq, text)
+                consumer.push(text)
 
     def subscribe(self, consumer: Consumer, channel: str) -> None:
         """Let a consumer hear of a channel."""

@@ -27,6 +27,7 @@ GAP_S = 60.0  # longer than any transaction here may take
 GAPS_MAX = 1_000
 LATE_MAX = 1_000
 READ_MAX = 500  # rows at once
+BEGINNING = "evt_0"  # stands before the oldest event that is kept
 FORGET_S = 60.0
 FORGET_MAX = 1_000  # rows in one transaction, so that nobody waits long
 
@@ -49,6 +50,14 @@ class Place(Struct, frozen=True):
 
     seq: int
     at: datetime
+
+
+class Mark(Struct, frozen=True):
+    """What was published when somebody began to listen: all to `seq` but for `gaps`; `late` came after its turn."""
+
+    seq: int
+    gaps: frozenset[int]
+    late: tuple[Place, ...]
 
 
 COLUMNS = tuple(events.c[field] for field in Event.__struct_fields__)
@@ -106,21 +115,45 @@ class Stream:
         while self._gaps and next(iter(self._gaps.values())) < old:
             del self._gaps[next(iter(self._gaps))]
 
+    def mark(self) -> Mark:
+        """Return what is published now; all else is published later."""
+        return Mark(self.seq, frozenset(self._gaps), tuple(self._late))
+
+    async def newest(self, mark: Mark, user_id: str | None) -> str:
+        """Return the id of the newest published event that the user may see, from which to go on after a break.
+
+        If there is none, BEGINNING for an account, and nothing for who has none: what all may hear is much.
+        """
+        newest = (
+            select(events.c.seq, events.c.id).where(events.c.seq <= mark.seq).order_by(events.c.seq.desc()).limit(1)
+        )
+        owners = [events.c.user_id.is_(None)] + [events.c.user_id == user_id] * (user_id is not None)
+        async with self._store.reading() as connection:
+            rows = [(await connection.execute(newest.where(owner))).first() for owner in owners]
+        found = [(row.seq, row.id) for row in rows if row is not None]
+        return str(max(found)[1]) if found else BEGINNING if user_id is not None else ""
+
     async def place_of(self, event_id: str, user_id: str | None) -> Place | None:
         """Return where an event stands that the user may see; None if it is unknown or no longer kept."""
+        if event_id == BEGINNING and user_id is not None:
+            return Place(0, datetime.min.replace(tzinfo=UTC))
         query = select(events.c.seq, events.c.at).where(events.c.id == event_id, _may_see(user_id))
         async with self._store.reading() as connection:
             row = (await connection.execute(query)).first()
         return None if row is None else Place(row.seq, row.at)
 
-    async def missed(self, place: Place, user_id: str | None, names: Collection[str]) -> list[Event]:
+    async def missed(self, place: Place, mark: Mark, user_id: str | None, names: Collection[str]) -> list[Event]:
         """Return what came late, so that who stopped at `place` has missed it although its number is lower."""
-        late = [each.seq for each in self._late if each.seq < place.seq and each.at >= place.at]
+        late = [each.seq for each in mark.late if each.seq < place.seq and each.at >= place.at]
         return await self._read(events.c.seq.in_(late), user_id, names) if late else []
 
-    async def after(self, seq: int, user_id: str | None, names: Collection[str]) -> list[Event]:
-        """Return the next events of these names that the user may see, READ_MAX at most."""
-        return await self._read(events.c.seq > seq, user_id, names)
+    async def after(self, seq: int, mark: Mark, user_id: str | None, names: Collection[str]) -> list[Event]:
+        """Return the next events of these names that the user may see and that were published at `mark`, READ_MAX at
+        most.
+        """
+        gaps = [number for number in mark.gaps if number > seq]
+        chosen = and_(events.c.seq > seq, events.c.seq <= mark.seq)
+        return await self._read(and_(chosen, events.c.seq.not_in(gaps)) if gaps else chosen, user_id, names)
 
     async def _read(self, chosen: ColumnElement[bool], user_id: str | None, names: Collection[str]) -> list[Event]:
         is_asked = and_(chosen, _may_see(user_id), events.c.name.in_(names))

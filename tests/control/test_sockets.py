@@ -17,7 +17,7 @@ from gpuproxy.control.events import watch_once
 from gpuproxy.control.listener import CHANNELS_MAX, MESSAGES_PER_SECOND_MAX
 from gpuproxy.control.parts import LISTENERS, STREAM
 from gpuproxy.events.outbox import record
-from gpuproxy.events.stream import READ_MAX, Stream
+from gpuproxy.events.stream import BEGINNING, READ_MAX, Stream
 from gpuproxy.store.schema import events, sessions, tickets
 
 from .conftest import Api, Person
@@ -69,7 +69,8 @@ async def test_who_shows_nothing_hears_what_is_public_and_is_told_what_is_not(ap
         refused = await socket.subscribe("gpu_updates", "billing_events")
         assert (refused["type"], refused["payload"]["code"]) == ("error", "UNAUTHORIZED")
         assert "billing_events" in refused["payload"]["error"]
-        assert await socket.hear() == {"type": "subscribed", "payload": {"channels": ["gpu_updates"]}}
+        told = {"channels": ["gpu_updates"], "last_event_id": ""}
+        assert await socket.hear() == {"type": "subscribed", "payload": told}
         ann = await api.person()
         await happen(api, "payment.completed", ann.id, amount="1.00")
         event_id = await happen(api, "gpu.available", None, provider="vast.ai")
@@ -181,6 +182,45 @@ async def test_who_comes_back_hears_what_was_missed_once_and_in_order(api: Api) 
         assert heard == [*range(1, count, 2), count]
 
 
+async def test_what_is_stored_and_not_yet_published_is_heard_once_by_who_comes_back(api: Api) -> None:
+    ann = await api.person()
+    first = await happen(api, "payment.completed", ann.id, n=0)
+    async with connected(api, headers=ann.by_key) as socket:
+        async with api.store.writing() as connection:
+            await connection.run_sync(record, "payment.completed", ann.id, {"n": 1})
+        await socket.subscribe("billing_events", last_event_id=first)
+        await happen(api, "payment.completed", ann.id, n=2)
+        assert [(await socket.hear())["payload"]["n"] for _ in range(2)] == [1, 2]
+        await socket.say(type="ping")
+        assert (await socket.hear())["type"] == "pong"
+
+
+async def test_who_has_heard_nothing_yet_knows_where_to_go_on(api: Api) -> None:
+    ann, bob = await api.person(), await api.person()
+
+    async def begin(person: Person | None, *channels: str, **more: Any) -> tuple[str, list[Any]]:
+        """Return from where a subscription says it begins, and what it brings."""
+        async with connected(api, headers=person.by_key if person else None) as socket:
+            begins = (await socket.subscribe(*channels, **more))["payload"]["last_event_id"]
+            await socket.say(type="ping")
+            heard = []
+            while (told := await socket.hear())["type"] != "pong":
+                heard.append(told["payload"])
+            return begins, heard
+
+    assert [(await begin(who, "gpu_updates"))[0] for who in (None, ann)] == ["", BEGINNING]
+    await happen(api, "payment.completed", ann.id, n=0)
+    assert await begin(ann, "billing_events", last_event_id=BEGINNING) == (BEGINNING, [{"n": 0}])
+    offered = await happen(api, "gpu.available", None)
+    assert [(await begin(who, "gpu_updates"))[0] for who in (None, bob)] == [offered, offered]
+    mine = await happen(api, "payment.failed", ann.id, n=1)
+    assert await begin(ann, "billing_events") == (mine, [])
+    assert (await begin(bob, "billing_events", last_event_id=mine))[0] == offered
+    await happen(api, "payment.failed", ann.id, n=2)
+    assert await begin(ann, "billing_events", last_event_id=mine) == (mine, [{"n": 2}])
+    assert (await begin(None, "gpu_updates", last_event_id=BEGINNING))[1][0]["code"] == "NOT_FOUND"
+
+
 async def test_an_event_that_is_kept_no_more_is_told_and_the_present_goes_on(api: Api) -> None:
     ann, bob = await api.person(), await api.person()
     others = await happen(api, "payment.completed", bob.id)
@@ -225,6 +265,7 @@ async def test_noise_is_complained_about_and_does_not_close(api: Api) -> None:
         for noise in (
             {"type": "dance"},
             {"channels": []},
+            {"type": "subscribe", "channels": []},
             {"type": "subscribe", "channels": ["x"] * (CHANNELS_MAX + 1)},
         ):
             await socket.say(**noise)
@@ -265,8 +306,9 @@ async def test_an_event_that_is_committed_after_a_later_one_is_published_too(api
     assert published == [5, 7, 6, 9, 8, 10]
     place = await stream.place_of("evt_7", None)
     assert place is not None
-    assert [event.seq for event in await stream.missed(place, None, ["gpu.available"])] == [6]
-    assert [event.seq for event in await stream.after(7, None, ["gpu.available"])] == [8, 9, 10]
+    mark = stream.mark()
+    assert [event.seq for event in await stream.missed(place, mark, None, ["gpu.available"])] == [6]
+    assert [event.seq for event in await stream.after(7, mark, None, ["gpu.available"])] == [8, 9, 10]
     fresh = Stream(api.store, lambda event: published.append(event.seq), Config().events)
     await fresh.start()
     async with api.store.writing() as connection:
