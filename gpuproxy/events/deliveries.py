@@ -153,10 +153,7 @@ async def _claimed(connection: AsyncConnection, ids: list[int]) -> list[Due]:
 
 async def settle(store: Store, due: Due, outcome: Outcome, now: datetime) -> str:
     """Write down how an attempt ended; return the delivery's state, "" if it was somebody else's by now."""
-    move, due_at = _verdict(due, outcome, now)
     values = {
-        "state": after("sending", move),
-        "due_at": due_at,
         "claim": "",
         "status": outcome.status,
         "error": outcome.error,
@@ -165,21 +162,25 @@ async def settle(store: Store, due: Due, outcome: Outcome, now: datetime) -> str
     }
     is_ours = and_(deliveries.c.id == due.id, deliveries.c.claim == due.claim, deliveries.c.state == "sending")
     # The webhook is locked first: whoever disables it goes on from there to its deliveries, and nobody the other way.
-    health = select(webhooks.c.failing_since).where(webhooks.c.id == due.webhook_id)
+    health = select(webhooks.c.failing_since, webhooks.c.url).where(webhooks.c.id == due.webhook_id)
     async with store.writing() as connection:
-        failing_since = await connection.scalar(health.with_for_update(key_share=True))
-        done = await connection.execute(update(deliveries).where(is_ours).values(values))
-        if done.rowcount != 1:
+        webhook = (await connection.execute(health.with_for_update(key_share=True))).first()
+        is_same = webhook is not None and webhook.url == due.url  # or this was the word of the receiver before
+        move, due_at = _verdict(due, outcome, now, is_same)
+        state = after("sending", move)
+        done = await connection.execute(update(deliveries).where(is_ours).values(state=state, due_at=due_at, **values))
+        if webhook is None or done.rowcount != 1:
             return ""
-        await _note_health(connection, due, outcome, now, failing_since)
-    return str(values["state"])
+        if is_same:
+            await _note_health(connection, due, outcome, now, webhook.failing_since)
+    return state
 
 
-def _verdict(due: Due, outcome: Outcome, now: datetime) -> tuple[Move, datetime]:
+def _verdict(due: Due, outcome: Outcome, now: datetime, is_same: bool) -> tuple[Move, datetime]:
     if not outcome.error:
         return "succeed", now
     wait = wait_after(due.attempts, random.random())  # noqa: S311 (jitter, no secret)
-    if wait is None or outcome.status == GONE:
+    if wait is None or (outcome.status == GONE and is_same):
         return "give up", now
     return "fail", now + max(wait, timedelta(seconds=outcome.rest_s))
 

@@ -1,8 +1,8 @@
 """One POST to a URL that a customer gave: its name resolved once, judged, and the judged address dialled.
 
 Redirects are a failure and never followed, of the answer nothing is read but its head, nothing is kept between two
-posts, and all together has a bound. Python's resolver cannot be cancelled, so it has threads of its own: names that
-hang must not make other work wait.
+posts, and all together has a bound. Python's resolver cannot be cancelled, so it has threads of its own, and a name
+that hangs takes one of them however often it is asked for: names that hang must not make other work wait.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.events.deliveries import Outcome
 from gpuproxy.guard import Guard, Target, parse_target
 
-RESOLVER_THREADS = 8
+RESOLVER_THREADS = 64  # made when needed; more names than one account has webhooks by default
 ADDRESSES_MAX = 8  # of one DNS answer that are tried
 HEAD_BYTES_MAX = 8_190
 READ_BYTES = 4_096  # what is taken from the socket before it is closed
@@ -49,6 +49,7 @@ class Poster:
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
         self._resolving = ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="webhook-dns")
+        self._asked: dict[tuple[str, int], asyncio.Future[list[str]]] = {}  # what threads are at
         self._tls: ssl.SSLContext | None = None  # made when first needed: 20 ms
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Outcome:
@@ -105,10 +106,9 @@ class Poster:
         if redirected is not None:  # the operator's own words
             host, _, port_text = redirected.rpartition(":")
             host, port = host.strip("[]"), int(port_text)
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._bounds.dns_s):
-                found = await loop.run_in_executor(self._resolving, _resolve, host, port)
+                found = await asyncio.shield(self._asking(host, port))
         except TimeoutError:
             raise GatewayError("UPSTREAM_TIMEOUT", f"{target.host} was not resolved in time") from None
         except (OSError, UnicodeError):
@@ -116,6 +116,20 @@ class Poster:
         if redirected is None:
             self._bounds.guard.check(target.host, found, "url")
         return [(address, port) for address in found[:ADDRESSES_MAX]]
+
+    def _asking(self, host: str, port: int) -> asyncio.Future[list[str]]:
+        """Return what will be the answer for a name, which a thread may be waiting for already."""
+        asked = self._asked.get((host, port))
+        if asked is None:
+            loop = asyncio.get_running_loop()
+            asked = self._asked[host, port] = loop.run_in_executor(self._resolving, _resolve, host, port)
+            asked.add_done_callback(lambda done: self._answered(host, port, done))
+        return asked
+
+    def _answered(self, host: str, port: int, asked: asyncio.Future[list[str]]) -> None:
+        del self._asked[host, port]
+        if not asked.cancelled():
+            asked.exception()  # nobody may be waiting any more, and that is no fault
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
@@ -180,10 +194,15 @@ def _resolve(host: str, port: int) -> list[str]:
 
 def _told(failure: Exception) -> str:
     """Return what went wrong, without what the receiver said."""
-    if isinstance(failure, aiohttp.ClientConnectorCertificateError | ssl.SSLError):
-        return "its certificate is not believed"
-    if isinstance(failure, aiohttp.ClientSSLError):
-        return "TLS failed"
+    if isinstance(failure, aiohttp.ClientConnectorCertificateError):
+        failure = failure.certificate_error
+    elif isinstance(failure, aiohttp.ClientConnectorSSLError):
+        failure = failure.os_error
+    if isinstance(failure, ssl.SSLCertVerificationError):
+        return f"its certificate is not believed: {failure.verify_message}"
+    if isinstance(failure, ssl.SSLError):
+        reason = (failure.reason or "").lower().replace("_", " ")
+        return f"TLS failed: {reason or 'it ended the handshake'}"
     if isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return "no connection could be made"
     if isinstance(failure, aiohttp.ServerDisconnectedError | ConnectionError):

@@ -125,9 +125,10 @@ async def change_webhook(
     found = await own_webhook(connection, user_id, webhook_id)
     if is_enabled is not None and is_enabled != (found.state == "enabled"):
         state, reason = ("enabled", "") if is_enabled else ("disabled", "you disabled it")
-        values = {**values, "state": state, "disabled_reason": reason, "failing_since": None}
+        values = {**values, "state": state, "disabled_reason": reason}
     if "url" in values or is_enabled:
-        values = {**values, "rests_until": None}  # another receiver, or one that is said to be well again
+        # Another receiver, or one that is said to be well again.
+        values = {**values, "rests_until": None, "failing_since": None}
     if values:
         await connection.execute(update(webhooks).where(webhooks.c.id == webhook_id).values(values))
     if names is not None:

@@ -242,6 +242,24 @@ async def test_gone_disables_a_webhook_and_cancels_the_rest(world: World) -> Non
     assert sum((await world.states("/gone")).values()) == 9
 
 
+async def test_a_webhook_that_moves_is_not_held_to_the_receiver_it_had(world: World) -> None:
+    webhook_id, now = await world.webhook("/fail"), world.clock()
+    await world.happen()
+    await world.pass_over()
+    assert await world.scalar(select(webhooks.c.failing_since)) is not None
+    await world.happen()
+    (due,) = await claim(world.store, world.clock(), timedelta(minutes=1), {webhook_id: 1})
+    async with world.store.writing() as connection:
+        values = {"url": f"{world.receiver.url}/ok"}
+        await change_webhook(connection, world.users["ann@example.com"], webhook_id, values, None, None)
+    assert await settle(world.store, due, Outcome(410, "answered 410", 1), now) == "pending"
+    query = select(webhooks.c.state, webhooks.c.failing_since)
+    async with world.store.reading() as connection:
+        assert (await connection.execute(query)).one() == ("enabled", None)
+    await world.live_on()
+    assert await world.states("/ok") == {("delivered", 2): 2}
+
+
 async def test_a_webhook_that_takes_nothing_for_five_days_is_disabled(world: World) -> None:
     await world.webhook("/fail")
     await world.happen()
