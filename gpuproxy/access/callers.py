@@ -8,7 +8,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.accounts import ADMIN_SCOPE
-from gpuproxy.access.tokens import Claims
+from gpuproxy.access.tokens import LEEWAY_S, Claims
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import api_keys, sessions, users
 from gpuproxy.types import ALL_SCOPES
@@ -20,7 +20,7 @@ class Caller(Struct, frozen=True):
     """Who calls. `key_id` or `session_id` is set, by the kind of the credential.
 
     `models`, `tools`, `expires_at` and the limits are the bounds of a key; None where there is none. Its budgets are
-    those of the key `root_id`.
+    those of the key `root_id`. `token_until_s` is when a token is good no more, in unix seconds; 0 for a key.
     """
 
     user_id: str
@@ -36,6 +36,7 @@ class Caller(Struct, frozen=True):
     streams: int | None = None
     root_id: str = ""
     tools: tuple[str, ...] | None = None
+    token_until_s: int = 0
 
     @property
     def is_admin(self) -> bool:
@@ -79,7 +80,7 @@ async def _of_session(connection: AsyncConnection, claims: Claims) -> Caller | N
     if row is None or row.id != claims.sub:
         return None
     scopes = (*ALL_SCOPES, ADMIN_SCOPE) if row.is_admin else ALL_SCOPES
-    return Caller(row.id, row.email, scopes, session_id=claims.sid)
+    return Caller(row.id, row.email, scopes, session_id=claims.sid, token_until_s=claims.exp + LEEWAY_S)
 
 
 async def invalid_credentials(

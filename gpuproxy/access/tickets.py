@@ -1,6 +1,7 @@
 """Tickets: good once and for 30 seconds, for who can send no header, as browsers that open a WebSocket.
 
-A ticket stands in a URL, and URLs are logged; a key or token there would be given away.
+A ticket stands in a URL, and URLs are logged; a key or token there would be given away. Behind its dot
+stands when the token it was made with ends. Nobody can change that: only the digest of the whole is stored.
 """
 
 import secrets
@@ -26,13 +27,15 @@ class Holder(Struct, frozen=True):
     user_id: str
     key_id: str = ""
     session_id: str = ""
+    until_s: int = 0  # unix seconds, of a token
 
 
 async def issue_ticket(connection: AsyncConnection, caller: Caller) -> tuple[str, datetime]:
     """Make a ticket that stands for the caller's credential; return it and when it ends."""
     now = datetime.now(UTC)
     await connection.execute(delete(tickets).where(tickets.c.expires_at <= now))
-    ticket, expires_at = PREFIX + secrets.token_urlsafe(TICKET_BYTES), now + timedelta(seconds=LIFETIME_S)
+    ticket = f"{PREFIX}{secrets.token_urlsafe(TICKET_BYTES)}.{caller.token_until_s}"
+    expires_at = now + timedelta(seconds=LIFETIME_S)
     row = {
         "digest": sha256(ticket.encode()).digest(),
         "user_id": caller.user_id,
@@ -51,4 +54,4 @@ async def redeem_ticket(store: Store, ticket: str) -> Holder | None:
     used = delete(tickets).where(*is_good).returning(tickets.c.user_id, tickets.c.key_id, tickets.c.session_id)
     async with store.writing() as connection:
         row = (await connection.execute(used)).first()
-    return None if row is None else Holder(*row)
+    return None if row is None else Holder(*row, until_s=int(ticket.partition(".")[2] or 0))

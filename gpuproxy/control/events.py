@@ -1,6 +1,7 @@
 """``/ws``: what happens, as it happens, to who subscribes to channels; and the ticket that opens it for browsers."""
 
 import asyncio
+import time
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -76,6 +77,10 @@ async def _beat_on(app: web.Application, stopping: asyncio.Event) -> None:
 
 async def watch_once(app: web.Application) -> None:
     """Look once whether all credentials are still good, and whose use of models is to be told."""
+    now_s = time.time()
+    for listener in (*app[LISTENERS],):
+        if listener.holder is not None and 0 < listener.holder.until_s <= now_s:
+            listener.revoke()
     await app[USAGE_WANTED].note(user_id for listener in app[LISTENERS] for user_id in listener.wants_usage_of)
     holders = [(listener, listener.holder) for listener in app[LISTENERS] if listener.holder is not None]
     if not holders:

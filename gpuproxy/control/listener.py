@@ -104,7 +104,7 @@ class Listener:
     def _accept(self, caller: Caller) -> None:
         if "read" not in caller.scopes and "account" not in caller.scopes:
             raise GatewayError("FORBIDDEN", "the key needs the scope 'read' to hear of its account")
-        self._hold(Holder(caller.user_id, caller.key_id, caller.session_id))
+        self._hold(Holder(caller.user_id, caller.key_id, caller.session_id, caller.token_until_s))
 
     async def _accept_ticket(self, ticket: str) -> None:
         holder = await redeem_ticket(self._app[STORE], ticket)

@@ -4,18 +4,22 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import ClientWebSocketResponse, WSMsgType, WSServerHandshakeError
 from sqlalchemy import delete, insert, update
 
+from gpuproxy.access import tokens
 from gpuproxy.access.accounts import create_key, revoke_key
 from gpuproxy.access.tickets import LIFETIME_S
+from gpuproxy.access.tokens import LEEWAY_S
 from gpuproxy.config import Config, build
+from gpuproxy.control import events as control_events
 from gpuproxy.control.events import watch_once
 from gpuproxy.control.listener import CHANNELS_MAX, MESSAGES_PER_SECOND_MAX
-from gpuproxy.control.parts import LISTENERS, STREAM
+from gpuproxy.control.parts import KEYRING, LISTENERS, STREAM
 from gpuproxy.events.outbox import record
 from gpuproxy.events.stream import BEGINNING, READ_MAX, Stream
 from gpuproxy.store.schema import events, sessions, tickets
@@ -165,6 +169,37 @@ async def test_a_revoked_credential_ends_the_stream(api: Api, by: str, end: Call
         assert (await socket.hear())["payload"]["code"] == "UNAUTHORIZED"
         assert await socket.code() == 1008
         assert (await other.subscribe("gpu_updates"))["type"] == "subscribed"
+
+
+@pytest.mark.parametrize("way", ["token", "ticket"])
+async def test_a_token_whose_time_is_over_ends_the_stream_unless_a_newer_one_came(
+    api: Api, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = await api.person()
+    path, headers = "/ws", ann.by_token
+    if way == "ticket":
+        path, headers = f"/ws?ticket={(await api.call('POST', TICKET, None, ann.by_token))[1]['ticket']}", {}
+    keyring = api.client.app[KEYRING]
+    claims = tokens.read(keyring, ann.access_token)
+    newer = tokens.sign(keyring, tokens.claims_for(ann.id, claims.sid, 10_000))
+    now_s = [0.0]
+    monkeypatch.setattr(control_events, "time", SimpleNamespace(time=lambda: now_s[0]))
+    async with connected(api, path, headers) as socket:
+        if way == "ticket":
+            await socket.hear()
+        await socket.subscribe("billing_events")
+        now_s[0] = claims.exp + LEEWAY_S - 1
+        await watch_once(api.client.app)
+        await socket.say(type="auth", token=newer)
+        assert await socket.hear() == {"type": "authenticated", "payload": {"user_id": ann.id}}
+        now_s[0] = claims.exp + LEEWAY_S
+        await watch_once(api.client.app)
+        await happen(api, "payment.completed", ann.id)
+        assert (await socket.hear())["type"] == "payment_completed"
+        now_s[0] += 10_000
+        await watch_once(api.client.app)
+        assert (await socket.hear())["payload"]["code"] == "UNAUTHORIZED"
+        assert await socket.code() == 1008
 
 
 async def test_who_comes_back_hears_what_was_missed_once_and_in_order(api: Api) -> None:
