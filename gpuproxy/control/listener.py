@@ -175,13 +175,14 @@ class Listener:
             self._refuse("UNPROCESSABLE", f"channels: name at least one; known: {', '.join(CHANNELS)}")
         if not accepted:
             return
+        place = await self._place_of(message.last_event_id)
         self._is_held, mark = True, self._app[STREAM].mark()
         for channel in accepted:
             self._app[HUB].subscribe(self._consumer, channel)
         try:
             if USAGE_CHANNEL in accepted:
                 await self._app[USAGE_WANTED].note(self.wants_usage_of)
-            await self._begin(accepted, message.last_event_id, mark)
+            await self._begin(accepted, message.last_event_id, place, mark)
         finally:
             self._is_held = False
             self.go_on()
@@ -195,10 +196,16 @@ class Listener:
         is_public = channel == PUBLIC_CHANNEL and self._app[CONFIG].events.gpu_updates_public
         return is_public or self.holder is not None
 
-    async def _begin(self, channels: list[str], event_id: str, mark: Mark) -> None:
+    async def _place_of(self, event_id: str) -> Place | None:
+        """Return where the client's last event stands, None for none, and be no less far than it."""
+        place = await self._app[STREAM].place_of(event_id, self._consumer.user_id) if event_id else None
+        if place is not None:
+            await self._app[STREAM].catch_up(place.seq)
+        return place
+
+    async def _begin(self, channels: list[str], event_id: str, place: Place | None, mark: Mark) -> None:
         """Say from where the client hears, and send what happened between its last event and `mark`."""
         stream, user_id = self._app[STREAM], self._consumer.user_id
-        place = await stream.place_of(event_id, user_id) if event_id else None
         begins = event_id if place is not None else await stream.newest(mark, user_id)
         self._say("subscribed", {"channels": channels, "last_event_id": begins})
         if place is not None:

@@ -191,8 +191,9 @@ class WebSocket(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """Write on."""
+        """Write on: the client has read, so it lives, though its answer to a heartbeat may stand behind much else."""
         self.is_writable = True
+        self.is_quiet = False
         self._wake()
         self.owner.go_on()
         self._next()

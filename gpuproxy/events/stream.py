@@ -75,6 +75,7 @@ class Stream:
         self._late: deque[Place] = deque(maxlen=LATE_MAX)  # `at` is when it came
         self._forgot_s = time.monotonic()
         self._is_behind = False
+        self._polling = asyncio.Lock()
 
     async def start(self) -> None:
         """Begin at the end of the table, where something may still be under way."""
@@ -86,6 +87,15 @@ class Stream:
 
     async def poll_once(self) -> int:
         """Publish what is new, in the order of `seq` but for what comes late; return how many."""
+        async with self._polling:
+            return await self._poll()
+
+    async def catch_up(self, seq: int) -> None:
+        """Publish all up to an event that somebody has seen already, at another node."""
+        while self.seq < seq and await self.poll_once():
+            pass
+
+    async def _poll(self) -> int:
         is_new = events.c.seq > self.seq
         chosen = or_(is_new, events.c.seq.in_(list(self._gaps))) if self._gaps else is_new
         query = select(*COLUMNS).where(chosen).order_by(events.c.seq).limit(READ_MAX)

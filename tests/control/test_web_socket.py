@@ -138,6 +138,24 @@ async def test_who_asks_and_reads_no_answer_is_heard_no_more(api: Api, monkeypat
     wire.writer.close()
 
 
+async def test_who_takes_long_to_read_is_not_dead(api: Api) -> None:
+    wire = await connect(api)
+    (heard,) = api.client.app[LISTENERS]
+    while heard.socket.is_writable:
+        heard.socket.send("x" * 65_536)
+    beat(api.client.app)
+    async with asyncio.timeout(WAIT_S):
+        while not heard.socket.is_writable:
+            await wire.reader.read(65_536)
+    beat(api.client.app)
+    wire.writer.write(SAY_PING)
+    async with asyncio.timeout(WAIT_S):
+        while not (await wire.reader.read(65_536)).endswith(PONG_TEXT):
+            pass
+    wire.writer.close()
+    await gone(api)
+
+
 async def test_who_says_goodbye_and_takes_nothing_more_is_cut_off(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web_socket, "CLOSE_S", 0.05)
     wire = await connect(api)

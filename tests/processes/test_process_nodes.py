@@ -1,11 +1,13 @@
 """Two gateways on one PostgreSQL and one Redis act as one, and go on while either is away."""
 
 import asyncio
+import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 
+import aiohttp
 import pytest
 from callers import CHAT, Answer, Caller, all_refused
 from cluster import CALL_NANOUSD, PAID_MODEL, USER, Cluster, cluster
@@ -13,6 +15,7 @@ from conftest import MakeCaller
 from gateways import Gateway, Origin
 
 from gpuproxy.access.accounts import create_key, create_user, revoke_key
+from gpuproxy.events.outbox import record
 from gpuproxy.ledger.book import credit
 from gpuproxy.store.engine import Store
 
@@ -139,3 +142,35 @@ async def test_known_keys_are_served_while_postgresql_is_away_and_nothing_is_los
             await asyncio.sleep(0.1)
             found = Counter(row.request_id for row in await nodes.receipts() if row.request_id in wanted)
     assert set(found.values()) == {1}
+
+
+async def test_who_goes_from_node_to_node_hears_each_event_once(nodes: Cluster) -> None:
+    count = 200
+
+    async def make(store: Store) -> tuple[str, str]:
+        user = await create_user(store, "wanderer@example.com")
+        return user.id, (await create_key(store, user.email))[0]
+
+    user_id, key = await nodes.in_store(make)
+
+    async def happen(store: Store) -> None:
+        for n in range(count):
+            async with store.writing() as connection:
+                await connection.run_sync(record, "credits.added", user_id, {"n": n})
+
+    heard: list[int] = []
+    async with aiohttp.ClientSession(headers={"X-API-Key": key}) as http, asyncio.timeout(HEAL_S):
+        last, visits, happening = "", itertools.count(), None
+        while len(heard) < count:
+            visit = next(visits)
+            async with http.ws_connect(f"http://127.0.0.1:{nodes.gateways[visit % 2].port}/ws") as socket:
+                await socket.send_json({"type": "subscribe", "channels": ["billing_events"], "last_event_id": last})
+                last = (await socket.receive_json())["payload"]["last_event_id"]
+                happening = happening or asyncio.create_task(nodes.in_store(happen))
+                for _ in range(min(visit % 9, count - len(heard))):
+                    told = await socket.receive_json()
+                    last = told["id"]
+                    heard.append(told["payload"]["n"])
+        assert happening is not None
+        await happening
+    assert heard == list(range(count))
