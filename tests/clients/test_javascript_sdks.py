@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 from .conftest import Way
+from .gateway import Gateway
 from .node import installed, run
+from .test_mcp_group import url_of
+from .test_mcp_group_streams import group, shelf, shelf_thread  # noqa: F401  # fixtures
 from .test_mcp_replicas import Twins, twins  # noqa: F401  # a fixture
-from .test_mcp_sdk import LEGACY
+from .test_mcp_sdk import LEGACY, MODERN
 
 PACKAGES = "openai@6", "@anthropic-ai/sdk", "@modelcontextprotocol/sdk@1", "@modelcontextprotocol/client@2"
 TEXT = "Grüße aus Łódź, 你好 🙂"
@@ -64,6 +67,37 @@ const use = async () => {
 console.log(JSON.stringify(await Promise.all(Array.from({ length: 8 }, use))));
 """
 
+GROUP = """
+const two = process.env.SDK === "2";
+const { Client, StreamableHTTPClientTransport } = two
+  ? await import("@modelcontextprotocol/client")
+  : { ...await import("@modelcontextprotocol/sdk/client/index.js"),
+      ...await import("@modelcontextprotocol/sdk/client/streamableHttp.js") };
+const types = two ? {} : await import("@modelcontextprotocol/sdk/types.js");
+const options = { capabilities: { elicitation: {} }, versionNegotiation: { mode: process.env.MODE } };
+const client = new Client({ name: "test", version: "1" }, options);
+client.setRequestHandler(two ? "elicitation/create" : types.ElicitRequestSchema,
+  async () => ({ action: "accept", content: { city: "Łódź" } }));
+let heard = 0;
+client.setNotificationHandler(two ? "notifications/tools/list_changed" : types.ToolListChangedNotificationSchema,
+  () => { heard++; });
+const headers = { "X-API-Key": process.env.KEY };
+const transport = new StreamableHTTPClientTransport(new URL(process.env.URL), { requestInit: { headers } });
+await client.connect(transport);
+const call = async (name, args = {}) => (await client.callTool({ name, arguments: args })).content[0].text;
+const version = client.getNegotiatedProtocolVersion?.() ?? transport.protocolVersion;
+const tools = (await client.listTools()).tools.map((tool) => tool.name);
+const resources = (await client.listResources()).resources.map((each) => each.uri);
+const read = (await client.readResource({ uri: resources[0] })).contents[0];
+const ordered = await call("tools__order", { what: "tea" });
+const subscription = process.env.MODE === "auto" ? await client.listen({ toolsListChanged: true }) : undefined;
+while (!heard) await call(subscription ? "news__change" : "tools__announce");
+await subscription?.close();
+await transport.terminateSession?.();
+await client.close();
+console.log(JSON.stringify({ version, tools, resources, read, ordered }));
+"""
+
 
 @pytest.fixture(scope="module")
 def packages(request: pytest.FixtureRequest) -> Path:
@@ -99,3 +133,13 @@ def test_sessions_of_the_mcp_client_stay_at_one_of_two_servers(twins: Twins, pac
     assert all({"add", "who"} <= set(use["tools"]) for use in uses)
     assert len({use["session"] for use in uses}) == 8
     assert {use["servers"][0] for use in uses} == {"first", "second"}
+
+
+@pytest.mark.parametrize(("sdk", "mode"), [("1", "legacy"), ("2", "legacy"), ("2", "auto")])
+def test_the_mcp_client_uses_a_group(group: Gateway, packages: Path, sdk: str, mode: str) -> None:  # noqa: F811
+    told = json.loads(run(packages, GROUP, URL=url_of(group), KEY=group.key, SDK=sdk, MODE=mode))
+    assert told["version"] == (MODERN if mode == "auto" else LEGACY)
+    assert {"tools__add", "news__change"} <= set(told["tools"])
+    assert told["resources"] == ["news+news://today"]
+    assert (told["read"]["uri"], told["read"]["text"]) == ("news+news://today", "none")
+    assert told["ordered"] == "tea goes to Łódź"
