@@ -36,6 +36,14 @@ def text_of(fields: Fields, name: str) -> str:
         return ""
 
 
+def object_of(fields: Fields, name: str) -> Fields:
+    """Return a field that is an object, empty if it is not."""
+    try:
+        return decode_fields(fields[name]) if name in fields else {}
+    except UNREADABLE:
+        return {}
+
+
 def response_in(payload: bytes) -> Fields | None:
     """Return the fields of a JSON-RPC response, None for anything else."""
     try:

@@ -23,6 +23,7 @@ from gpuproxy.codec.mcp import (
     decode_fields,
     encode,
     mirrored_name,
+    object_of,
     raw,
     text_of,
     unmirrored_name,
@@ -41,7 +42,7 @@ from gpuproxy.control.mcp_merge import (
     merged_session,
     next_cursor,
 )
-from gpuproxy.control.mcp_names import MARK, URI_MARK, inward, object_of, split
+from gpuproxy.control.mcp_names import MARK, URI_MARK, inward, split
 from gpuproxy.control.mcp_relay import relay, while_there
 from gpuproxy.observe.logs import get_logger
 

@@ -15,10 +15,10 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from gpuproxy.codec.events import EventCutter
-from gpuproxy.codec.mcp import UNREADABLE, Fields, decode_fields, encode, raw, text_of
+from gpuproxy.codec.mcp import UNREADABLE, Fields, decode_fields, encode, object_of, raw, text_of
 from gpuproxy.codec.sse import event_payloads
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Told, passed_fields, told_by
-from gpuproxy.control.mcp_names import URI_MARK, object_of, shown_uri, split, texts_of
+from gpuproxy.control.mcp_names import URI_MARK, shown_uri, split, texts_of
 from gpuproxy.control.mcp_relay import EVENTS, named
 
 LISTENING = "~"  # begins the ids of events in such a stream; no name of a server does

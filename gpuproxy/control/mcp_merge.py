@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from gpuproxy.codec.mcp import UNREADABLE, Fields, raw, text_of
+from gpuproxy.codec.mcp import UNREADABLE, Fields, object_of, raw, text_of
 from gpuproxy.control.mcp_inner import Told
-from gpuproxy.control.mcp_names import decode_list, object_of, relabelled, texts_of
+from gpuproxy.control.mcp_names import decode_list, relabelled, texts_of
 
 LISTS = {
     "tools/list": "tools",

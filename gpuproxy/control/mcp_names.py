@@ -8,21 +8,13 @@ from collections.abc import Callable, Iterable
 import msgspec
 from msgspec import Raw
 
-from gpuproxy.codec.mcp import UNREADABLE, Fields, decode_fields, encode, raw, text_of
+from gpuproxy.codec.mcp import UNREADABLE, Fields, decode_fields, encode, object_of, raw, text_of
 
 MARK = "__"  # no server of a group has it in its name
 URI_MARK = "+"  # a scheme may hold it (RFC 3986 §3.1), a server's name not
 
 decode_list = msgspec.json.Decoder(list[Raw]).decode
 _decode_texts = msgspec.json.Decoder(list[str]).decode
-
-
-def object_of(fields: Fields, name: str) -> Fields:
-    """Return a field that is an object, empty if it is not."""
-    try:
-        return decode_fields(fields[name]) if name in fields else {}
-    except UNREADABLE:
-        return {}
 
 
 def texts_of(fields: Fields, name: str) -> list[str]:

@@ -88,6 +88,7 @@ class UpstreamRequest(Struct, gc=False):
     that usage can be read. ``editor`` is shown a streamed answer of status 200 before the client is (and one in JSON,
     if it has a true ``edits_json``); one that is a `HeadEditor` is shown the head of any answer instead. ``asks_usage``
     tells that ``body`` and ``editor`` are there for usage alone: upstreams not to be asked get what the client sent.
+    ``sequel`` is asked about the whole answer of an envelope.
     """
 
     path: bytes | None = None
@@ -96,6 +97,21 @@ class UpstreamRequest(Struct, gc=False):
     identity: bool = False
     editor: AnswerEditor | HeadEditor | None = None
     asks_usage: bool = False
+    sequel: "Sequel | None" = None
+
+
+class Sequel(Protocol):
+    """What follows an envelope's request when its answer is not for the caller. Made for one call.
+
+    All that follows goes to the same server, by the same method and path, and is one call with one receipt. With a
+    ``farewell`` the server gets, after the last answer, the head of the last request again by that method, without a
+    body; its answer is not waited for.
+    """
+
+    farewell: bytes
+
+    def next(self, status: int, fields: HeaderList, body: bytes) -> "UpstreamRequest | None":
+        """Return the request that follows this answer, None if the answer is the caller's."""
 
 
 class UsageReader(Protocol):

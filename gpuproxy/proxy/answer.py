@@ -274,6 +274,10 @@ class Answer(Refusing):
         call = self._call
         assert call is not None
         head = connection.head
+        sequel = self._sending[4].sequel
+        if sequel is not None and (following := sequel.next(head.status, head.fields, body)) is not None:
+            self._goes_on(connection, following)
+            return
         content_type = head.content_type
         reader = None if head.is_encoded else handler.reader(call, head.status, head.kind)
         usage = None
@@ -292,7 +296,19 @@ class Answer(Refusing):
         )
         self._reader = _Known(usage, getattr(reader, "rpc_outcome", ""), getattr(reader, "response_model", ""))
         self._write_json(200, answer, b"")
-        self._complete(connection)
+        if sequel is not None and sequel.farewell and head.keeps_alive:
+            self._take_leave(connection, sequel.farewell)
+        else:
+            self._complete(connection)
+
+    def _take_leave(self, connection: "UpstreamConnection", farewell: bytes) -> None:
+        """End the call as `_complete` does, but with a last word to the server, whose answer nobody waits for."""
+        length = b"\r\nContent-Length: %d\r\n" % len(self._sending[4].body or b"")
+        rest = self._head[len(self._sending[0]) :].replace(length, b"\r\nConnection: close\r\n")
+        self.upstream = connection.exchange = None
+        connection.transport.write(farewell + rest)
+        connection.transport.close()
+        self._finish("ok")
 
 
 class _Known:

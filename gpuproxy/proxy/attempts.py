@@ -15,6 +15,7 @@ from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
 from gpuproxy.proxy.tunnelled import Tunnelled
 from gpuproxy.proxy.unasked import is_refusal, without_question
 
+NO_TIME_S = 0.001  # to wait for what is sent when the envelope's time is over
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))  # RFC 9110 §9.2.2; TRACE is not served
 
 if TYPE_CHECKING:
@@ -160,6 +161,24 @@ class Attempts(Tunnelled):
         self._forward(endpoint)
         if replica is not None:
             replica.end(generation)  # after the new one began: the call keeps its place
+
+    def _goes_on(self, connection: "UpstreamConnection", following: UpstreamRequest) -> None:
+        """Send what follows an answer that is not for the caller, to the same server, within the envelope's time."""
+        endpoint, generation, collected = self._endpoint, self._generation, self._collected
+        assert endpoint is not None
+        assert collected is not None
+        method, path, fields, body, _ = self._sending
+        self._sending = method, path, fields, body, following
+        if self._destination is not None:
+            self._destination = self._destination.narrowed(endpoint)
+        self._first_byte_ns = 0
+        self._attempts -= 1  # it is the same one still
+        collected.clear()
+        self.upstream = None
+        connection.release(self.plane.now_s)
+        self._forward(endpoint.at_root(collected.rest_s(endpoint.first_byte_s) or NO_TIME_S))
+        if endpoint.replica is not None:
+            endpoint.replica.end(generation)
 
     def _question(self, endpoint: Endpoint, body: bytes | None, request: UpstreamRequest) -> bytes | None:
         """Return the body that asks for usage, or the client's own for an endpoint that is not to be asked."""

@@ -126,6 +126,10 @@ class Collected:
         """Return all of it."""
         return b"".join(self._parts)
 
+    def clear(self) -> None:
+        """Forget what has come; the time goes on."""
+        self._parts, self._size = [], 0
+
     def rest_s(self, idle_s: float) -> float:
         """Return how long to wait for the next bytes: the rest of the envelope's time, else `idle_s`."""
         if not self._give_up_ns:

@@ -169,6 +169,9 @@ class ExchangeState:
     def _is_kept_back(self, connection: "UpstreamConnection", body: bytes) -> bool:
         raise NotImplementedError
 
+    def _goes_on(self, connection: "UpstreamConnection", following: UpstreamRequest) -> None:
+        raise NotImplementedError
+
     def refuse(self, error: GatewayError) -> None:
         """Answer with an error in the caller's dialect; mid-answer, cut the stream visibly instead."""
         raise NotImplementedError

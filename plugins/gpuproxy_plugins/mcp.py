@@ -26,7 +26,7 @@ from gpuproxy.plugin import (
     event_payloads,
     mcp_codec,
 )
-from gpuproxy_plugins.mcp_completion import completed
+from gpuproxy_plugins.mcp_completion import complete
 from gpuproxy_plugins.mcp_meter import (
     NAME_CHARACTERS_MAX,
     JsonOutcome,
@@ -134,7 +134,7 @@ class Mcp:
         path = DEFAULT_PATH + call.path if call.path[:1] != b"/" else None
         request = UpstreamRequest(path=path)
         if call.method == b"POST" and call.body:
-            request.body, request.headers = completed(call)
+            complete(call, request)
         return request if call.tools is None else bound(call, request)
 
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:

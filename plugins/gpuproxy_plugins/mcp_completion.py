@@ -1,16 +1,18 @@
 """Completes the JSON-RPC message of an MCP envelope: adds what is absent, never overrides.
 
 A bare ``{"method", "params"}`` becomes a request of the stateless revision 2026-07-28, which needs no
-session: ``_meta`` in the params and the headers that mirror it. A caller who names a revision or a session,
-or who sends `initialize`, may speak an older one and gets no such additions.
+session: ``_meta`` in the params and the headers that mirror it. A server that refuses that is called as an older one;
+see `mcp_handshake`. A caller who names a revision or a session, or who sends `initialize`, may speak an older one and
+gets no such additions.
 """
 
 import secrets
 
 from msgspec import Raw
 
-from gpuproxy.plugin import Call, HeaderList, mcp_codec
+from gpuproxy.plugin import Call, HeaderList, UpstreamRequest, mcp_codec
 from gpuproxy_plugins.envelope import content_type_if_absent
+from gpuproxy_plugins.mcp_handshake import Handshake
 from gpuproxy_plugins.mcp_meter import NAME_FIELDS
 
 _VERSION_KEY = "io.modelcontextprotocol/protocolVersion"
@@ -18,22 +20,25 @@ _CAPABILITIES_KEY = "io.modelcontextprotocol/clientCapabilities"
 _HANDSHAKE = ("initialize", "notifications/initialized")  # of the session-based revisions only
 
 
-def completed(call: Call) -> tuple[bytes | None, HeaderList]:
-    """Return the body to send (None: as it is) and the headers to set for a posted envelope."""
-    headers = content_type_if_absent(call)
+def complete(call: Call, request: UpstreamRequest) -> None:
+    """Set the body to send, if it changes, and the headers for a posted envelope."""
+    headers = request.headers = content_type_if_absent(call)
     if call.header(b"accept") is None:
         headers.append((b"Accept", b"application/json, text/event-stream"))  # both, or servers answer 406
     message = _fields(call.body or b"")
     method = mcp_codec.text_of(message, "method")
     if not method or "result" in message or "error" in message:
-        return None, headers  # a response, a batch, or nothing JSON-RPC: the server judges
+        return  # a response, a batch, or nothing JSON-RPC: the server judges
     if "jsonrpc" not in message:
         message["jsonrpc"] = mcp_codec.raw("2.0")
     if "id" not in message and not method.startswith("notifications/"):
         message["id"] = mcp_codec.raw(f"gpuproxy-{secrets.token_hex(8)}")
     if _may_be_modern(call, method):
-        headers += _modernize(call, message, method)
-    return mcp_codec.encode(message), headers
+        as_older = dict(message)
+        request.headers = [*headers, *_modernize(call, message, method)]
+        if bytes(message.get("id", b"null")) != b"null":  # without one there is no answer to wait for
+            request.sequel = Handshake(as_older, headers)
+    request.body = mcp_codec.encode(message)
 
 
 def _may_be_modern(call: Call, method: str) -> bool:

@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,15 @@ def run(directory: Path, code: str, **variables: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@contextmanager
+def serving(directory: Path, code: str) -> Iterator[int]:
+    """Run a module that serves, and prints its port first; yield that."""
+    line = [str(NODE), "--input-type=module", "-e", code]
+    with subprocess.Popen(line, cwd=directory, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield int(server.stdout.readline())
+        finally:
+            server.kill()

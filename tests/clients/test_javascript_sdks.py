@@ -1,14 +1,16 @@
 """The official JavaScript SDKs of OpenAI, Anthropic and MCP, unmodified, through the gateway."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from .conftest import Way
-from .gateway import Gateway
-from .node import installed, run
+from .gateway import WAIT_S, Gateway
+from .node import installed, run, serving
 from .test_mcp_group import url_of
 from .test_mcp_group_streams import group, shelf, shelf_thread  # noqa: F401  # fixtures
 from .test_mcp_replicas import Twins, twins  # noqa: F401  # a fixture
@@ -98,6 +100,31 @@ await client.close();
 console.log(JSON.stringify({ version, tools, resources, read, ordered }));
 """
 
+OLDER_SERVER = """
+import { createServer } from "node:http";
+import { randomUUID } from "node:crypto";
+import { z } from "zod";
+import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
+import { StreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/streamableHttp.js";
+const sessions = new Map();
+const begin = async () => {
+  const transport = new StreamableHTTPServerTransport({
+    sessionIdGenerator: randomUUID, onsessioninitialized: (id) => { sessions.set(id, transport); } });
+  transport.onclose = () => { sessions.delete(transport.sessionId); };
+  const server = new McpServer({ name: "older", version: "1" });
+  server.registerTool("add", { inputSchema: { a: z.number(), b: z.number() } },
+    async ({ a, b }) => ({ content: [{ type: "text", text: `${a + b} in ${sessions.size}` }] }));
+  await server.connect(transport);
+  return transport;
+};
+const server = createServer(async (request, response) => {
+  if (request.url === "/sessions") { response.end(String(sessions.size)); return; }
+  const transport = sessions.get(request.headers["mcp-session-id"]) ?? await begin();
+  await transport.handleRequest(request, response);
+});
+server.listen(0, "127.0.0.1", () => { console.log(server.address().port); });
+"""
+
 
 @pytest.fixture(scope="module")
 def packages(request: pytest.FixtureRequest) -> Path:
@@ -143,3 +170,17 @@ def test_the_mcp_client_uses_a_group(group: Gateway, packages: Path, sdk: str, m
     assert told["resources"] == ["news+news://today"]
     assert (told["read"]["uri"], told["read"]["text"]) == ("news+news://today", "none")
     assert told["ordered"] == "tea goes to Łódź"
+
+
+def test_an_envelope_calls_a_server_of_sessions_and_leaves_none_behind(gateway: Gateway, packages: Path) -> None:
+    with serving(packages, OLDER_SERVER) as port:
+        url = f"http://127.0.0.1:{port}"
+        body = {"method": "tools/call", "params": {"name": "add", "arguments": {"a": 2, "b": 3}}}
+        envelope = {"protocol": "mcp", "target_url": f"{url}/mcp", "body": body}
+        headers = {"X-API-Key": gateway.key}
+        answer = httpx2.post(f"{gateway.url}/api/v1/gpu/proxy", json=envelope, headers=headers, timeout=WAIT_S).json()
+        assert answer["data"]["result"]["content"][0]["text"] == "5 in 1"
+        deadline_s = time.monotonic() + WAIT_S
+        while (count := httpx2.get(f"{url}/sessions").text) != "0" and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert count == "0"

@@ -7,13 +7,12 @@ from aiohttp.test_utils import make_mocked_request
 from msgspec import Raw
 from multidict import CIMultiDict
 
-from gpuproxy.codec.mcp import decode_fields, text_of
+from gpuproxy.codec.mcp import decode_fields, object_of, text_of
 from gpuproxy.codec.seal import Seal
 from gpuproxy.config.mcp import McpGroup
 from gpuproxy.control.mcp_answers import RpcError
 from gpuproxy.control.mcp_group import PAGES_MAX, Group, Turn
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Inner, Seat, Told
-from gpuproxy.control.mcp_names import object_of
 
 LIST = {"jsonrpc": Raw(b'"2.0"'), "id": Raw(b"1"), "method": Raw(b'"tools/list"')}
 SEATS = {"long": Seat(), "short": Seat()}
