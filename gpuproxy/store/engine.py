@@ -7,6 +7,7 @@ and writes later would fail with "database is locked" at once, whatever busy_tim
 """
 
 import asyncio
+import socket
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing, nullcontext
@@ -33,7 +34,15 @@ PRAGMAS = (
     f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}",
     "PRAGMA journal_size_limit=67108864",
 )
+# Of both ends of a connection: else who waits for a machine that is gone, with locks in hand, may wait for hours.
 KEEPALIVE = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
+KEEPALIVE_OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000),
+)
 # SQLSTATE classes of PostgreSQL: the connection, rolled back for another, short of something, in use, being stopped
 AWAY_STATES = ("08", "40", "53", "55", "57")
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -253,7 +262,7 @@ async def connect_postgresql(store: Store) -> Any:
 
 
 def _postgresql_engine(url: URL, ssl_mode: str) -> AsyncEngine:
-    return create_async_engine(
+    engine = create_async_engine(
         url.set(drivername="postgresql+asyncpg", query={}),
         pool_size=POOL_CONNECTIONS,
         max_overflow=0,
@@ -262,6 +271,16 @@ def _postgresql_engine(url: URL, ssl_mode: str) -> AsyncEngine:
         connect_args={
             "ssl": ssl_mode,
             "timeout": BUSY_TIMEOUT_MS / 1_000,
-            "server_settings": {"lock_timeout": str(BUSY_TIMEOUT_MS)},
         },
     )
+    event.listen(engine.sync_engine, "connect", _prepare_postgresql)
+    return engine
+
+
+def _prepare_postgresql(connection: Any, _record: Any) -> None:
+    settings = {**KEEPALIVE, "lock_timeout": BUSY_TIMEOUT_MS}
+    words = "; ".join(f"SET {name} = {value}" for name, value in settings.items())
+    connection.run_async(lambda driver: driver.execute(words))  # a pooler takes no settings with the first word
+    opened = connection.driver_connection._transport.get_extra_info("socket")  # asyncpg has no door to it
+    for option in KEEPALIVE_OPTIONS if opened.family != socket.AF_UNIX else ():
+        opened.setsockopt(*option)

@@ -1,8 +1,10 @@
 """Opening stores: URLs as people write them, and what a transaction promises."""
 
 import asyncio
+import socket
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import insert, select, text, update
@@ -164,3 +166,15 @@ async def test_who_looks_at_what_is_not_there_is_told_as_everywhere(store_url: s
     with pytest.raises(SQLAlchemyError):
         await store.look(select(journal_segments))
     await store.close()
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_a_machine_that_falls_off_the_network_is_noticed_by_the_other(store: Store) -> None:
+    async with store.reading() as connection:
+        names = ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count")
+        assert [await connection.scalar(text(f"SHOW {name}")) for name in names] == ["10", "5", "3"]
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        opened = driver._transport.get_extra_info("socket")
+        assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        assert [opened.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [10, 5, 3, 25_000]
