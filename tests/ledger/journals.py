@@ -3,13 +3,16 @@
 import fcntl
 import os
 import struct
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from zlib import crc32
 
 import msgspec
+from sqlalchemy import select
 
+from gpuproxy.store.engine import Store
+from gpuproxy.store.schema import receipts
 from gpuproxy.types import Receipt
 
 DAY_NS = 86_400 * 10**9
@@ -46,9 +49,9 @@ def receipt(number: int, **changes: object) -> Receipt:
     return msgspec.structs.replace(plain, **changes)
 
 
-def frame(receipts: Iterable[Receipt]) -> bytes:
+def frame(calls: Iterable[Receipt]) -> bytes:
     """Return one frame."""
-    payload = msgspec.msgpack.encode(list(receipts))
+    payload = msgspec.msgpack.encode(list(calls))
     return struct.pack("<II", len(payload), crc32(payload)) + payload
 
 
@@ -79,6 +82,34 @@ class Worker:
         if self._is_here:
             os.close(self._fd)
         self._is_here = False
+
+
+Hire = Callable[..., Worker]
+
+
+@contextmanager
+def hiring(directory: Path) -> Iterator[Hire]:
+    """Give a function that starts a worker on a segment; all leave in the end."""
+    hired: list[Worker] = []
+
+    def start(name: str = "000-1") -> Worker:
+        hired.append(Worker(directory / f"{name}.log"))
+        return hired[-1]
+
+    yield start
+    for worker in hired:
+        worker.leaves()
+
+
+async def stored(store: Store) -> list[str]:
+    """Return the ids of all receipts that are stored."""
+    async with store.reading() as connection:
+        return list(await connection.scalars(select(receipts.c.id).order_by(receipts.c.id)))
+
+
+def ids(first: int, end: int) -> list[str]:
+    """Return the ids of receipts first..end-1."""
+    return [receipt(number).id for number in range(first, end)]
 
 
 def open_files() -> list[str]:

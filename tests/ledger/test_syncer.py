@@ -2,29 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from journals import Worker, frames, open_files
+from journals import Hire, frames, hiring, open_files
 
 from gpuproxy.ledger.syncer import Syncer
-
-Hire = Callable[[str], Worker]
 
 
 @pytest.fixture
 def hire(tmp_path: Path) -> Iterator[Hire]:
     """Return a function that starts a worker on a segment."""
-    hired: list[Worker] = []
-
-    def start(name: str) -> Worker:
-        hired.append(Worker(tmp_path / f"{name}.log"))
-        return hired[-1]
-
-    yield start
-    for worker in hired:
-        worker.leaves()
+    with hiring(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture
