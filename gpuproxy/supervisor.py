@@ -26,6 +26,7 @@ from gpuproxy.errors import ConfigError
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import check_plugins
 from gpuproxy.process import DRAINING, LOCK_NAME, READY, Boot
+from gpuproxy.resolver import resolv_options
 
 _log = get_logger("gpuproxy.supervisor")
 
@@ -167,7 +168,9 @@ class Supervisor:
         )
         inherited = [fd for fd in (boot_read, report_write, self._lifeline_read, listen_fd, link_fd) if fd >= 0]
         process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", _CHILD_MODULES[is_control], str(boot_read)], pass_fds=inherited
+            [sys.executable, "-m", _CHILD_MODULES[is_control], str(boot_read)],
+            pass_fds=inherited,
+            env={"RES_OPTIONS": resolv_options(self._config.timeouts.dns_s), **os.environ},
         )
         os.close(boot_read)
         os.close(report_write)

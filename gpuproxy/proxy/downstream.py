@@ -10,7 +10,7 @@ from gpuproxy.observe.logs import get_logger
 from gpuproxy.proxy import refusal
 from gpuproxy.proxy.admit import Held
 from gpuproxy.proxy.exchange import Exchange
-from gpuproxy.proxy.exchange_state import READ_QUEUE, ExchangeState
+from gpuproxy.proxy.exchange_state import DONE, READ_ANSWERS, READ_QUEUE, ExchangeState
 from gpuproxy.proxy.headers import (
     join_fields,
 )
@@ -65,7 +65,7 @@ class Downstream(RequestReader):
         """Take the client in, or turn it away when there are too many."""
         self.transport = cast(asyncio.Transport, transport)
         plane = self.plane
-        if len(plane.downstreams) >= plane.limits.connections_max:
+        if len(plane.downstreams) + len(plane.tunnels) >= plane.limits.connections_max:
             self.transport.abort()
             return
         peer = transport.get_extra_info("peername")
@@ -99,12 +99,19 @@ class Downstream(RequestReader):
         self.is_write_blocked = True
         if self.current is not None:
             self.current.pause_answer()
+        else:
+            self.block_reading(READ_ANSWERS)
 
     def resume_writing(self) -> None:
         """The client takes bytes again."""
         self.is_write_blocked = False
-        if self.current is not None:
+        self.unblock_reading(READ_ANSWERS)
+        if self.current is None:
+            return
+        if self.current.state != DONE:
             self.current.resume_answer()
+        elif self.current.is_received:
+            self.next()
 
     def block_reading(self, reason: int) -> None:
         """Stop reading from the client for one more reason."""
@@ -193,7 +200,7 @@ class Downstream(RequestReader):
             return
         if not exchange.is_received:  # the rest of a refused or early answered upload is read and dropped
             self.deadline_s = self.plane.now_s + self.plane.timeouts.body_idle_s
-        elif self._waiting or self._was_malformed or self.plane.is_draining:
+        elif self._waiting or self._was_malformed or self.plane.is_draining or self.is_write_blocked:
             self.next()
         else:
             self.current = None
@@ -211,6 +218,10 @@ class Downstream(RequestReader):
         self._is_turning = False
 
     def _start_next(self) -> None:
+        if self.is_write_blocked:  # who does not read its answers gets no more of them; `current` is over and stays
+            self.block_reading(READ_ANSWERS)
+            self.deadline_s = self.plane.now_s + self.plane.timeouts.idle_s
+            return
         if self._waiting:
             self.current = following = self._waiting.popleft()
             self.unblock_reading(READ_QUEUE)

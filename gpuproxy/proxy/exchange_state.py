@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NEW, ADMITTING, COLLECTING, WAITING, CONNECTING, SENT, DONE = range(7)
 
 # Reasons not to read from the client for now; reading goes on when none is left.
-READ_UPLOAD, READ_QUEUE, READ_BUFFER = 1, 2, 4
+READ_UPLOAD, READ_QUEUE, READ_BUFFER, READ_ANSWERS = 1, 2, 4, 8
 
 DISCARDED_BODY_BYTES_MAX = 262_144  # of a refused upload that is read to keep the connection usable
 PSEUDONYM = b"gpuproxy"

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
-from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import Intent
 from gpuproxy.proxy.calls import price_of_call
 from gpuproxy.proxy.credit import price_for, unknown_credit
@@ -18,8 +17,6 @@ from gpuproxy.proxy.route import INSTANCE
 from gpuproxy.proxy.sending import Sending
 
 Step = Callable[[Intent, bytes | None, Endpoint | None], bool]
-
-_log = get_logger("gpuproxy.exchange")
 
 
 class Paying(Sending):
@@ -158,7 +155,3 @@ class Paying(Sending):
         if not self.has_body:
             return 0
         return self.content_length if self.content_length >= 0 else self.plane.limits.body_bytes_max
-
-    def _fail(self) -> None:
-        _log.exception("exchange failed", request_id=self.request_id)
-        self.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))

@@ -5,7 +5,6 @@ former are judged by the guard.
 """
 
 import asyncio
-import socket
 import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gpuproxy.errors import GatewayError
 from gpuproxy.guard import Guard
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.resolver import Resolver
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection
@@ -41,6 +41,8 @@ class ConnectPolicy(NamedTuple):
     connections_max: int
     connect_to: dict[str, str]
     guard: Guard
+    resolver: Resolver
+    guarded_resolver: Resolver  # for names that callers choose, and whose servers may be theirs
 
 
 class Origin:
@@ -124,7 +126,7 @@ class Origin:
             _, connection = await loop.create_unix_connection(lambda: self._make(self), self.key.unix_path)
             return connection
         failure: OSError = OSError("no address")
-        for address, port in await self._addresses(loop):
+        for address, port in await self._addresses():
             try:
                 _, connection = await loop.create_connection(
                     lambda: self._make(self),
@@ -141,24 +143,23 @@ class Origin:
                 return connection
         raise failure
 
-    async def _addresses(self, loop: asyncio.AbstractEventLoop) -> list[tuple[str, int]]:
+    async def _addresses(self) -> list[tuple[str, int]]:
         key = self.key
         redirected = self._policy.connect_to.get(f"{key.host}:{key.port}")
         host, port = key.host, key.port
         if redirected is not None:  # the operator's own words: judged by whoever wrote the config
             host, _, port_text = redirected.rpartition(":")
             port = int(port_text)
+        resolver = self._policy.guarded_resolver if key.is_guarded else self._policy.resolver
         try:
-            async with asyncio.timeout(self._policy.dns_s):
-                answers = await loop.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+            found = await resolver.resolve(host.strip("[]"), port, self._policy.dns_s)
         except TimeoutError:
             raise GatewayError("UPSTREAM_TIMEOUT", f"{self.label}: its name was not resolved in time") from None
         except OSError:
             raise GatewayError("UPSTREAM_UNREACHABLE", f"{self.label}: its name does not resolve") from None
-        found = [str(answer[4][0]) for answer in answers]
         if key.is_guarded and redirected is None:
             self._policy.guard.check(key.host, found)
-        return [(address, port) for address in dict.fromkeys(found[:ADDRESSES_MAX])]
+        return [(address, port) for address in found[:ADDRESSES_MAX]]
 
     def _mapped(self, error: BaseException, connect_s: float) -> BaseException:
         if isinstance(error, TimeoutError):
@@ -227,9 +228,11 @@ class Pools:
                 origin.expire(now_s)
 
     def close(self) -> None:
-        """Close all idle connections."""
+        """Close all idle connections; no other can be made afterwards."""
         for origin in self._origins.values():
             origin.close()
+        self._policy.resolver.close()
+        self._policy.guarded_resolver.close()
 
     def _tls_for_users(self) -> ssl.SSLContext:
         if self._user_tls is None:

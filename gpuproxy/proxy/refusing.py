@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from gpuproxy.errors import CODES, GatewayError
+from gpuproxy.observe.logs import get_logger
 from gpuproxy.proxy import refusal
 from gpuproxy.proxy.exchange_state import (
     ADMITTING,
@@ -24,6 +25,8 @@ from gpuproxy.types import Outcome
 if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection
 from gpuproxy.proxy.settled import Settled
+
+_log = get_logger("gpuproxy.exchange")
 
 
 class Refusing(Settled):
@@ -49,6 +52,11 @@ class Refusing(Settled):
             self.keeps_alive = False
         self._write_json(error.status, body, refusal_fields(self, error, self._attempts))
         self._finish("upstream_failed" if CODES[error.code].source == "upstream" else "refused")
+
+    def _fail(self) -> None:
+        """Refuse because of what was raised just now and should not have been."""
+        _log.exception("exchange failed", request_id=self.request_id)
+        self.refuse(GatewayError("INTERNAL", "the gateway failed; the request id finds it in the log"))
 
     def answer_visitor(self, answer: bytes) -> None:
         """Answer a call without a caller; what it sends as a body is not wanted."""
@@ -125,7 +133,7 @@ class Refusing(Settled):
             self.downstream.abort()
         elif state == CONNECTING:  # bounded by the pool's own limits
             self.downstream.deadline_s = self.plane.now_s + self.plane.timeouts.connect_s
-        elif state == SENT and self.has_sent_head and self._is_paused:
+        elif state == SENT and self.downstream.is_write_blocked:
             self.downstream.abort()  # the client stopped reading: connection_lost settles the call
         elif state == COLLECTING or (state == SENT and self._waits_for_upload()):
             self.refuse(GatewayError("REQUEST_TIMEOUT", "the body did not arrive in time"))

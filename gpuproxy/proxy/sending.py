@@ -130,6 +130,10 @@ class Sending(Attempts):
             if self.state == CONNECTING:
                 self._unreachable(error)
             return
+        except Exception:  # of a task nobody waits for: the call would wait without end
+            if self.state == CONNECTING:
+                self._fail()
+            return
         if self.state == CONNECTING:
             self._send(connection)
         else:  # the client left meanwhile; somebody else will want the connection

@@ -9,6 +9,8 @@ chose it, was sent by the upstream unasked: such a connection is dropped and the
 """
 
 import asyncio
+import contextlib
+import os
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
@@ -116,6 +118,8 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Tell the pool, and the exchange if one was waiting."""
         self.origin.forget(self)
+        if error is not None and self.exchange is not None and not self.exchange.is_received:
+            self._read_the_rest()
         exchange, self.exchange = self.exchange, None
         if exchange is None:
             return
@@ -124,6 +128,15 @@ class UpstreamConnection(asyncio.Protocol):
             exchange.relay(self)
         else:
             exchange.upstream_lost(self)
+
+    def _read_the_rest(self) -> None:
+        """Read what came before a write failed: the loop reads no more then. It may say why an upload is refused."""
+        if self.transport.get_extra_info("ssl_object") is not None:
+            return  # what is left would have to be decrypted
+        fileno = self.transport.get_extra_info("socket").fileno()
+        with contextlib.suppress(OSError):
+            while self.exchange is not None and (data := os.read(fileno, 65_536)):
+                self.data_received(data)
 
     def eof_received(self) -> bool:
         """Close; `connection_lost` tells what the end means."""

@@ -52,6 +52,7 @@ from gpuproxy.proxy.tunnel import TunnelEnd
 from gpuproxy.proxy.tunnelled import Tunnelled
 from gpuproxy.proxy.unasked import UsageRefusals
 from gpuproxy.proxy.upstream import UpstreamConnection
+from gpuproxy.resolver import Resolver
 
 _log = get_logger("gpuproxy.worker")
 
@@ -95,6 +96,8 @@ class Plane:
             self.limits.upstream_connections_max,
             config.egress.connect_to,
             Guard(config.egress.allow),
+            Resolver("dns"),
+            Resolver("target-dns"),
         )
         self.pools = Pools(policy, UpstreamConnection, self.timeouts.upstream_keepalive_s, config.egress.ca_file)
         self.replicas = Replicas(config.routing, loop.time())

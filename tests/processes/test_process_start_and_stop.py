@@ -108,6 +108,11 @@ async def test_a_stream_longer_than_the_drain_is_cut_visibly(
     assert len(here.receipts()) == 1
 
 
+async def test_each_process_asks_name_servers_again_in_time(gateway: Gateway) -> None:
+    for pid in children(gateway.process.pid):
+        assert b"RES_OPTIONS=timeout:1 attempts:2\0" in Path(f"/proc/{pid}/environ").read_bytes()
+
+
 async def test_a_second_gateway_on_the_port_is_refused(place: MakePlace, new_caller: MakeCaller) -> None:
     here = place()
     with running(here) as gateway:

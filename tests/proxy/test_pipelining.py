@@ -2,7 +2,10 @@
 
 import pytest
 
-from .harness import CHAT, KEY, OK, RAW, Gateway, request
+from gpuproxy.proxy.exchange_state import READ_ANSWERS
+
+from .harness import CHAT, KEY, OK, RAW, Gateway, request, until
+from .wire import Wire
 
 
 def _answer(body: bytes) -> bytes:
@@ -141,6 +144,64 @@ async def test_an_upload_queued_behind_a_slow_call_waits_and_is_sent_whole(gatew
     await slow.send(OK)
     assert (await client.answer()).body == b"ok"
     assert (await gateway.receipt(2)).request_bytes == len(body)
+
+
+async def test_who_does_not_read_refusals_is_read_no_more(gateway: Gateway) -> None:
+    client = await gateway.client()
+    one = request(b"GET " + RAW + b"/x", key=b"", id=b"")
+    await until(lambda: bool(gateway.plane.downstreams), "the connection")
+    (downstream,) = gateway.plane.downstreams
+    row, sent = one * 500, 0
+    while not downstream.is_reading_blocked(READ_ANSWERS):
+        sent += client.send_what_fits(row[sent % len(one) :])
+        await gateway.turn()
+        assert sent < 64 << 20, "the client is read on and on"
+    assert downstream.transport.get_write_buffer_size() < 2 << 20
+    left = sent // len(one)
+    while left:
+        assert await client.receive(), "all are answered once they are read"
+        left -= client.take(max(client.held.rfind(b"HTTP/1.1 "), len(client.held) * client.held.endswith(b"}"))).count(
+            b"HTTP/1.1 401 "
+        )
+
+
+async def _served_unread(gateway: Gateway, upstream: Wire, body: bytes) -> int:
+    """Answer calls until the client, which does not read, gets no more; return how many."""
+    (downstream,) = gateway.plane.downstreams
+    count = 0
+    while not downstream.is_write_blocked:
+        await until(lambda: downstream.is_write_blocked or not upstream.is_silent(), "the next call")
+        if not upstream.is_silent():
+            await upstream.read_head()
+            await upstream.send(_answer(body))
+            count += 1
+    await gateway.turn()
+    assert downstream.transport.get_write_buffer_size() < 1 << 20
+    assert upstream.is_silent()
+    return count
+
+
+async def test_who_does_not_read_answers_gets_no_more_of_them(gateway: Gateway) -> None:
+    count, body = 300, b"a" * 50_000
+    client = await gateway.ask(b"".join(request(b"GET " + RAW + b"/x", id=b"t%d" % n) for n in range(count)))
+    upstream = await gateway.raw.accept()
+    served = await _served_unread(gateway, upstream, body)
+    assert served < count
+    for number in range(count):
+        if number >= served:
+            await upstream.read_head()
+            await upstream.send(_answer(body))
+        answer = await client.answer()
+        assert (answer.field(b"x-request-id"), len(answer.body)) == (b"t%d" % number, len(body))
+
+
+async def test_who_never_reads_is_cut(gateway: Gateway) -> None:
+    client = await gateway.ask(request(b"GET " + RAW + b"/x") * 300)
+    await _served_unread(gateway, await gateway.raw.accept(), b"a" * 50_000)
+    gateway.passes(gateway.config.timeouts.idle_s)
+    await client.expect_reset()
+    await until(lambda: not gateway.plane.downstreams, "the connection's end")
+    assert {receipt.outcome for receipt in gateway.receipts()} <= {"ok", "client_gone"}, "no fault of the upstream's"
 
 
 async def test_each_of_many_callers_on_one_connection_is_billed_to_its_own_key(gateway: Gateway) -> None:

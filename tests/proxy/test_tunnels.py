@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from .conftest import Serve
 from .harness import KEY, OK, OK_SENT, RAW, Gateway, request, until
 from .wire import Wire
 
@@ -194,6 +195,19 @@ async def test_a_silent_tunnel_ends_after_the_idle_time(gateway: Gateway) -> Non
     await client.expect_gone()
     await upstream.expect_gone()
     assert (await gateway.receipt()).status == 101
+
+
+async def test_tunnels_are_client_connections_too(serve: Serve) -> None:
+    gateway = await serve(limits={"connections_max": 2})
+    for number in range(2):
+        client = await gateway.ask(request(b"GET " + RAW + b"/ws?x=1", *UPGRADE, id=b"t%d" % number))
+        await _switched(gateway, client)
+    await (await gateway.client()).expect_gone()
+    client.close()
+    await gateway.receipt()
+    client = await gateway.ask(request(b"GET " + RAW + b"/x"))
+    assert (await gateway.answer_one(gateway.raw)).startswith(b"GET /x ")
+    assert (await client.answer()).body == b"ok"
 
 
 async def test_a_tunnel_to_control_writes_no_receipt(gateway: Gateway) -> None:

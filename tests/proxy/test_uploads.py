@@ -240,6 +240,32 @@ async def test_an_early_refusal_reaches_a_client_that_still_uploads(gateway: Gat
     assert (receipt.status, receipt.outcome) == (413, "ok")
 
 
+@pytest.mark.parametrize("framing", [b"Transfer-Encoding: chunked", b"Content-Length: 10485760"])
+async def test_an_early_refusal_arrives_though_the_upstream_closes_at_once(gateway: Gateway, framing: bytes) -> None:
+    client = await gateway.ask(request(b"POST " + RAW + b"/x", framing))
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    part = b"a" * 65_536
+    client.send_what_fits(b"10000\r\n" + part + b"\r\n" if b"chunked" in framing else part)
+    upstream.send_what_fits(b"HTTP/1.1 413 Too Big\r\nConnection: close\r\nContent-Length: 3\r\n\r\nbig")
+    upstream.reset()  # as the kernel does when a server closes without reading: the next write to it fails
+    answer = await client.answer()
+    assert (answer.status, answer.body) == (413, b"big")
+    receipt = await gateway.receipt()
+    assert (receipt.status, receipt.outcome) == (413, "ok")
+
+
+async def test_half_an_early_refusal_is_none(gateway: Gateway) -> None:
+    client = await gateway.ask(request(b"POST " + RAW + b"/x", b"Content-Length: 10485760"))
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    client.send_what_fits(b"a" * 65_536)
+    upstream.send_what_fits(b"HTTP/1.1 413 Too Big\r\nContent-Le")
+    upstream.reset()
+    answer = await client.answer()
+    assert (answer.status, answer.json()["code"]) == (502, "UPSTREAM_INVALID")
+
+
 async def test_a_refused_upload_that_ends_soon_keeps_the_connection(gateway: Gateway) -> None:
     client = await gateway.ask(request(b"POST /v1/nothing", b"Content-Length: 10", key=b""))
     answer = await client.answer()

@@ -1,0 +1,51 @@
+"""Names to addresses, on threads of our own: what somebody's name servers do must make no other name wait.
+
+The system's resolver blocks and cannot be cancelled; event loops run it on a few threads (libuv on two at a time), so
+two names whose servers are silent would stop every new connection by name. Each kind of caller has its own `Resolver`.
+"""
+
+import asyncio
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+from gpuproxy.guard import is_literal
+
+THREADS_MAX = 32  # made when needed; a name that hangs holds one for as long as `resolv_options` lets it
+
+
+class Resolver:
+    """Looks up names for one kind of caller until it is closed."""
+
+    def __init__(self, thread_name: str) -> None:
+        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix=thread_name)
+
+    async def resolve(self, host: str, port: int, within_s: float) -> list[str]:
+        """Return the addresses of a host, each once, in the system's order. An address is its own, at no cost.
+
+        Raises TimeoutError after `within_s`, OSError if there is none.
+        """
+        if is_literal(host):
+            return [host]
+        async with asyncio.timeout(within_s):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, look_up, host, port)
+
+    def close(self) -> None:
+        """Leave the threads to themselves."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def look_up(host: str, port: int) -> list[str]:
+    """Ask the system. Raises OSError."""
+    try:
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:  # a label that is empty or too long
+        raise socket.gaierror(socket.EAI_NONAME, "this is no name") from None
+    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+
+
+def resolv_options(dns_s: float) -> str:
+    """Return what resolv.conf(5) takes as RES_OPTIONS: a question that got lost is asked again within `dns_s`.
+
+    The system's own 5 s would be over before; and so long a silent server would hold its thread, twice over.
+    """
+    return f"timeout:{max(1, int(dns_s / 2))} attempts:2"
