@@ -115,26 +115,28 @@ class Origin:
         self._connections += 1
         try:
             async with asyncio.timeout(connect_s):
-                return await self._open()
+                return await self._open(asyncio.get_running_loop().time() + connect_s)
         except BaseException as error:
             self._connections -= 1
             raise self._mapped(error, connect_s) from error
 
-    async def _open(self) -> "UpstreamConnection":
+    async def _open(self, give_up_s: float) -> "UpstreamConnection":
         loop = asyncio.get_running_loop()
         if self.key.unix_path:
             _, connection = await loop.create_unix_connection(lambda: self._make(self), self.key.unix_path)
             return connection
         failure: OSError = OSError("no address")
-        for address, port in await self._addresses():
+        addresses = await self._addresses()
+        for left, (address, port) in zip(range(len(addresses), 0, -1), addresses, strict=True):
             try:
-                _, connection = await loop.create_connection(
-                    lambda: self._make(self),
-                    address,
-                    port,
-                    ssl=self._tls,
-                    server_hostname=self.key.host if self._tls else None,
-                )
+                async with asyncio.timeout((give_up_s - loop.time()) / left):  # a silent one leaves the others theirs
+                    _, connection = await loop.create_connection(
+                        lambda: self._make(self),
+                        address,
+                        port,
+                        ssl=self._tls,
+                        server_hostname=self.key.host if self._tls else None,
+                    )
             except ssl.SSLError:
                 raise
             except OSError as error:

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from gpuproxy.errors import GatewayError
 
+FLUSH_S = 30.0  # how long a peer may take to read what is left for it
+
 _NO_LINGER = struct.pack("ii", 1, 0)
 
 
@@ -59,8 +61,9 @@ class TunnelEnd(asyncio.Protocol):
 
     def close(self) -> None:
         """End both sides, flushing what they still hold; idempotent."""
-        for end in (self, self.peer):
-            end.transport.close()
+        if not self._is_over:
+            for end in (self, self.peer):
+                flush(end.transport)
         self.finish()
 
     def finish(self) -> None:
@@ -68,6 +71,13 @@ class TunnelEnd(asyncio.Protocol):
         if not self._is_over:
             self._is_over = self.peer._is_over = True
             self._done()
+
+
+def flush(transport: asyncio.Transport) -> None:
+    """Close a connection when its peer has read what is left, but in a while at any rate."""
+    transport.close()
+    if transport.get_write_buffer_size():
+        asyncio.get_running_loop().call_later(FLUSH_S, transport.abort)
 
 
 def reset(transport: asyncio.Transport) -> None:

@@ -227,7 +227,7 @@ class UpstreamEnd(_End):
         self.watch.is_held = False
         client.obey()
         tunnel.reset(self.transport)
-        asyncio.get_running_loop().call_later(GOODBYE_S, client.transport.close)
+        asyncio.get_running_loop().call_later(GOODBYE_S, tunnel.flush, client.transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         """Take the client's side down too, unless it is being told why."""

@@ -1,6 +1,7 @@
 """A certificate authority for the tests, and server contexts with certificates it signed."""
 
 import datetime
+import ipaddress
 import ssl
 from pathlib import Path
 
@@ -37,9 +38,13 @@ class Authority:
         self.ca_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
     def _sign(
-        self, name: x509.Name, key: ec.EllipticCurvePublicKey, *extensions: x509.ExtensionType
+        self,
+        name: x509.Name,
+        key: ec.EllipticCurvePublicKey,
+        *extensions: x509.ExtensionType,
+        ago: datetime.timedelta = 0 * DAY,
     ) -> x509.Certificate:
-        now = datetime.datetime.now(datetime.UTC)
+        now = datetime.datetime.now(datetime.UTC) - ago
         builder = (
             x509.CertificateBuilder()
             .subject_name(name)
@@ -54,11 +59,13 @@ class Authority:
             builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
         return builder.sign(self._key, hashes.SHA256())
 
-    def context(self, host: str) -> ssl.SSLContext:
-        """Return a server context whose certificate is valid for `host` alone."""
+    def context(self, host: str, ago: datetime.timedelta = 0 * DAY) -> ssl.SSLContext:
+        """Return a server context whose certificate is valid for `host` alone, for a day before and after `ago`."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
-        certificate = self._sign(name, key.public_key(), x509.SubjectAlternativeName([x509.DNSName(host)]))
+        is_address = ":" in host or host.replace(".", "").isdigit()
+        own = x509.IPAddress(ipaddress.ip_address(host)) if is_address else x509.DNSName(host)
+        certificate = self._sign(name, key.public_key(), x509.SubjectAlternativeName([own]), ago=ago)
         file = self._directory / f"{host}.pem"
         plain = serialization.NoEncryption()
         secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)

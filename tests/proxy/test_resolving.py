@@ -75,6 +75,24 @@ async def test_a_name_is_judged_whole_each_time_it_is_dialled(
         open_to_all.close()
 
 
+async def test_an_address_that_is_silent_leaves_time_for_the_next(
+    serve: Serve, answers: dict[str, list[list[str]]]
+) -> None:
+    upstream = Listener()
+    silent = socket.create_server(("127.0.0.2", upstream.port), backlog=0)
+    full = [socket.socket() for _ in range(4)]  # a listener whose queue is full takes no connection
+    for sock in full:
+        sock.setblocking(False)
+        sock.connect_ex(("127.0.0.2", upstream.port))
+    answers["two.example"] = [["127.0.0.2", "127.0.0.1"]]
+    gateway = await serve(timeouts={"connect_s": 0.4}, egress={"allow": ["127.0.0.0/8"]})
+    client = await gateway.ask(_envelope("two.example", upstream.port))
+    await gateway.answer_one(upstream)
+    assert (await client.answer()).status == 200
+    for each in (*full, silent, upstream):
+        each.close()
+
+
 @pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example", "a" * 253, "nowhere.invalid"])
 async def test_what_is_no_name_is_a_502(gateway: Gateway, host: str) -> None:
     client = await gateway.ask(_envelope(host, 80))

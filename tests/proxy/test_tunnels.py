@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+from gpuproxy.proxy import tunnel
+
 from .conftest import Serve
 from .harness import KEY, OK, OK_SENT, RAW, Gateway, request, until
 from .wire import Wire
@@ -186,6 +188,22 @@ async def test_a_slow_side_of_a_tunnel_stops_the_other(gateway: Gateway) -> None
     while received < total:
         received += len(await client.read(min(1_048_576, total - received)))
     assert received == total
+
+
+async def test_a_side_that_does_not_read_holds_no_closed_tunnel(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel, "FLUSH_S", 0.05)
+    client = await gateway.ask(request(b"GET " + RAW + b"/ws?x=1", *UPGRADE))
+    upstream = await _switched(gateway, client)
+    transport = next(iter(gateway.plane.tunnels.values()))[0].transport
+    while not transport.get_write_buffer_size():
+        upstream.send_what_fits(b"a" * 1_048_576)
+        await gateway.turn()
+    gateway.passes(gateway.config.timeouts.idle_s)
+    await upstream.expect_gone()
+    await gateway.receipt()
+    await until(lambda: not transport.get_write_buffer_size(), "the end of the connection")
 
 
 async def test_a_silent_tunnel_ends_after_the_idle_time(gateway: Gateway) -> None:
