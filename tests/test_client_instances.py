@@ -205,6 +205,23 @@ async def test_a_channel_that_is_refused_is_raised(scripted: Scripted) -> None:
         await anext(scripted.client.events(["billing_events"]))
 
 
+@pytest.mark.parametrize("status", [200, 404, 405])
+async def test_what_is_no_gateway_is_raised_and_not_asked_for_ever(scripted: Scripted, status: int) -> None:
+    async def script(request: web.Request, count: int) -> web.StreamResponse:
+        return web.Response(status=status)
+
+    scripted.script = script
+    with pytest.raises(errors.GpuproxyError, match=f"answered {status}"):
+        await anext(scripted.client.events(["billing_events"]))
+
+
+async def test_a_gateway_that_was_never_reached_is_raised(scripted: Scripted) -> None:
+    async with gpuproxy.AsyncClient("http://127.0.0.1:1/api/v1", "gp_key", sleep=scripted.sleep) as client:
+        with pytest.raises(errors.ConnectionFailedError):
+            await anext(client.events(["billing_events"]))
+    assert len(scripted.waits) == 2
+
+
 def test_the_socket_is_beside_the_api() -> None:
     assert socket_url("https://gw.example/api/v1") == "wss://gw.example/ws"
     assert socket_url("http://gw.example/base/api/v1/") == "ws://gw.example/base/ws"

@@ -204,7 +204,8 @@ class AsyncClient:
     def events(self, channels: Iterable[str], last_event_id: str = "") -> AsyncGenerator[dict[str, Any]]:
         """Yield what happens on the channels, each a dict of type, payload, id; comes back after every break.
 
-        With `last_event_id` it begins with what happened since. Raises GpuproxyError if a channel is refused.
+        With `last_event_id` it begins with what happened since. Raises GpuproxyError if a channel is refused, or if the
+        gateway was never reached.
         """
         return happening(self._http, self.api_url, tuple(channels), last_event_id, self._sleep)
 

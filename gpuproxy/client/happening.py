@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
-from gpuproxy.client.calls import WAIT_S, WAIT_S_MAX
-from gpuproxy.client.errors import failed
+from gpuproxy.client.calls import RETRIES, WAIT_S, WAIT_S_MAX
+from gpuproxy.client.errors import failed, no_answer
 
 HEARTBEAT_S = 30.0
 SEEN_MAX = 1_024  # an event that comes again after a resumption is passed over
-STATUS_BY_CODE = {"UNAUTHORIZED": 401, "FORBIDDEN": 403, "UNKNOWN_CHANNEL": 404, "UNAVAILABLE": 503}
-LASTING = (400, 401, 403, 404)  # a refusal that another attempt would meet again
+STATUS_BY_CODE = {"UNAUTHORIZED": 401, "FORBIDDEN": 403, "UNKNOWN_CHANNEL": 404, "UNPROCESSABLE": 422}
+PASSING = (408, 425, 429)  # what else is below 500 another attempt would meet again
 
 logger = logging.getLogger(__name__)
 Sleep = Callable[[float], Awaitable[None]]
@@ -35,12 +35,16 @@ def socket_url(api_url: str) -> str:
 async def happening(
     http: aiohttp.ClientSession, api_url: str, channels: tuple[str, ...], last_event_id: str, sleep: Sleep
 ) -> AsyncGenerator[dict[str, Any]]:
-    """Yield events. Raises GpuproxyError for a credential or a channel that is refused."""
+    """Yield events.
+
+    Raises GpuproxyError for a credential or a channel that is refused, and for a gateway that was never reached.
+    """
     seen: deque[str] = deque(maxlen=SEEN_MAX)
-    breaks = 0
+    breaks, was_reached = 0, False
     while True:
         try:
             async with http.ws_connect(socket_url(api_url), heartbeat=HEARTBEAT_S) as socket:
+                was_reached = True
                 await socket.send_json({"type": "subscribe", "channels": channels, "last_event_id": last_event_id})
                 async for told in _told(socket):
                     if told["type"] == "subscribed":
@@ -51,10 +55,11 @@ async def happening(
                         last_event_id = told["id"]
                         yield told
         except aiohttp.WSServerHandshakeError as error:
-            if error.status in LASTING:
+            if error.status < 500 and error.status not in PASSING:
                 raise failed(f"/ws answered {error.status}", "REFUSED", error.status) from error
-        except (aiohttp.ClientError, TimeoutError, ConnectionError):
-            pass
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            if breaks >= RETRIES and not was_reached:
+                raise no_answer(error, isinstance(error, TimeoutError)) from error
         await sleep(min(WAIT_S_MAX, WAIT_S * 2**breaks) * random.uniform(0.5, 1))  # noqa: S311 (jitter, no secret)
         breaks = min(breaks + 1, 8)
 

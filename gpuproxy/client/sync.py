@@ -1,7 +1,7 @@
 """The client for ordinary code, on httpx."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Literal, Self, overload
 
 import httpx
@@ -194,10 +194,11 @@ class Client:
         answer: dict[str, Any] | ProxyStream = self._run(steps)
         return answer
 
-    def events(self, channels: Iterable[str], last_event_id: str = "") -> Iterator[dict[str, Any]]:
+    def events(self, channels: Iterable[str], last_event_id: str = "") -> Generator[dict[str, Any]]:
         """Yield what happens on the channels, each a dict of type, payload, id; comes back after every break.
 
-        With `last_event_id` it begins with what happened since. Not for code in an event loop: there is AsyncClient.
+        With `last_event_id` it begins with what happened since. Raises GpuproxyError if a channel is refused, or if the
+        gateway was never reached. Not for code in an event loop: there is AsyncClient.
         """
         import asyncio
 
