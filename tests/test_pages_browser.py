@@ -7,14 +7,17 @@ import httpx
 import pytest
 from browser import Tab, find_browser, tab
 from served import served, store_url
+from sqlalchemy import select
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.access.logins import set_password
 from gpuproxy.ledger.book import credit
 from gpuproxy.store.engine import open_store
 from gpuproxy.store.migrate import upgrade
+from gpuproxy.store.schema import users
 
 BROWSER = find_browser()
+SOCKETS = "sockets = []; WebSocket = class extends WebSocket { constructor(url) { super(url); sockets.push(this); } };"
 EMAIL, PASSWORD = "ann@example.com", "correct horse battery"
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
@@ -41,9 +44,11 @@ async def test_a_person_signs_in_makes_a_key_and_sees_its_call_arrive(tmp_path: 
     await open_account(store_url(tmp_path))
     with served(tmp_path) as gateway:
         async with tab(BROWSER, tmp_path / "profile") as page:
+            await page.command("Page.addScriptToEvaluateOnNewDocument", source=SOCKETS)
             await _signed_in(page, gateway.url)
             key = await _made_key(page, gateway.url)
             await _seen(page, gateway.url, key)
+            await _caught_up(page, tmp_path)
             await send(page, ".who form")
             await page.until("location.pathname === '/dashboard/sign-in' && document.readyState === 'complete'")
             assert page.problems == []
@@ -66,6 +71,19 @@ async def _made_key(page: Tab, url: str) -> str:
     await page.until("document.querySelector('.copy button') !== null")
     assert await page.run("document.images.length") == 0
     return key
+
+
+async def _caught_up(page: Tab, tmp_path: Path) -> None:
+    """What happened while the page was not connected shows when it is again."""
+    await page.run("sockets[0].close()")
+    await page.until("sockets[0].readyState === WebSocket.CLOSED")
+    store = open_store(store_url(tmp_path))
+    async with store.reading() as connection:
+        user_id = await connection.scalar(select(users.c.id).where(users.c.email == EMAIL))
+    await credit(store, user_id, 1_000 * 10**9, "more")
+    await store.close()
+    await page.until("document.querySelector('#tiles').innerText.includes('$1,0')")
+    assert await page.run("[window.isSame, sockets.length]") == [True, 2]
 
 
 async def _seen(page: Tab, url: str, key: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from gpuproxy_plugins.manual import Manual
-from multidict import CIMultiDictProxy
+from multidict import CIMultiDictProxy, MultiDict
 
 from gpuproxy.access.attempts import FREE_FAILURES
 from gpuproxy.config import Config, build
@@ -476,7 +476,10 @@ async def test_where_to_pay_is_a_link_only_if_it_is_one(api: Api, monkeypatch: p
 
 async def test_a_webhook_is_made_switched_tested_and_deleted(api: Api) -> None:
     ann = await api.person()
-    form = {"url": "https://example.com/h", "events": "instance.created"}
+    offered = re.findall(
+        r'name="events" value="([^"]+)"', (await visit(api, "/dashboard/webhooks", ann.by_cookie)).text
+    )
+    form = MultiDict([("url", "https://example.com/h"), *(("events", name) for name in offered)])
     answer = await visit(api, "/dashboard/webhooks", ann.by_cookie, form)
     assert (answer.status, "whsec_" in answer.text) == (201, True)
     (hook,) = set(re.findall(r"/dashboard/webhooks/(whk_\w+)", answer.text))

@@ -8,11 +8,12 @@ from gpuproxy.control import webhooks
 from gpuproxy.control.pages.render import page
 from gpuproxy.control.pages.serve import PREFIX, see_other
 from gpuproxy.control.pages.visit import Visit
-from gpuproxy.events.catalogue import EVENTS, EVERYTHING, PUBLIC_CHANNEL
+from gpuproxy.events.catalogue import EVENTS, EVERYTHING, subscribable
 
 HERE = f"{PREFIX}/webhooks"
 DELIVERIES_SHOWN = "50"
-OFFERED = {name: kind.meaning for name, kind in EVENTS.items() if kind.channel != PUBLIC_CHANNEL}
+OWN = subscribable(is_billing=False)
+OFFERED = {name: kind.meaning for name, kind in EVENTS.items() if name in OWN}
 
 
 async def show(visit: Visit, made: Any = None) -> web.StreamResponse:

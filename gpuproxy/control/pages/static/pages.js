@@ -50,7 +50,7 @@ async function refresh() {
   }
 }
 
-function listen(channels) {
+function listen(channels, isAgain = false) {
   let waiting = null;
   let last = 0;
   const soon = () => {
@@ -63,8 +63,11 @@ function listen(channels) {
   };
   const socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/ws`);
   socket.onopen = () => socket.send(JSON.stringify({ type: "subscribe", channels }));
-  socket.onmessage = (message) => { if (JSON.parse(message.data).id) soon(); };
-  socket.onclose = (closed) => { if (closed.code !== 1008) setTimeout(() => listen(channels), RETRY_MS); };
+  socket.onmessage = (message) => {
+    const told = JSON.parse(message.data);
+    if (told.id || (isAgain && told.type === "subscribed")) soon(); // who was away may have missed something
+  };
+  socket.onclose = (closed) => { if (closed.code !== 1008) setTimeout(() => listen(channels, true), RETRY_MS); };
   document.onvisibilitychange = soon;
 }
 
