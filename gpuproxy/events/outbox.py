@@ -62,5 +62,7 @@ def _owe_deliveries(connection: Connection, event_id: str, name: str, user_id: s
             webhooks.c.state == "enabled",
             webhook_events.c.name.in_(spellings(name)),
         )
+        # One that is being deleted is waited for and passed over, or its key would fail and with it the event's cause.
+        .with_for_update(read=True, key_share=True, of=webhooks)
     )
     connection.execute(insert(deliveries).from_select(["webhook_id", "name", *fixed], chosen))

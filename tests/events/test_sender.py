@@ -23,7 +23,7 @@ from gpuproxy.events.outbox import DATA_BYTES_MAX, record
 from gpuproxy.events.post import REST_S_MAX, Bounds, Poster, rest_asked
 from gpuproxy.events.sender import Sender, context_of
 from gpuproxy.events.signing import new_secret
-from gpuproxy.events.webhooks import Draft, add_webhook, change_webhook, replace_secret, replay
+from gpuproxy.events.webhooks import Draft, add_webhook, change_webhook, remove_webhook, replace_secret, replay
 from gpuproxy.guard import Guard
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import deliveries, events, webhooks
@@ -159,6 +159,18 @@ async def _fail_after_recording(world: World) -> None:
     async with world.store.writing() as connection:
         await connection.run_sync(record, "payment.failed", world.users["ann@example.com"], {})
         _ = 1 // 0
+
+
+async def test_a_webhook_that_is_being_deleted_fails_no_event(world: World) -> None:
+    going, _ = await world.webhook("/ok-going"), await world.webhook("/ok")
+    async with world.store.writing() as connection:
+        await remove_webhook(connection, world.users["ann@example.com"], going)
+        happening = asyncio.create_task(world.happen())
+        _, waiting = await asyncio.wait([happening], timeout=0.3)
+        assert waiting  # for the row, or for the only writer
+    await happening
+    await world.pass_over()
+    assert [each.path for each in world.receiver.taken] == ["/ok"]
 
 
 async def test_exactly_the_right_ones_arrive(world: World) -> None:
