@@ -53,7 +53,8 @@ class Intent(Struct, gc=False):
     ``note`` is the handler's own, for `prepare`. ``pin`` is the one server the call may go to; see `sessions`.
 
     ``rpc_method`` and ``rpc_name`` tell the receipt what a JSON-RPC call asks for; ``tools`` are those it has do their
-    work, which may have prices.
+    work, which may have prices. ``is_deferred`` tells that the answer will not tell what was used: the work is done
+    later, and its result fetched by another call.
     """
 
     model: str = ""
@@ -67,6 +68,7 @@ class Intent(Struct, gc=False):
     rpc_method: str = ""
     rpc_name: str = ""
     tools: tuple[str, ...] = ()
+    is_deferred: bool = False
 
 
 class AnswerEditor(Protocol):

@@ -85,6 +85,13 @@ def price_of_call(
     return highest([prices.find(name or model, upstream, at_ns) for name, upstream in destination.places])
 
 
+def refuse_deferred(price: Price) -> None:
+    """Refuse a call whose answer does not tell what it uses, where that costs. Raises GatewayError BAD_REQUEST."""
+    if price.input_nanousd_per_million or price.cached_input_nanousd_per_million or price.output_nanousd_per_million:
+        message = "tokens of this model have a price: let this call answer, not one in the background or a batch"
+        raise GatewayError("BAD_REQUEST", message)
+
+
 def _refuse_nameless(prices: Prices, destination: "Destination", at_ns: int, body: bytes | None) -> None:
     """Refuse a call from which its model cannot be told, where one has a price: it would be served for nothing.
 

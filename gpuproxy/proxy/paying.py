@@ -8,7 +8,7 @@ from collections.abc import Callable
 from gpuproxy.errors import GatewayError
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.plugin import Intent
-from gpuproxy.proxy.calls import price_of_call
+from gpuproxy.proxy.calls import price_of_call, refuse_deferred
 from gpuproxy.proxy.credit import price_for, unknown_credit
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.exchange_state import ADMITTING, DONE
@@ -110,6 +110,8 @@ class Paying(Sending):
         price = price_for(grant, price)
         if price is None:
             return True
+        if intent.is_deferred:
+            refuse_deferred(price)
         input_bytes = self._input_max(body)
         bill = self._bill = plane.credit.bill(grant, intent, price, input_bytes)
         bill.endpoint = endpoint

@@ -87,19 +87,22 @@ class OpenInference:
         return request
 
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
-        """Return a reader for JSON, event streams, JSON lines and WebSockets; None for errors and all else."""
+        """Return a reader for JSON, event streams, JSON lines and WebSockets; None for errors and all else.
+
+        A GET may show what an earlier call has used, and was counted for.
+        """
         if status >= 400:
             return None
+        if call.method != b"POST":
+            return reader_of(call) if status == 101 else None
         kind = _kind_of(content_type)
         if kind == JSON:
             return JsonUsageReader()
         if kind == EVENTS:
             return _stream_reader(call)
-        if status == 101:
-            return reader_of(call)
         if kind == LINES:
             return OllamaStreamReader(call.body_bytes) if is_ollama(call.path) else LinesUsageReader()
-        is_read = kind == UNTOLD and call.method == b"POST" and _may_tell_usage(call.path)
+        is_read = kind == UNTOLD and _may_tell_usage(call.path)
         return SniffingReader(lambda: _stream_reader(call)) if is_read else None
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:

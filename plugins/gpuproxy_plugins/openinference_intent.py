@@ -29,6 +29,7 @@ class _Body(Struct, gc=False):
     max_output_tokens: Any = None
     n: Any = None
     prompt: Raw = Raw()
+    background: Any = None  # of a response that is fetched later
 
 
 class _LooseBody(_Body, gc=False):
@@ -83,7 +84,10 @@ def _intent(model: str, body: _Body) -> Intent:
     options = body.stream_options
     note = bytes(options) if options else None
     is_stream = stream is True or (stream is not None and stream is not False and _is_true(stream))
-    return Intent(model, "", None, is_stream, note, most, count)
+    intent = Intent(model, "", None, is_stream, note, most, count)
+    if body.background:
+        intent.is_deferred = True
+    return intent
 
 
 def _is_true(value: Any) -> bool:
@@ -208,6 +212,8 @@ def description(call: Call) -> Intent:
     for shape, name in ((body.options, "num_predict"), (body.parameters, "max_new_tokens")):
         if isinstance(shape, dict) and type(most := shape.get(name)) is int and most > intent.max_output_tokens:
             intent.max_output_tokens = most
+    if call.path.partition(b"?")[0].rstrip(b"/").endswith(b"/batches"):
+        intent.is_deferred = True
     return intent
 
 

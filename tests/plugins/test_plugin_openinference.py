@@ -128,6 +128,13 @@ def test_a_missing_or_impossible_model_is_named(body: bytes) -> None:
     assert "model" in error.message
 
 
+def test_what_is_done_later_is_known() -> None:
+    later = Intent("m", is_deferred=True)
+    assert OPEN.inspect(post(b'{"model":"m","background":true}', path=b"/v1/responses")) == later
+    assert OPEN.inspect(post(b'{"model":"m","background":false}', path=b"/v1/responses")) == Intent("m")
+    assert OPEN.describe(post(b'{"requests":[]}', path=b"/v1/messages/batches/?x")) == Intent(is_deferred=True)
+
+
 @pytest.mark.parametrize("key", ["Model", "MODEL", "mOdEl", "\\u004dodel"])
 def test_no_other_spelling_hides_a_model(key: str) -> None:
     body = f'{{"model":"cheap","{key}":"dear"}}'.encode()

@@ -386,6 +386,7 @@ def test_a_stream_without_a_type_tells_what_was_delivered_and_where_it_ends() ->
 def test_an_answer_of_another_type_is_not_looked_at() -> None:
     assert OPEN.reader(CALL, 200, b"audio/mpeg") is None
     assert OPEN.reader(Call(b"GET", b"/v1/files/x/content", []), 200, b"") is None
+    assert OPEN.reader(Call(b"GET", b"/v1/responses/r", []), 200, JSON) is None, "the call that made it was metered"
     assert OPEN.reader(Call(b"POST", b"/v2/models/m/infer", []), 200, b"") is None
 
 

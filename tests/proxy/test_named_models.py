@@ -108,6 +108,30 @@ async def test_a_file_is_uploaded_for_nothing(serve: Serve) -> None:
     await served(gateway, await gateway.ask(request(b"POST " + BY_NAME + b"/v1/files", kind, body=form)))
 
 
+LATER = [
+    (b"/v1/responses", b'{"model":"dear","background":true}'),
+    (BY_NAME + b"/v1/batches", b'{"input_file_id":"f"}'),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), LATER)
+async def test_what_is_done_later_is_not_done_where_tokens_cost(serve: Serve, path: bytes, body: bytes) -> None:
+    price = Price("dear", output_nanousd_per_million=1)
+    gateway, _ = await _open(serve, 1_000_000, price, llm={"models": ["dear"]})
+    client = await gateway.ask(request(b"POST " + path, body=body))
+    error = (await client.answer()).json()["error"]
+    assert (error["code"], "in the background or a batch" in error["message"]) == ("BAD_REQUEST", True)
+    assert gateway.llm.is_untouched()
+
+
+@pytest.mark.parametrize(("path", "body"), LATER)
+async def test_what_is_done_later_may_have_a_price_by_the_call(serve: Serve, path: bytes, body: bytes) -> None:
+    gateway, bank = await _open(serve, 100, DEAR, llm={"models": ["dear"]})
+    await served(gateway, await gateway.ask(request(b"POST " + path, body=body)))
+    await gateway.receipt()
+    await _back(gateway, bank, 0)
+
+
 @pytest.mark.parametrize(
     ("models", "body", "status"),
     [
