@@ -70,14 +70,18 @@ _scan_value = json.JSONDecoder().raw_decode
 def usage_of(counts: Counts | None) -> Usage | None:
     """Return the counts as Usage, None if they tell no tokens or impossible ones.
 
-    Anthropic's ``input_tokens`` excludes what was read from or written to the cache; the others include it.
+    Anthropic's ``input_tokens`` excludes what was read from or written to the cache; the others include it. xAI and
+    Gemini leave what was thought out of ``completion_tokens``, but not out of the total.
     """
     if counts is None:
         return None
     if counts.prompt_tokens is not None or counts.completion_tokens is not None:
         details = counts.prompt_tokens_details
         cached = (details.cached_tokens or 0) if details is not None else 0
-        return tokens(counts.prompt_tokens or 0, cached, counts.completion_tokens or 0)
+        total, output = counts.prompt_tokens or 0, counts.completion_tokens or 0
+        if counts.total_tokens and counts.completion_tokens is not None:
+            output = max(output, counts.total_tokens - total)
+        return tokens(total, cached, output)
     if counts.input_tokens is None and counts.output_tokens is None:
         return None if counts.total_tokens is None else tokens(counts.total_tokens, 0, 0)  # of a reranking
     details = counts.input_tokens_details or counts.input_token_details
