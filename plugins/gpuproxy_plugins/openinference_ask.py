@@ -27,6 +27,7 @@ _REFUSED = re.compile(
 _NEAR_BYTES = 18  # a piece may end in all but the last of the longest of these
 _USAGE, _NO_USAGE = b'"usage"', b'"usage":null'
 _REASON = b'"finish_reason":'
+_ERROR = b'"error"'
 
 
 class _Added(Struct, gc=False):
@@ -130,7 +131,12 @@ def _has_no_end(events: bytes) -> bool:
         return at > len(_REASON) and (events[at : at + 4] == b"null" or events[at : at + 5] == b" null")
     reasons = events.count(_REASON)
     is_open = not reasons or reasons in (events.count(_REASON + b"null"), events.count(_REASON + b" null"))
-    return is_open and events.find(b"[DONE]") < 0 and events.count(_USAGE) == events.count(_NO_USAGE)
+    return (
+        is_open
+        and events.find(b"[DONE]") < 0
+        and events.find(_ERROR) < 0
+        and events.count(_USAGE) == events.count(_NO_USAGE)
+    )
 
 
 def _is_added(event: bytes) -> bool:

@@ -38,7 +38,7 @@ _MARKER_BYTES_MAX = 65_536
 # In a text the quotes are escaped, and a line does not end. Two patterns: each begins with what it is searched by.
 # Some servers write an empty reason in every event.
 _REASON = re.compile(rb'"finish_reason": ?"[^"]')
-_DONE = re.compile(rb"\ndata: ?\[DONE\]")
+_DONE = re.compile(rb'\ndata: ?(?:\[DONE\]|\{"error"|\{"object": ?"error")')
 _SPACED_NULL = b'"usage": null'
 _SEAM_BYTES = 64  # hold the end of a stream: [DONE], or the whole event message_stop
 
@@ -76,13 +76,13 @@ class Marker(Struct, frozen=True, gc=False):
     """How the events that carry tokens are told from the others.
 
     `text` stands once in each of them and only at a line's border, so never in a text. Of those counted, `first_count`
-    at the start carry none (a chat's first event names the role), and with `has_end` neither does the event
-    that names the reason of the end, nor any behind it.
+    at the start carry none (a chat's first event names the role), and with `has_reason` neither does the event
+    that names the reason of the end, nor any behind it. Nor does one that tells of an error.
     """
 
     text: bytes
     first_count: int = 0
-    has_end: bool = False
+    has_reason: bool = False
 
 
 _DATA = b"\ndata:"
@@ -147,13 +147,13 @@ class StreamUsageReader(EventFilter):
             text = self._text
             start = len(seam) - len(text) + 1
             self._count += joined.count(text, start if start > 0 else 0)
-            if self._marker.has_end:
+            if text == _DATA:
                 self._look_for_end(joined)
         super().feed(data)
         self._is_between = self._held is None and self._seam[-2:] == b"\n\n" and self._text == _DATA
 
     def _look_for_end(self, joined: bytes) -> None:
-        reason = _REASON.search(joined)
+        reason = _REASON.search(joined) if self._marker.has_reason else None
         end = _DONE.search(joined, 0, reason.start() if reason else len(joined)) or reason
         if end is not None:
             self._is_over = True

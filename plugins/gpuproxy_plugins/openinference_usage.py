@@ -17,6 +17,7 @@ from gpuproxy.plugin import TAIL_BYTES, Usage, UsageReader
 BYTES_PER_INPUT_TOKEN = 6  # four bytes of English make a token as a rule, and a third of a chat's body is JSON
 _TOKENS_MAX = 1 << 40  # beyond any context window; keeps a babbling upstream out of the ledger
 _NAME_CHARS_MAX = 256
+_ERROR_BYTES_MAX = 4_096  # of a line that tells of one
 _CANDIDATES_MAX = 16  # how many "usage" keys of a tail are tried, last first
 _DIGITS_MAX = 13  # of a count written as text: those of _TOKENS_MAX
 _DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
@@ -236,7 +237,10 @@ class LinesUsageReader(_TailReader):
 
 
 class OllamaStreamReader(LinesUsageReader):
-    """The same for a stream of Ollama's, metered by its lines when it is cut: each but the last carries a token."""
+    """The same for a stream of Ollama's, metered by its lines when it is cut: each carries a token.
+
+    Not so the last of a whole stream, and one that tells of an error, with which a stream ends too.
+    """
 
     __slots__ = ("_line_count", "_request_bytes")
 
@@ -253,12 +257,17 @@ class OllamaStreamReader(LinesUsageReader):
     def so_far(self) -> Usage:
         """Return what was delivered by now."""
         estimated = self._request_bytes // BYTES_PER_INPUT_TOKEN
-        return Usage(estimated if self._line_count else -1, 0, self._line_count, "estimated")
+        last = bytes(self._kept[-_ERROR_BYTES_MAX:]).rstrip().rpartition(b"\n")[2]
+        count = self._line_count - last.startswith(b'{"error"')
+        return Usage(estimated if count else -1, 0, count, "estimated")
 
     def finish(self) -> Usage | None:
         """Return what the last line tells, what was delivered if the stream was cut before it."""
         told = super().finish()
-        return told if told is not None or not self._line_count else self.so_far()
+        if told is not None:
+            return told
+        delivered = self.so_far()
+        return delivered if delivered.output_tokens > 0 else None
 
 
 _: list[type[UsageReader]] = [JsonUsageReader, LinesUsageReader, OllamaStreamReader]

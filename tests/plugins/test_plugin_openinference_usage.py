@@ -131,6 +131,8 @@ CHAT = [ROLE, *[token("data: [DONE]")] * 7, END, b"[DONE]"]
 DELTAS = [{"type": "response.output_text.delta", "delta": "event: x.delta"}] * 5
 GENERATED = [{"text_output": "a", "details": None}] * 4
 TGI_END = {"token": {"id": 1}, "details": {"generated_tokens": 6, "input_length": 17}}
+FAILED = {"error": {"message": "x"}}
+OLD_FAILED = {"object": "error", "message": "x"}
 ESTIMATES: list[tuple[bytes, list[Any], Usage | None]] = [
     (b"/v1/chat/completions", CHAT, Usage(10, 0, 7, "estimated")),
     (b"/v1/chat/completions", CHAT[:5], Usage(10, 0, 4, "estimated")),
@@ -145,6 +147,11 @@ ESTIMATES: list[tuple[bytes, list[Any], Usage | None]] = [
     (b"/v1/responses", [responses("completed")[0], *DELTAS, responses("incomplete")[2]], Usage(12, 4, 8)),
     (b"/v2/models/m/generate_stream", GENERATED, Usage(10, 0, 4, "estimated")),
     (b"/generate_stream", [*GENERATED, TGI_END], Usage(17, 0, 6)),
+    (b"/v1/chat/completions", [ROLE, FAILED, b"[DONE]"], None),
+    (b"/v1/chat/completions", [ROLE, token("a"), token('"error"'), FAILED, b"[DONE]"], Usage(10, 0, 2, "estimated")),
+    (b"/v1/completions", [ROLE, token("a"), OLD_FAILED], Usage(10, 0, 1, "estimated")),
+    (b"/generate_stream", [FAILED], None),
+    (b"/v2/models/m/generate_stream", [*GENERATED, FAILED], Usage(10, 0, 4, "estimated")),
 ]
 
 
@@ -326,6 +333,13 @@ def test_a_stream_of_ollamas_is_metered_by_its_lines_when_it_is_cut(path: bytes)
     assert whole.finish() is None
     whole.feed(line * 3 + end)
     assert whole.finish() == Usage(4, 0, 6)
+
+
+@pytest.mark.parametrize(("count", "usage"), [(0, None), (2, Usage(10, 0, 2, "estimated"))])
+def test_a_line_that_tells_of_an_error_is_no_token(count: int, usage: Usage | None) -> None:
+    body = b'{"model":"m","response":"x","done":false}\n' * count + b'{"error":"out of memory"}\n'
+    for pieces in ([body], bytewise(body)):
+        assert read(b"application/x-ndjson", *pieces, path=b"/api/generate") == usage
 
 
 def test_lines_of_another_kind_are_not_taken_for_tokens() -> None:

@@ -134,6 +134,17 @@ async def test_usage_of_a_json_answer_is_on_the_receipt(gateway: Gateway, framin
     assert (receipt.model, receipt.is_stream) == ("m2", False)
 
 
+async def test_an_answer_without_a_content_type_is_metered_too(gateway: Gateway) -> None:
+    client = await gateway.ask(request(b"POST " + CHAT, body=BODY))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    body = b'{"usage":{"prompt_tokens":3,"completion_tokens":4}}'
+    await upstream.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    assert (await client.answer()).body == body
+    receipt = await gateway.receipt()
+    assert (receipt.input_tokens, receipt.output_tokens, receipt.usage_source) == (3, 4, "provider")
+
+
 async def test_a_stream_that_is_cut_is_billed_for_what_was_delivered(gateway: Gateway) -> None:
     client = await gateway.ask(request(b"POST " + CHAT, body=BODY))
     upstream = await gateway.llm.accept()
