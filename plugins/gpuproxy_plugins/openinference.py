@@ -95,7 +95,7 @@ class OpenInference:
             return None
         if call.method != b"POST":
             return reader_of(call) if status == 101 else None
-        kind = _kind_of(content_type)
+        kind = JSON if content_type == b"application/json" else _kind_of(content_type)
         if kind == JSON:
             return JsonUsageReader()
         if kind == EVENTS:

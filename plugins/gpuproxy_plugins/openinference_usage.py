@@ -79,10 +79,10 @@ def usage_of(counts: Counts | None) -> Usage | None:
     if counts.prompt_tokens is not None or counts.completion_tokens is not None:
         details = counts.prompt_tokens_details
         cached = (details.cached_tokens or 0) if details is not None else 0
-        total, output = counts.prompt_tokens or 0, counts.completion_tokens or 0
-        if counts.total_tokens and counts.completion_tokens is not None:
-            output = max(output, counts.total_tokens - total)
-        return tokens(total, cached, output)
+        total, output, both = counts.prompt_tokens or 0, counts.completion_tokens, counts.total_tokens
+        if output is not None and both is not None and both - total > output:
+            output = both - total
+        return tokens(total, cached, output or 0)
     if counts.input_tokens is None and counts.output_tokens is None:
         return None if counts.total_tokens is None else tokens(counts.total_tokens, 0, 0)  # of a reranking
     details = counts.input_tokens_details or counts.input_token_details
@@ -95,7 +95,7 @@ def usage_of(counts: Counts | None) -> Usage | None:
 def tokens(total: int, cached: int, output: int) -> Usage | None:
     """Return the numbers as Usage, None if they are impossible."""
     if 0 <= total <= _TOKENS_MAX and 0 <= output <= _TOKENS_MAX:
-        return Usage(total, max(0, min(cached, total)), output)
+        return Usage(total, cached if 0 <= cached <= total else (total if cached > 0 else 0), output)
     return None
 
 
@@ -104,12 +104,13 @@ def model_told(name: Any) -> str:
     return name if isinstance(name, str) and len(name) <= _NAME_CHARS_MAX else ""
 
 
-def _usage_of_answer(answer: Answer) -> Usage | None:
-    if answer.usage is None and (answer.eval_count is not None or answer.prompt_eval_count is not None):
+def _native_usage(answer: Answer) -> Usage | None:
+    """Return what an answer of Ollama's or TGI's own tells."""
+    if answer.eval_count is not None or answer.prompt_eval_count is not None:
         return tokens(answer.prompt_eval_count or 0, 0, answer.eval_count or 0)  # of embeddings the input alone
-    if answer.usage is None and answer.details is not None and answer.details.generated_tokens is not None:
+    if answer.details is not None and answer.details.generated_tokens is not None:
         return tokens(len(answer.details.prefill), 0, answer.details.generated_tokens)
-    return usage_of(answer.usage)
+    return None
 
 
 def _usage_of_tail(tail: bytes) -> Usage | None:
@@ -197,11 +198,14 @@ class _TailReader:
 class JsonUsageReader(_TailReader):
     """Usage of a JSON answer: parsed whole up to TAIL_BYTES, beyond that only its end is searched."""
 
-    __slots__ = ("response_model",)
+    __slots__ = ("_answer",)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.response_model = ""
+    _answer: Answer  # once it is whole
+
+    @property
+    def response_model(self) -> str:
+        """Return the model that the answer says it is of."""
+        return model_told(self._answer.model) if hasattr(self, "_answer") else ""
 
     def finish(self) -> Usage | None:
         """Return what was used, None if the answer told nothing."""
@@ -211,9 +215,8 @@ class JsonUsageReader(_TailReader):
             if self._is_cut:
                 return _usage_of_tail(tail)
         try:
-            answer = _decode_answer(tail)
-            self.response_model = model_told(answer.model)
-            return _usage_of_answer(answer)
+            answer = self._answer = _decode_answer(tail)
+            return usage_of(answer.usage) if answer.usage is not None else _native_usage(answer)
         except UNREADABLE:
             is_whole = tail.rstrip().endswith((b"}", b"]"))  # else it was cut
             return _usage_of_tail(tail) if is_whole else None
@@ -228,7 +231,8 @@ class LinesUsageReader(_TailReader):
         """Return what was used, None if the answer told nothing."""
         for line in reversed(self._tail().splitlines()[-_CANDIDATES_MAX:]):
             try:
-                usage = _usage_of_answer(_decode_answer(line))
+                answer = _decode_answer(line)
+                usage = usage_of(answer.usage) or _native_usage(answer)
             except UNREADABLE:
                 continue
             if usage is not None:
