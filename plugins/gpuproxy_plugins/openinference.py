@@ -37,7 +37,7 @@ from gpuproxy_plugins.openinference_rename import renamed
 from gpuproxy_plugins.openinference_shape import completed_path
 from gpuproxy_plugins.openinference_sniff import SniffingReader
 from gpuproxy_plugins.openinference_stream import GENERATE, StreamUsageReader, TgiStreamReader, marker_of
-from gpuproxy_plugins.openinference_usage import JsonUsageReader, LinesUsageReader, OllamaStreamReader
+from gpuproxy_plugins.openinference_usage import GeneratedReader, JsonUsageReader, LinesUsageReader, OllamaStreamReader
 
 _JSON_STARTS = b"{ \t\r\n"  # a form may name a model too
 _PATHS_MAX = 128  # remembered: nearly all calls have one of a few, and one may have 64 KiB
@@ -97,7 +97,7 @@ class OpenInference:
             return reader_of(call) if status == 101 else None
         kind = JSON if content_type == b"application/json" else _kind_of(content_type)
         if kind == JSON:
-            return JsonUsageReader()
+            return GeneratedReader(call.body_bytes) if _is_generate(call.path) else JsonUsageReader()
         if kind == EVENTS:
             return _stream_reader(call)
         if kind == LINES:
@@ -166,6 +166,13 @@ def _checked(path: bytes) -> bool:
 def _names_model_in_body(path: bytes) -> bool:
     route = path.partition(b"?")[0]
     return b"/v1/" in route or route.endswith(OLLAMA_PATHS)
+
+
+@lru_cache(_PATHS_MAX)
+def _is_generate(path: bytes) -> bool:
+    """Tell whether a path is TGI's or V2's own to generate a text, not Ollama's."""
+    route = path.partition(b"?")[0]
+    return route.endswith(b"/generate") and not route.endswith(b"/api/generate")
 
 
 @lru_cache(_PATHS_MAX)

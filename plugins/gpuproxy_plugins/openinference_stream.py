@@ -13,7 +13,7 @@ from msgspec import Struct
 from gpuproxy.plugin import EventFilter, Usage, UsageReader
 from gpuproxy_plugins.openinference_ask import are_events_amid
 from gpuproxy_plugins.openinference_usage import (
-    BYTES_PER_INPUT_TOKEN,
+    BYTES_PER_TOKEN,
     UNREADABLE,
     WORD,
     Counts,
@@ -193,7 +193,7 @@ class StreamUsageReader(EventFilter):
     def _used(self) -> Usage | None:
         told, delivered = usage_of(self._counts), self._delivered()
         if told is None:
-            estimated = self._request_bytes // BYTES_PER_INPUT_TOKEN
+            estimated = self._request_bytes // BYTES_PER_TOKEN
             return Usage(estimated, 0, delivered, "estimated") if delivered else None
         if delivered > told.output_tokens and self._is_open():
             return Usage(told.input_tokens, told.cached_tokens, delivered, "estimated")

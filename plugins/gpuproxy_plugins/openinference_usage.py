@@ -14,7 +14,7 @@ from msgspec import Raw, Struct
 
 from gpuproxy.plugin import TAIL_BYTES, Usage, UsageReader
 
-BYTES_PER_INPUT_TOKEN = 6  # four bytes of English make a token as a rule, and a third of a chat's body is JSON
+BYTES_PER_TOKEN = 6  # where it is estimated: English has four as a rule, and a third of a chat's body is JSON
 _TOKENS_MAX = 1 << 40  # beyond any context window; keeps a babbling upstream out of the ledger
 _NAME_CHARS_MAX = 256
 _ERROR_BYTES_MAX = 4_096  # of a line that tells of one
@@ -64,6 +64,12 @@ class Answer(Struct, gc=False):
     details: TgiDetails | None = None
 
 
+class _Generated(Struct, gc=False):
+    generated_text: str = ""
+    text_output: str = ""
+
+
+_decode_generated = msgspec.json.Decoder(_Generated).decode
 _decode_answer = msgspec.json.Decoder(Answer).decode
 _scan_value = json.JSONDecoder().raw_decode
 
@@ -222,6 +228,29 @@ class JsonUsageReader(_TailReader):
             return _usage_of_tail(tail) if is_whole else None
 
 
+class GeneratedReader(JsonUsageReader):
+    """The same for a text of TGI's or V2's own, whose usage is told if at all on demand: else its size is taken."""
+
+    __slots__ = ("_request_bytes",)
+
+    def __init__(self, request_bytes: int) -> None:
+        super().__init__()
+        self._request_bytes = request_bytes
+
+    def finish(self) -> Usage | None:
+        """Return what was used: told, or estimated from what was asked and generated."""
+        if (told := super().finish()) is not None:
+            return told
+        try:
+            answer = _decode_generated(self._tail())
+        except UNREADABLE:
+            return None
+        size_bytes = len((answer.generated_text or answer.text_output).encode())
+        if not size_bytes:
+            return None
+        return Usage(self._request_bytes // BYTES_PER_TOKEN, 0, max(1, size_bytes // BYTES_PER_TOKEN), "estimated")
+
+
 class LinesUsageReader(_TailReader):
     """Usage of newline-delimited JSON (Ollama): the last line that tells it."""
 
@@ -260,7 +289,7 @@ class OllamaStreamReader(LinesUsageReader):
 
     def so_far(self) -> Usage:
         """Return what was delivered by now."""
-        estimated = self._request_bytes // BYTES_PER_INPUT_TOKEN
+        estimated = self._request_bytes // BYTES_PER_TOKEN
         last = bytes(self._kept[-_ERROR_BYTES_MAX:]).rstrip().rpartition(b"\n")[2]
         count = self._line_count - last.startswith(b'{"error"')
         return Usage(estimated if count else -1, 0, count, "estimated")
@@ -274,4 +303,4 @@ class OllamaStreamReader(LinesUsageReader):
         return delivered if delivered.output_tokens > 0 else None
 
 
-_: list[type[UsageReader]] = [JsonUsageReader, LinesUsageReader, OllamaStreamReader]
+_: list[type[UsageReader]] = [JsonUsageReader, GeneratedReader, LinesUsageReader, OllamaStreamReader]

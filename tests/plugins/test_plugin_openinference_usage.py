@@ -304,6 +304,23 @@ def test_an_answer_tells_the_model_it_is_of(kind: bytes, body: bytes, model: str
         assert reader.response_model == model
 
 
+@pytest.mark.parametrize(
+    ("body", "usage"),
+    [
+        (b'{"generated_text":"twelve bytes"}', Usage(10, 0, 2, "estimated")),
+        (b'{"model_name":"m","text_output":"a"}', Usage(10, 0, 1, "estimated")),
+        (b'{"generated_text":"a","details":{"generated_tokens":7,"prefill":[]}}', Usage(0, 0, 7)),
+        (b'{"generated_text":""}', None),
+        (b'{"generated_text":["odd"]}', None),
+        (b'{"error":"x"}', None),
+        (b'{"generated_text":"cut', None),
+    ],
+)
+@pytest.mark.parametrize("path", [b"/generate", b"/v2/models/m/generate?x"])
+def test_a_text_whose_usage_is_not_told_is_estimated_by_its_size(path: bytes, body: bytes, usage: Usage | None) -> None:
+    assert read(JSON, body, path=path) == read(JSON, *bytewise(body), path=path) == usage
+
+
 def test_a_cut_answer_tells_nothing() -> None:
     assert read(JSON, b'{"usage":{"prompt_tokens":3},"x":') is None
     assert read(JSON) is None
