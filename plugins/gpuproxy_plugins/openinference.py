@@ -23,12 +23,14 @@ from gpuproxy.plugin import (
 from gpuproxy_plugins.envelope import content_type_if_absent
 from gpuproxy_plugins.openinference_ask import UsageStripper, asking, asks_usage
 from gpuproxy_plugins.openinference_intent import (
+    LONG_BODY_BYTES,
     OLLAMA_PATHS,
     description,
     intent_of_body,
     intent_of_path,
     is_ollama,
     refuse_dot_segments,
+    text_size,
 )
 from gpuproxy_plugins.openinference_models import asks_for_models, listing
 from gpuproxy_plugins.openinference_realtime import is_socket, reader_of
@@ -75,15 +77,15 @@ class OpenInference:
         if not call.is_envelope:
             is_read = _may_tell_usage(call.path) if call.method == b"POST" else is_socket(call.method, call.path)
             request = UpstreamRequest(identity=is_read)
-            if intent.is_stream and call.may_ask_usage and call.body:
-                _ask_usage(request, call.path, call.body, intent.note)
+            if intent.is_stream and call.body:
+                _prepare_stream(request, call, call.path, call.body, intent.note)
             return request
         path = completed_path(call)
         route = call.path if path is None else path
         identity = call.method == b"POST" and _may_tell_usage(route)
         request = UpstreamRequest(path=path, headers=content_type_if_absent(call), identity=identity)
-        if intent.is_stream and call.may_ask_usage and call.body:
-            _ask_usage(request, route, call.body, intent.note)
+        if intent.is_stream and call.body:
+            _prepare_stream(request, call, route, call.body, intent.note)
         return request
 
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
@@ -97,11 +99,11 @@ class OpenInference:
             return reader_of(call) if status == 101 else None
         kind = JSON if content_type == b"application/json" else _kind_of(content_type)
         if kind == JSON:
-            return GeneratedReader(call.body_bytes) if _is_generate(call.path) else JsonUsageReader()
+            return GeneratedReader(_text_bytes(call)) if _is_generate(call.path) else JsonUsageReader()
         if kind == EVENTS:
             return _stream_reader(call)
         if kind == LINES:
-            return OllamaStreamReader(call.body_bytes) if is_ollama(call.path) else LinesUsageReader()
+            return OllamaStreamReader(_text_bytes(call)) if is_ollama(call.path) else LinesUsageReader()
         is_read = kind == UNTOLD and _may_tell_usage(call.path)
         return SniffingReader(lambda: _stream_reader(call)) if is_read else None
 
@@ -126,6 +128,13 @@ class OpenInference:
         return refusal(path, error, request_id)
 
 
+def _prepare_stream(request: UpstreamRequest, call: Call, path: bytes, body: bytes, options: bytes | None) -> None:
+    if len(body) > LONG_BODY_BYTES:
+        call.note = text_size(body)
+    if call.may_ask_usage:
+        _ask_usage(request, path, body, options)
+
+
 def _ask_usage(request: UpstreamRequest, path: bytes, body: bytes, options: bytes | None) -> None:
     """Let the upstream tell the usage of a stream whose client did not ask for it."""
     if body[0] not in _JSON_STARTS or not path.partition(b"?")[0].endswith(b"/completions"):
@@ -139,7 +148,12 @@ def _ask_usage(request: UpstreamRequest, path: bytes, body: bytes, options: byte
 def _stream_reader(call: Call) -> UsageReader:
     marker = marker_of(call.path)
     kind = TgiStreamReader if marker is GENERATE else StreamUsageReader
-    return kind(marker, call.body_bytes)
+    return kind(marker, _text_bytes(call))
+
+
+def _text_bytes(call: Call) -> int:
+    """Return the size of the text that was asked with."""
+    return call.body_bytes if call.note is None else int(call.note)
 
 
 @lru_cache(_KINDS_MAX)

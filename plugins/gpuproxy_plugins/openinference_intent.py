@@ -13,6 +13,8 @@ from gpuproxy_plugins.multipart import form_fields, is_form
 from gpuproxy_plugins.openinference_realtime import is_socket, model_of_query
 
 _MODEL_CHARS_MAX = 256  # the longest known ids (paths of fine-tunes) are under 150
+LONG_BODY_BYTES = 16_384  # from here on a body may well be a picture
+_BLOB_BYTES = 1_024  # no text is as long without a space, an escape or another script than Latin
 _UNREADABLE = (ValueError, RecursionError)
 _OLLAMA_STREAMS = (b"/api/chat", b"/api/generate")
 OLLAMA_PATHS = (*_OLLAMA_STREAMS, b"/api/embed", b"/api/embeddings")  # its own, not OpenAI-shaped ones
@@ -100,6 +102,21 @@ def _prompt_count(prompt: bytes) -> int:
         return 1
     parts = _decode_list(prompt)
     return len(parts) if parts and bytes(parts[0])[:1] in (b'"', b"[") else 1
+
+
+def text_size(body: bytes) -> int:
+    """Return how many bytes of a body are text: not a form's file, nor strings of base64 (pictures, sounds).
+
+    What was asked is estimated by it when a stream is cut. About 0.6 ms for a megabyte of pictures.
+    """
+    if body[:1] not in (b"{", b" ", b"\t", b"\r", b"\n"):
+        return 0
+    return len(body) - sum([len(part) for part in body.split(b'"') if len(part) >= _BLOB_BYTES and _is_blob(part)])
+
+
+def _is_blob(string: bytes) -> bool:
+    start = string[:_BLOB_BYTES]
+    return start.isascii() and b" " not in start and b"\\" not in start
 
 
 def model_of(body: bytes) -> str:
@@ -205,7 +222,7 @@ def description(call: Call) -> Intent:
         return Intent()
     except _UNREADABLE:
         return _description_of_form(call)
-    model = body.model or body.model_name
+    model = _deployment(call.path) or body.model or body.model_name
     intent = _intent(model[:_MODEL_CHARS_MAX], body)
     if call.path.partition(b"?")[0].endswith(b"/generate_stream") or (body.stream is None and is_ollama(call.path)):
         intent.is_stream = True
@@ -215,6 +232,12 @@ def description(call: Call) -> Intent:
     if call.path.partition(b"?")[0].rstrip(b"/").endswith(b"/batches"):
         intent.is_deferred = True
     return intent
+
+
+def _deployment(path: bytes) -> str:
+    """Return the model that a path of Azure's names, whatever the body says; empty if it names none."""
+    name = path.partition(b"?")[0].partition(b"/deployments/")[2].partition(b"/")[0]
+    return unquote_to_bytes(name).decode("utf-8", "replace")
 
 
 def is_ollama(path: bytes) -> bool:

@@ -9,7 +9,7 @@ from gpuproxy_plugins.openinference import OpenInference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuproxy.plugin import TAIL_BYTES, Call, Usage
+from gpuproxy.plugin import TAIL_BYTES, Call, Intent, Usage
 
 OPEN = OpenInference()
 CALL = Call(b"POST", b"/v1/chat/completions", [], None)
@@ -175,6 +175,45 @@ def test_what_is_counted_does_not_depend_on_the_splitting(
     borders = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
     pieces = [body[start:stop] for start, stop in pairwise(borders)]
     assert read(SSE, *pieces, path=path) == read(SSE, body, path=path)
+
+
+PICTURE = "data:image/png;base64," + "iVBORw0KGgo+/" * 20_000
+TEXT = "words and more " * 2_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "counted_bytes"),
+    [
+        (b"/v1/chat/completions", {"messages": [{"image_url": {"url": PICTURE}}, {"text": TEXT}]}, len(TEXT)),
+        (b"/v1/messages", {"messages": [{"source": {"type": "base64", "data": PICTURE[22:]}}]}, 0),
+        (b"/api/chat", {"messages": [{"content": "x", "images": [PICTURE[22:]]}]}, 0),
+        (b"/v1/chat/completions", {"messages": [{"content": "\u4f60" * 9_000}]}, 54_000),
+    ],
+)
+@pytest.mark.parametrize("is_envelope", [False, True])
+def test_a_picture_is_not_taken_for_text(path: bytes, body: Any, counted_bytes: int, is_envelope: bool) -> None:
+    sent = json.dumps({"model": "m", "stream": True, **body}).encode()
+    call = Call(b"POST", path, [], sent, is_envelope)
+    OPEN.prepare(call, OPEN.describe(call))
+    call.body, call.body_bytes = None, len(sent)
+    if path == b"/api/chat":
+        reader: Any = OPEN.reader(call, 200, b"application/x-ndjson")
+        reader.feed(b'{"done":false}\n')
+    else:
+        reader = OPEN.reader(call, 200, SSE)
+        reader.feed(stream(*[{**token("a"), "type": "content_block_delta"}] * 3, names=True))
+    told = reader.finish()
+    assert told.source == "estimated"
+    assert abs(told.input_tokens - counted_bytes // 6) < 40
+
+
+def test_a_file_in_a_form_is_not_taken_for_text() -> None:
+    call = Call(b"POST", b"/v1/audio/transcriptions", [], b"--b0\r\n" + b"\0" * 100_000)
+    OPEN.prepare(call, Intent("m", is_stream=True))
+    call.body, call.body_bytes = None, 100_006
+    reader: Any = OPEN.reader(call, 200, SSE)
+    reader.feed(stream(*[{"type": "transcript.text.delta"}] * 3))
+    assert reader.finish() == Usage(0, 0, 2, "estimated")
 
 
 def test_the_final_event_may_lack_its_empty_line() -> None:
