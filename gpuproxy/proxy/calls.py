@@ -66,7 +66,7 @@ def price_of_call(
     started_ns: int,
     handler: ProtocolHandler,
     body: bytes | None,
-    has_body: bool,
+    may_use_one: bool,
 ) -> Price | None:
     """Return the most a call may be charged by, None if nothing. Raises GatewayError BAD_REQUEST.
 
@@ -79,7 +79,7 @@ def price_of_call(
         if prices.has_tools and getattr(handler, "tools_in", None) is not None:
             return _price_of_tools(prices, intent, upstream, at_ns, cast(ToolReader, handler), body)
         price = prices.find(model, upstream, at_ns)
-        if price is None and not model and destination is not None and has_body:
+        if price is None and not model and destination is not None and may_use_one:
             _refuse_nameless(prices, destination, at_ns, body)
         return price
     return highest([prices.find(name or model, upstream, at_ns) for name, upstream in destination.places])

@@ -254,7 +254,7 @@ class Exchange(Paying):
             if not intent.model:
                 if route.kind == MOUNT and self._lists_models(call, handler, intent):
                     return
-                if route.kind != MOUNT and self.has_body:
+                if route.kind != MOUNT and (self.has_body or self.head.is_upgrade):
                     intent.model = destination.served.sole
             self._asked = intent.model
             if destination.model:

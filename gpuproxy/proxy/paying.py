@@ -102,7 +102,9 @@ class Paying(Sending):
             return True
         handler = self._handler
         assert handler is not None
-        price = price_of_call(plane, self._destination, intent, self._started_ns, handler, body, self.has_body)
+        may_use_one = self.has_body or self.head.is_upgrade
+        started_ns = self._started_ns
+        price = price_of_call(plane, self._destination, intent, started_ns, handler, body, may_use_one)
         if price is None:
             return True
         grant = self._grant

@@ -63,11 +63,12 @@ def names_model_in_events(method: bytes, path: bytes) -> bool:
 
 
 def model_of_query(path: bytes) -> str:
-    """Return the model that a path's query names, empty for none. Raises BAD_REQUEST."""
+    """Return the model that a path's query names, at Azure as `deployment`, empty for none. Raises BAD_REQUEST."""
     try:
-        values = parse_qs(path.partition(b"?")[2], max_num_fields=64).get(b"model", [])
+        fields = parse_qs(path.partition(b"?")[2], max_num_fields=64)
     except ValueError as error:
         raise GatewayError("BAD_REQUEST", f"the query cannot be read: {error}", param="model") from None
+    values = fields.get(b"model", []) + fields.get(b"deployment", [])
     if len(values) > 1:
         raise GatewayError("BAD_REQUEST", "the query names `model` twice", param="model")
     return values[0].decode("utf-8", "replace") if values else ""

@@ -16,7 +16,7 @@ from gpuproxy_plugins.openinference_realtime import names_model_in_events
 
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 _VALUE = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")', re.DOTALL)
-_QUERY = re.compile(rb"(^|&)model=[^&]*")
+_QUERY = re.compile(rb"(^|&)(model|deployment)=[^&]*")
 
 
 def renamed(call: Call, path: bytes, body: bytes | None, model: str) -> tuple[bytes, bytes | None]:
@@ -77,6 +77,6 @@ def _path(path: bytes, name: bytes) -> bytes:
     route, mark, query = path.partition(b"?")
     before, marker, after = route.partition(b"/models/")
     if not marker:
-        return route + mark + _QUERY.sub(lambda found: found[1] + b"model=" + name, query, count=1)
+        return route + mark + _QUERY.sub(lambda found: found[1] + found[2] + b"=" + name, query, count=1)
     rest = b"" if route.startswith(b"/v1/") else after.partition(b"/")[2]
     return before + marker + name + (b"/" + rest if rest else b"") + mark + query

@@ -174,6 +174,7 @@ def test_a_form_without_model_is_refused(body: bytes) -> None:
         (b"DELETE", b"/v1/models/meta%2Fllama", Intent("meta/llama")),
         (b"DELETE", b"/v1/models/meta/llama", Intent("meta/llama")),
         (b"GET", b"/v1/realtime?model=rt-1", Intent("rt-1", is_stream=True)),
+        (b"GET", b"/v1/realtime?x=1&deployment=rt-1", Intent("rt-1", is_stream=True)),
         (b"GET", b"/v2", Intent()),
         (b"GET", b"/v2/health/ready", Intent()),
         (b"GET", b"/v2/models", Intent()),
@@ -196,6 +197,7 @@ def test_the_path_names_the_model_or_any_upstream_will_do(method: bytes, path: b
         b"/v1/./models",
         b"/v2/models//infer",
         b"/v1/realtime?model=a&model=b",
+        b"/v1/realtime?model=a&deployment=b",
     ],
 )
 def test_a_path_that_hides_its_model_is_refused(path: bytes) -> None:
@@ -300,6 +302,8 @@ def test_an_envelope_without_body_keeps_its_path() -> None:
         (b"/generate_stream", b'{"parameters":{"max_new_tokens":9}}', Intent(is_stream=True, max_output_tokens=9)),
         (b"/generate", b'{"parameters":{"max_new_tokens":"9"},"options":[1]}', Intent()),
         (b"/generate_stream?x", None, Intent(is_stream=True)),
+        (b"/openai/deployments/a%2Db/chat/completions?api-version=1", b'{"model":"cheap"}', Intent("a-b")),
+        (b"/openai/deployments/a", None, Intent("a")),
         (CHAT, None, Intent()),
     ],
 )

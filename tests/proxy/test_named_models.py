@@ -10,6 +10,7 @@ from gpuproxy.pricing import Price
 from .conftest import Serve
 from .harness import ENVELOPE, PREFIX, Gateway, request
 from .test_credit import ANSWER, JSON_OK, _back, _open
+from .test_tunnels import UPGRADE
 from .wire import Wire
 
 BY_NAME = PREFIX + b"/upstreams/llm"
@@ -91,6 +92,14 @@ async def test_where_models_have_prices_a_call_must_let_see_which_it_means(
 async def test_where_none_has_it_need_not(serve: Serve, path: bytes, body: bytes) -> None:
     gateway, _ = await _open(serve, 1_000, Price("another", request_nanousd=100), models=[model()])
     await served(gateway, await gateway.ask(request(b"POST " + BY_NAME + path, body=body)))
+
+
+@pytest.mark.parametrize(("models", "status"), [(["dear", "m"], 400), (["dear"], 402)])
+async def test_a_websocket_must_let_see_it_too(serve: Serve, models: list[str], status: int) -> None:
+    gateway, _ = await _open(serve, 0, DEAR, llm={"models": models})
+    client = await gateway.ask(request(b"GET " + BY_NAME + b"/v1/realtime", *UPGRADE))
+    assert (await client.answer()).status == status
+    assert gateway.llm.is_untouched()
 
 
 async def test_a_price_for_all_that_an_upstream_does_holds_for_it(serve: Serve) -> None:
