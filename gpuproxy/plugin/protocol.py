@@ -54,7 +54,8 @@ class Intent(Struct, gc=False):
 
     ``rpc_method`` and ``rpc_name`` tell the receipt what a JSON-RPC call asks for; ``tools`` are those it has do their
     work, which may have prices. ``is_deferred`` tells that the answer will not tell what was used: the work is done
-    later, and its result fetched by another call.
+    later, and its result fetched by another call. ``input_tokens_max`` is the most tokens the body can make, 0 for as
+    many as it has bytes.
     """
 
     model: str = ""
@@ -69,6 +70,7 @@ class Intent(Struct, gc=False):
     rpc_name: str = ""
     tools: tuple[str, ...] = ()
     is_deferred: bool = False
+    input_tokens_max: int = 0
 
 
 class AnswerEditor(Protocol):

@@ -58,7 +58,7 @@ class Paying(Sending):
         assert grant is not None
         if grant.tpm and self.route.kind != INSTANCE:
             output_max = intent.max_output_tokens or self.plane.config.credit.output_tokens_default
-            input_max = self._input_max(body)
+            input_max = self._input_max(intent, body)
             most = min(grant.tpm, input_max + output_max * intent.choice_count)
             purse = self.plane.limits_by_key.tokens(grant)
             if not purse.take(most, self.metered):
@@ -114,7 +114,7 @@ class Paying(Sending):
             return True
         if intent.is_deferred:
             refuse_deferred(price)
-        input_bytes = self._input_max(body)
+        input_bytes = self._input_max(intent, body)
         bill = self._bill = plane.credit.bill(grant, intent, price, input_bytes)
         bill.endpoint = endpoint
         if price.second_nanousd:
@@ -151,7 +151,9 @@ class Paying(Sending):
         self.state = ADMITTING
         self.downstream.deadline_s = self.plane.now_s + self.plane.config.auth.authorize_timeout_s + 1
 
-    def _input_max(self, body: bytes | None) -> int:
+    def _input_max(self, intent: Intent, body: bytes | None) -> int:
+        if intent.input_tokens_max:
+            return intent.input_tokens_max
         if self.head.is_upgrade:  # what a tunnel will carry nobody knows
             return self.plane.config.credit.output_tokens_default
         if body is not None:

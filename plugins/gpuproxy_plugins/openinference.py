@@ -23,15 +23,14 @@ from gpuproxy.plugin import (
 from gpuproxy_plugins.envelope import content_type_if_absent
 from gpuproxy_plugins.openinference_ask import UsageStripper, asking, asks_usage
 from gpuproxy_plugins.openinference_intent import (
-    LONG_BODY_BYTES,
     OLLAMA_PATHS,
     description,
     intent_of_body,
     intent_of_path,
     is_ollama,
     refuse_dot_segments,
-    text_size,
 )
+from gpuproxy_plugins.openinference_media import LONG_BODY_BYTES, text_size
 from gpuproxy_plugins.openinference_models import asks_for_models, listing
 from gpuproxy_plugins.openinference_realtime import is_socket, reader_of
 from gpuproxy_plugins.openinference_refusal import refusal

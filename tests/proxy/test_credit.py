@@ -453,6 +453,25 @@ async def test_uploads_of_unknown_size_reserve_the_largest(serve: Serve) -> None
     assert bank.rest == 999
 
 
+@pytest.mark.parametrize("is_enough", [False, True])
+async def test_a_picture_sets_less_aside_than_it_has_bytes(serve: Serve, is_enough: bool) -> None:
+    url = "data:image/png;base64,iVBORw0KGgo" + "A" * 1_000_000
+    body = json.dumps({"model": "m", "max_tokens": 10, "messages": [{"image_url": {"url": url}}]}).encode()
+    needed = len(body) - len(url) + 65_536 + 20 + 100
+    gateway, bank = await _open(serve, needed if is_enough else needed - 1)
+    client = await gateway.ask(request(b"POST " + CHAT, body=body))
+    if not is_enough:
+        assert (await client.answer()).status == 402
+        return
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    await upstream.expect(body)
+    await upstream.send(JSON_OK)
+    assert (await client.answer()).status == 200
+    await gateway.receipt()
+    await _back(gateway, bank, needed - USED)
+
+
 async def test_the_short_alias_and_the_long_path_cost_the_same(serve: Serve) -> None:
     gateway, bank = await _open(serve, 2_000)
     client = await gateway.client()
