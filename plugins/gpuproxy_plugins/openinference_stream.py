@@ -38,7 +38,7 @@ _MARKER_BYTES_MAX = 65_536
 # In a text the quotes are escaped, and a line does not end. Two patterns: each begins with what it is searched by.
 # Some servers write an empty reason in every event.
 _REASON = re.compile(rb'"finish_reason": ?"[^"]')
-_DONE = re.compile(rb'\ndata: ?(?:\[DONE\]|\{"error"|\{"object": ?"error")')
+_DONE = re.compile(rb'\ndata: ?(?:\[DONE\]|\{"error": ?["{]|\{"object": ?"error")')
 _SPACED_NULL = b'"usage": null'
 _SEAM_BYTES = 64  # hold the end of a stream: [DONE], or the whole event message_stop
 
@@ -174,7 +174,7 @@ class StreamUsageReader(EventFilter):
             self._merge(event.response.usage)
         elif event.message is not None:
             self._merge(event.message.usage)
-        elif data.find(_SPACED_NULL) < 0:
+        elif self._marker is CHAT and data.find(_SPACED_NULL) < 0:  # elsewhere a model's own objects pass
             self._merge(last_counts(data))  # in a choice, as Moonshot tells it, or in ``x_groq``
 
     def take_tail(self, tail: bytes) -> None:

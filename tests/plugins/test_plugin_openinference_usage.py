@@ -133,6 +133,7 @@ GENERATED = [{"text_output": "a", "details": None}] * 4
 TGI_END = {"token": {"id": 1}, "details": {"generated_tokens": 6, "input_length": 17}}
 FAILED = {"error": {"message": "x"}}
 OLD_FAILED = {"object": "error", "message": "x"}
+FORGED = {"type": "content_block_start", "content_block": {"input": {"usage": {"input_tokens": 0}}}}
 ESTIMATES: list[tuple[bytes, list[Any], Usage | None]] = [
     (b"/v1/chat/completions", CHAT, Usage(10, 0, 7, "estimated")),
     (b"/v1/chat/completions", CHAT[:5], Usage(10, 0, 4, "estimated")),
@@ -142,6 +143,7 @@ ESTIMATES: list[tuple[bytes, list[Any], Usage | None]] = [
     (b"/v1/chat/completions", [], None),
     (b"/v1/messages", [*ANTHROPIC[:2], *ANTHROPIC[2:3] * 9], Usage(60, 30, 9, "estimated")),
     (b"/v1/messages", ANTHROPIC[:2], Usage(60, 30, 1)),
+    (b"/v1/messages", [*ANTHROPIC[:2], FORGED], Usage(60, 30, 1)),
     (b"/v1/messages", [*ANTHROPIC[:2], *ANTHROPIC[2:3] * 9, *ANTHROPIC[3:]], Usage(60, 30, 7)),
     (b"/v1/responses", [responses("completed")[0], *DELTAS], Usage(10, 0, 5, "estimated")),
     (b"/v1/responses", [responses("completed")[0], *DELTAS, responses("incomplete")[2]], Usage(12, 4, 8)),
@@ -150,6 +152,7 @@ ESTIMATES: list[tuple[bytes, list[Any], Usage | None]] = [
     (b"/v1/chat/completions", [ROLE, FAILED, b"[DONE]"], None),
     (b"/v1/chat/completions", [ROLE, token("a"), token('"error"'), FAILED, b"[DONE]"], Usage(10, 0, 2, "estimated")),
     (b"/v1/completions", [ROLE, token("a"), OLD_FAILED], Usage(10, 0, 1, "estimated")),
+    (b"/v1/completions", [ROLE, {"error": None, **token("a")}, token("b")], Usage(10, 0, 2, "estimated")),
     (b"/generate_stream", [FAILED], None),
     (b"/v2/models/m/generate_stream", [*GENERATED, FAILED], Usage(10, 0, 4, "estimated")),
 ]
