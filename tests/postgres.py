@@ -3,6 +3,7 @@
 Durability is off: a test that kills the server makes its own, with ``synchronous_commit="on"``.
 """
 
+import asyncio
 import os
 import pwd
 import shutil
@@ -14,6 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import asyncpg  # type: ignore[import-untyped]
+from sqlalchemy import text
+
+from gpuproxy.store.engine import Store
 
 START_S_MAX = 60.0
 SETTINGS = {
@@ -33,7 +37,18 @@ CUT_OFF = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
 """
 PAST_TRIGGERS = "SET session_replication_role = replica"  # transfers are immutable, foreign keys want an order
+WAITING = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 RESTART_SEQUENCES = "SELECT setval(seqrelid, seqstart, false) FROM pg_sequence"
+
+
+async def who_waits(store: Store) -> int:
+    """Return the process of a connection that waits for a lock, once one does."""
+    async with asyncio.timeout(10):
+        while True:
+            async with store.reading() as connection:  # each its own: a transaction sees the same state until its end
+                if pid := await connection.scalar(text(WAITING)):
+                    return int(pid)
+            await asyncio.sleep(0.01)
 
 
 class Postgres:

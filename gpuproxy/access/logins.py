@@ -3,14 +3,14 @@
 from datetime import UTC, datetime
 
 from msgspec import Struct
-from sqlalchemy import delete, insert, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.accounts import User, add_user, find_user
 from gpuproxy.access.passwords import Hasher, check_password
 from gpuproxy.access.sessions import Session, end_sessions_of, start_session
 from gpuproxy.errors import GatewayError
-from gpuproxy.store.engine import Store
+from gpuproxy.store.engine import Store, insert_into
 from gpuproxy.store.schema import passwords, users
 
 WRONG = "the e-mail address or the password is wrong"
@@ -100,6 +100,6 @@ async def _known(store: Store, email: str) -> tuple[User | None, str | None]:
 
 async def _put(connection: AsyncConnection, user_id: str, hashed: str) -> None:
     """Replace the hash; first of all in a change, for a session that begins meanwhile waits at this row."""
-    await connection.execute(delete(passwords).where(passwords.c.user_id == user_id))
     row = {"user_id": user_id, "hash": hashed, "changed_at": datetime.now(UTC)}
-    await connection.execute(insert(passwords).values(**row))
+    wanted = insert_into(passwords, connection.dialect).values(**row)
+    await connection.execute(wanted.on_conflict_do_update(index_elements=["user_id"], set_=row))

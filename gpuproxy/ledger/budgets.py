@@ -16,12 +16,12 @@ from typing import Any
 from uuid import uuid4
 
 from msgspec import Struct
-from sqlalchemy import BigInteger, ColumnElement, Connection, and_, cast, delete, func, insert, select, update
+from sqlalchemy import BigInteger, ColumnElement, Connection, and_, cast, delete, func, select, update
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.outbox import record
 from gpuproxy.ledger.book import format_usd
-from gpuproxy.ledger.transfers import credit_account
+from gpuproxy.ledger.transfers import credit_account, insert_new
 from gpuproxy.store.schema import api_keys, budgets, holds
 
 WINDOW_S_MIN = 300
@@ -92,12 +92,14 @@ def set_budget(
     root = _root(connection, user_id, key_id) if key_id else ""
     same = (_column.user_id == user_id, _column.key_id == root, _column.window_s == window_s)
     chosen = and_(*same, _column.is_admins == is_admins)
-    if not connection.execute(update(budgets).where(chosen).values(limit_nanousd=limit_nanousd)).rowcount:
+    change = update(budgets).where(chosen).values(limit_nanousd=limit_nanousd)
+    if not connection.execute(change).rowcount:
         _check_count(connection, user_id)
         new = Budget(
             str(uuid4()), user_id, root, window_s, limit_nanousd, is_admins, 0, 0, 0, datetime.now(UTC)
         )  # fmt: skip
-        connection.execute(insert(budgets).values(**{name: getattr(new, name) for name in new.__struct_fields__}))
+        if not insert_new(connection, budgets, {name: getattr(new, name) for name in new.__struct_fields__}):
+            connection.execute(change)  # somebody was faster
     return _budgets(connection, chosen)[0]
 
 

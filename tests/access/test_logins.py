@@ -6,8 +6,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from argon2 import PasswordHasher
+from postgres import who_waits
 from sqlalchemy import func, select, text, update
 
+from gpuproxy.access import logins
 from gpuproxy.access.accounts import create_user, set_active
 from gpuproxy.access.callers import caller_by_token
 from gpuproxy.access.logins import Login, change_password, log_in, register, set_password
@@ -101,6 +103,16 @@ async def test_a_log_in_that_a_password_change_overtakes_fails(store: Store, has
         logging_in = asyncio.create_task(code_of(log_in(store, hasher, EMAIL, PASSWORD, LIFE_S)))
         await asyncio.sleep(0.1)  # the old password is checked meanwhile
     assert await logging_in == "UNAUTHORIZED"
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_of_two_that_set_a_password_at_once_the_later_wins(store: Store, hasher: Hasher, login: Login) -> None:
+    async with store.writing() as connection:
+        await logins._put(connection, login.user.id, "another's")
+        later = asyncio.create_task(set_password(store, EMAIL, OTHER))
+        await who_waits(store)
+    await later
+    assert await code_of(log_in(store, hasher, EMAIL, OTHER, LIFE_S)) == ""
 
 
 async def test_a_weak_hash_is_replaced_at_the_next_log_in(store: Store, hasher: Hasher, login: Login) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import WSMsgType, web
 from aiohttp.test_utils import TestClient
+from postgres import who_waits
 from sqlalchemy import text, update
 from sqlalchemy.exc import DBAPIError
 from structlog.testing import capture_logs
@@ -98,9 +99,6 @@ async def test_a_store_that_is_away_makes_no_key_invalid(
     assert answer.headers["Retry-After"] == "2"
 
 
-WAITING = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-
-
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("word", ["pg_terminate_backend", "pg_cancel_backend"])
 async def test_a_store_that_breaks_off_is_away_and_no_fault_of_the_gateway(
@@ -111,10 +109,7 @@ async def test_a_store_that_breaks_off_is_away_and_no_fault_of_the_gateway(
         async with other.transaction():
             await other.execute("LOCK TABLE receipts IN ACCESS EXCLUSIVE MODE")
             asked = asyncio.create_task(client.get("/api/v1/user/usage", headers={"X-API-Key": key}))
-            async with asyncio.timeout(10):
-                while not (waiting := await other.fetch(WAITING)):
-                    await asyncio.sleep(0.01)
-            await other.execute(f"SELECT {word}($1)", waiting[0]["pid"])
+            await other.execute(f"SELECT {word}($1)", await who_waits(store))
             assert await _error(await asked) == (503, "UNAVAILABLE", "the store is away")
     finally:
         await other.close()

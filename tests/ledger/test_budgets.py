@@ -1,9 +1,11 @@
 """Budgets: never exceeded, whoever asks for how much when, told once at 80 and at 100 %."""
 
+import asyncio
 import random
 from typing import Any
 
 import pytest
+from postgres import who_waits
 from sqlalchemy import Connection, func, select, update
 
 from gpuproxy.access.accounts import create_key, create_user
@@ -179,6 +181,15 @@ async def test_keys_that_came_from_one_another_share_a_budget(ann: Ann) -> None:
     assert budget.spent_nanousd == 50
     again = await ann.budget(60, ann.two)
     assert (again.id, again.key_id, again.limit_nanousd) == (budget.id, ann.one, 60)
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_of_two_that_set_a_budget_at_once_the_later_sets_the_limit(ann: Ann) -> None:
+    async with ann.store.writing() as connection:
+        await connection.run_sync(set_budget, ann.id, "", HOUR, 100, False)
+        later = asyncio.create_task(ann.budget(70))
+        await who_waits(ann.store)
+    assert (await later).limit_nanousd == 70
 
 
 async def test_a_budget_that_is_removed_holds_no_more(ann: Ann) -> None:

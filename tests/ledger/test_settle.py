@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from journals import DAY_NS, START_NS, frame, receipt
-from sqlalchemy import select, text
+from postgres import who_waits
+from sqlalchemy import select
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.ledger import holds
@@ -20,7 +21,6 @@ from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import accounts, receipts, transfers
 from gpuproxy.types import Receipt
 
-WAITING = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 Take = Callable[..., Awaitable[None]]
 CATALOGUE = Catalogue([Price("m1", request_nanousd=10)])
 OWNER = lease_owner("here", "000-7")
@@ -127,9 +127,7 @@ async def test_the_first_charge_ever_waits_in_no_circle_with_the_first_refund(
     async with store.writing() as refund:
         await refund.run_sync(open_accounts, {REVENUE, WRITE_OFF})
         charge = asyncio.create_task(ingest(receipt(1, user_id=user_id)))
-        async with asyncio.timeout(10), store.reading() as watching:
-            while not await watching.scalar(text(WAITING)):
-                await asyncio.sleep(0.01)
+        await who_waits(store)
         await refund.run_sync(lock, {credit_account(user_id)})
     await charge
     assert await balance(store, user_id) == 90
