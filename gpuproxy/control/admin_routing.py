@@ -20,6 +20,7 @@ from gpuproxy.control.respond import listing, success
 from gpuproxy.control.routing import TOPIC, written
 from gpuproxy.errors import GatewayError
 from gpuproxy.link.messages import EndpointState
+from gpuproxy.store.engine import insert_into
 from gpuproxy.store.schema import routing_blocks
 
 HIDDEN = "…"  # in place of header values, which may be credentials
@@ -120,9 +121,9 @@ async def _set(request: web.Request, kind: str, body: Upstream | Model, is_new: 
     async with request.app[STORE].writing() as connection:
         if is_new and (name in feed.configured(kind) or await _is_there(connection, kind, name)):
             raise GatewayError("CONFLICT", f"{name!r} is there already; PUT replaces it", param="name")
-        await connection.execute(delete(routing_blocks).where(*_where(kind, name)))
         row = {"kind": kind, "name": name, "block": block, "changed_at": datetime.now(UTC)}
-        await connection.execute(routing_blocks.insert().values(**row))
+        wanted = insert_into(routing_blocks, connection.dialect).values(**row)
+        await connection.execute(wanted.on_conflict_do_update(index_elements=["kind", "name"], set_=row))
         await feed.check(connection)
         shown = block | ({"headers": _hidden(block["headers"])} if block.get("headers") else {})
         await note(connection, request[CALLER], f"{kind}.set", name, shown)

@@ -23,6 +23,7 @@ from gpuproxy.fleet.parts import DISK_GB, Fleet, failure_of
 from gpuproxy.fleet.purse import first_hold, reserve
 from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked, new_id
 from gpuproxy.fleet.states import LIVING
+from gpuproxy.ledger.transfers import credit_account, lock
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import CapacityGone, InstanceSpec, Offer, ProviderAdapter, ProviderError, ProviderInstance
 from gpuproxy.pricing import with_markup, without_markup
@@ -34,10 +35,6 @@ LOOKS_S = (0.0, 0.5, 1.0, 2.0)  # waits before each look for a create whose end 
 IN_FLIGHT_S = 240  # CREATE_S, the looks and a margin: before that a pending rental is its call's own affair
 
 logger = get_logger(__name__)
-
-
-class RacedError(Exception):
-    """Another call with the same request key has stored its intent meanwhile."""
 
 
 class Wish(Struct, frozen=True, kw_only=True):
@@ -104,16 +101,15 @@ async def wait_until_running(fleet: Fleet, rental: Rental, wait_s: float, poll_s
 
 
 async def _intended(fleet: Fleet, wishes: Sequence[Wish]) -> list[tuple[Rental, bool]]:
-    """Store intents, all or none; of calls with one request key at the same time one does, the others find its."""
-    try:
-        return await fleet.paying(_intend_all, fleet, wishes, fleet.now())
-    except RacedError:
-        return await fleet.paying(_intend_all, fleet, wishes, fleet.now())
+    """Store intents, all or none."""
+    return await fleet.paying(_intend_all, fleet, wishes, fleet.now())
 
 
 def _intend_all(
     connection: Connection, fleet: Fleet, wishes: Sequence[Wish], now: datetime
 ) -> list[tuple[Rental, bool]]:
+    # First of all: of calls with one request key at the same time one stores its intent, the others find that.
+    lock(connection, {credit_account(wish.user_id) for wish in wishes})
     return [_intend(connection, fleet, wish, now) for wish in wishes]
 
 
@@ -143,9 +139,9 @@ def _intend(connection: Connection, fleet: Fleet, wish: Wish, now: datetime) -> 
         expires_at=_expiry(now, wish.duration_hours or terms["committed_hours"]),
         **terms,
     )
-    if add(connection, rental):
-        return rental, True
-    raise RacedError  # takes the hold back too
+    is_new = add(connection, rental)
+    assert is_new  # its request key names the customer, whose account is locked
+    return rental, True
 
 
 def _expiry(now: datetime, hours: int) -> datetime | None:

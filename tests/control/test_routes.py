@@ -124,8 +124,11 @@ class World:
         body = BODIES[name_of(route)](caller) if route.takes else None
         if body and body.get("payment_id") == PAYMENT:
             body["payment_id"] = await self._payment(owner, is_paid=True)
-        status, told = await self._api.call(route.method, path, body, headers)
+        status, told = await self._call(route.method, path, body, headers)
         return owner, status, told
+
+    async def _call(self, method: str, path: str, body: Any, headers: dict[str, str]) -> tuple[int, Any]:
+        return await self._api.call(method, path, body, headers)
 
     async def _payment(self, person: Person, is_paid: bool) -> str:
         payment = new_payment(person.id, "bank", "checkout", 10**9)
