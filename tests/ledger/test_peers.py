@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+from lessors import Site, Worker
 from redis_server import RedisServer
-from test_leases import Site, Worker
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.ledger.book import credit
