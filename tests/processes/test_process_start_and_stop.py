@@ -15,7 +15,7 @@ from conftest import MakeCaller, MakePlace
 from gateways import STOP_S, Gateway, Place, children, is_alive, process, running, until
 from inference import STREAM_BODY, Inference
 
-COLD_START_S = 5.0
+COLD_START_CPU_S = 6.0  # of all processes: on a crowded machine the time by the wall says nothing
 WORKER_BYTES = 64 << 20
 
 
@@ -35,16 +35,22 @@ async def test_a_cold_start_is_short_and_a_worker_small(
         caller = new_caller(gateway)
         answer = await caller.post()
         took_s = time.monotonic() - begun_s
+        cpu_s = sum(map(used_cpu_s, [started.pid, *children(started.pid)]))
         sizes = {pid: resident_bytes(pid) for pid in children(started.pid)}
         workers = [sizes[pid] for pid in gateway.workers()]
         assert gateway.stop() == 0
     with capsys.disabled():
         mib = ", ".join(f"{size / 2**20:.1f}" for size in workers)
-        print(f"\ncold start to the first proxied 200: {took_s:.2f} s; workers: {mib} MiB resident")
+        print(f"\nfirst proxied 200 after {took_s:.2f} s and {cpu_s:.2f} s of CPU; workers: {mib} MiB resident")
     assert answer.status == 200
-    assert took_s < COLD_START_S
+    assert cpu_s < COLD_START_CPU_S
     assert len(workers) == 2
     assert max(workers) < WORKER_BYTES
+
+
+def used_cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes(pid: int) -> int:
