@@ -57,6 +57,14 @@ async def continue_session(store: Store, refresh_token: str, lifetime_s: float) 
     return session
 
 
+async def prolong_session(store: Store, session_id: str, lifetime_s: float) -> None:
+    """Let a session that lives go on for so long from now."""
+    is_live = and_(sessions.c.id == session_id, sessions.c.revoked_at.is_(None))
+    expires_at = datetime.now(UTC) + timedelta(seconds=lifetime_s)
+    async with store.writing() as connection:
+        await connection.execute(update(sessions).where(is_live).values(expires_at=expires_at))
+
+
 async def end_session(connection: AsyncConnection, session_id: str) -> None:
     """Make every token of the session worthless."""
     await _end(connection, sessions.c.id == session_id)

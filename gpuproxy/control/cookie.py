@@ -5,16 +5,23 @@ script can read it, and the API does not take it, so that another site can make 
 it and does something asks `is_same_origin` first, for SameSite=Lax knows sites and not origins (RFC 6265bis §5.6.7).
 """
 
+import time
+
 from aiohttp import web
 
 from gpuproxy.access import tokens
 from gpuproxy.access.callers import Caller, caller_by_token
+from gpuproxy.access.sessions import prolong_session
 from gpuproxy.control.here import is_https, is_same_origin
 from gpuproxy.control.parts import CONFIG, KEYRING, STORE
 from gpuproxy.errors import GatewayError
 
 NAME = "gpuproxy"
 SECURE_NAME = "__Host-gpuproxy"  # browsers take it over TLS only and from no neighbour in the domain
+
+
+SIGNED_IN = web.RequestKey("signed_in", tokens.Claims)  # of the cookie that was good
+RENEWALS = 30  # in the life of a cookie, of who visits every day
 
 
 async def caller_by_cookie(request: web.Request) -> Caller | None:
@@ -26,7 +33,17 @@ async def caller_by_cookie(request: web.Request) -> Caller | None:
         claims = tokens.read(request.app[KEYRING], cookie, tokens.COOKIE)
     except GatewayError:
         return None
+    request[SIGNED_IN] = claims
     return await caller_by_token(request.app[STORE], claims)
+
+
+async def prolong_cookie(request: web.Request, response: web.StreamResponse) -> None:
+    """Let the session of who is signed in last from now on, if its cookie is a while old."""
+    claims = request[SIGNED_IN]
+    lifetime_s = request.app[CONFIG].auth.refresh_token_s
+    if time.time() - claims.iat >= lifetime_s / RENEWALS:
+        await prolong_session(request.app[STORE], claims.sid, lifetime_s)
+        set_cookie(request, response, claims.sub, claims.sid)
 
 
 def set_cookie(request: web.Request, response: web.StreamResponse, user_id: str, session_id: str) -> None:

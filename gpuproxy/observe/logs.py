@@ -24,7 +24,7 @@ if _hides_rich:
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 FORMATS = ("text", "json")
-CHATTY = ("alembic", "aiosqlite")  # one tells its whole start as news, the other every statement and its values
+CHATTY = ("alembic", "aiosqlite", "stripe")  # these tell their whole start as news, statements with values, bodies
 
 
 def configure_logs(log: config.Log, environment: Mapping[str, str] = os.environ) -> None:

@@ -1,8 +1,9 @@
 """Pages: who sees what, which forms do something, and that nothing foreign runs in them."""
 
 import re
+import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any, NamedTuple
 
 import pytest
 from gpuproxy_plugins.manual import Manual
+from msgspec import structs
 from multidict import CIMultiDictProxy, MultiDict
+from sqlalchemy import select
 
 from gpuproxy.access.attempts import FREE_FAILURES
+from gpuproxy.access.tokens import COOKIE, claims_for, read, sign
 from gpuproxy.config import Config, build
 from gpuproxy.control.pages.render import DONE, bar, count, milliseconds, usd, when
 from gpuproxy.control.pages.static import FILES, VERSION
@@ -21,8 +25,9 @@ from gpuproxy.fleet import findings, rentals
 from gpuproxy.fleet.rent import wait_until_running
 from gpuproxy.ledger.book import credit
 from gpuproxy.plugin import Checkout, Order, PaymentProvider, PaymentSettings
+from gpuproxy.store.schema import sessions
 
-from .conftest import PASSWORD, Api, Person
+from .conftest import KEYRING, PASSWORD, Api, Person
 
 SCRIPT = "<script>alert(1)</script>"
 OURS = {"Sec-Fetch-Site": "same-origin"}
@@ -585,3 +590,28 @@ def test_text_stands_out_from_its_ground(theme: int) -> None:
     for text, ground in pairs:
         lighter, darker = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (text, ground)
+
+
+def aged(person: Person, days: int) -> dict[str, str]:
+    """Return the cookie of who signed in so many days ago."""
+    session_id = read(KEYRING, person.access_token).sid
+    claims = claims_for(person.id, session_id, 30 * 86_400, COOKIE)
+    cookie = sign(KEYRING, structs.replace(claims, iat=claims.iat - days * 86_400))
+    return {"Cookie": f"gpuproxy={cookie}"}
+
+
+async def test_who_visits_stays_signed_in(api: Api) -> None:
+    ann = await api.person()
+    answer = await visit(api, "/dashboard", aged(ann, 20))
+    fresh = answer.headers["Set-Cookie"].partition(";")[0]
+    claims = read(KEYRING, fresh.partition("=")[2], COOKIE)
+    assert claims.exp - time.time() > 29 * 86_400
+    async with api.store.reading() as connection:
+        ends_at = await connection.scalar(select(sessions.c.expires_at).where(sessions.c.id == claims.sid))
+    assert ends_at is not None
+    assert ends_at - datetime.now(UTC) > timedelta(days=29)
+    assert "Set-Cookie" not in (await visit(api, "/dashboard", {"Cookie": fresh})).headers
+    assert "Set-Cookie" not in (await visit(api, "/dashboard/static/pages.css", aged(ann, 20))).headers
+    out = await visit(api, "/dashboard/sign-out", aged(ann, 20) | OURS, {})
+    assert out.headers["Set-Cookie"].startswith('gpuproxy="";')
+    assert "Set-Cookie" not in (await visit(api, "/dashboard", aged(ann, 20))).headers

@@ -9,7 +9,7 @@ from aiohttp import web
 from msgspec import Struct
 from multidict import MultiDict
 
-from gpuproxy.control.cookie import caller_by_cookie
+from gpuproxy.control.cookie import caller_by_cookie, prolong_cookie
 from gpuproxy.control.here import is_same_origin
 from gpuproxy.control.pages.render import page
 from gpuproxy.control.pages.visit import Visit
@@ -58,7 +58,10 @@ def _served(each: Page) -> Callable[[web.Request], Awaitable[web.StreamResponse]
             return see_other(f"{SIGN_IN}?{urlencode({'next': asked})}" if asked not in ("", PREFIX) else SIGN_IN)
         visit = await _visit(request)
         try:
-            return await each.show(visit)
+            response = await each.show(visit)
+            if each.method == "GET" and not each.is_open:  # forms may have ended the session
+                await prolong_cookie(request, response)
+            return response
         except GatewayError as error:
             if each.back is None:
                 raise
