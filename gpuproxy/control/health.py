@@ -1,19 +1,23 @@
 """Health: what an operator sees, and what a load balancer asks.
 
 A database that is away makes the gateway degraded, not unready: workers go on with what they know, and taking
-every node out of service because their one database is down would turn a slow hour into an outage.
+every node out of service because their one database is down would turn a slow hour into an outage. Without room for
+the journal every call is refused: that is what makes it unhealthy.
 """
 
 import asyncio
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from aiohttp import web
 from msgspec import Struct
 
 from gpuproxy import __version__
+from gpuproxy.control.metrics import GAUGES_READ
 from gpuproxy.control.pages import front
-from gpuproxy.control.parts import NODES, OFFERS, STOPPING, STORE
+from gpuproxy.control.parts import CONFIG, NODES, OFFERS, STOPPING, STORE
 from gpuproxy.control.respond import answer
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
@@ -30,13 +34,16 @@ class About(Struct):
 
 
 class Status(Struct):
-    """``ok``, or ``degraded``."""
+    """``ok``."""
 
     status: str
 
 
 class Health(Struct):
-    """How every part is: ``healthy``, ``unhealthy`` or ``not_configured``."""
+    """``ok``, ``degraded``, or with 503 ``unhealthy``; every part is ``healthy``, ``unhealthy`` or ``not_configured``.
+
+    The journal is named when it has no room.
+    """
 
     status: str
     timestamp: str
@@ -62,8 +69,11 @@ async def health(request: web.Request) -> web.Response:
         **_providers(request.app[OFFERS].faults()),
     }
     status = "degraded" if "unhealthy" in services.values() else "ok"
+    if not has_room(request.app):
+        services["journal"] = status = "unhealthy"
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    return answer({"status": status, "timestamp": now, "version": __version__, "services": services})
+    told = {"status": status, "timestamp": now, "version": __version__, "services": services}
+    return answer(told, 503 if status == "unhealthy" else 200)
 
 
 async def live(request: web.Request) -> web.Response:
@@ -75,7 +85,18 @@ async def ready(request: web.Request) -> web.Response:
     """Tell whether new calls may be sent here."""
     if request.app[STOPPING].is_set():
         raise GatewayError("UNAVAILABLE", "the gateway is stopping", retry_after_s=5)
+    if not has_room(request.app):
+        raise GatewayError("JOURNAL_FULL", "receipts have no room, so calls are refused", retry_after_s=5)
     return answer({"status": "ok"})
+
+
+def has_room(app: web.Application) -> bool:
+    """Tell whether workers can write receipts."""
+    settings = app[CONFIG]
+    with suppress(OSError):  # without the directory there is nobody who writes
+        if shutil.disk_usage(settings.server.data_dir).free == 0:
+            return False
+    return (app[GAUGES_READ].total("gpuproxy_journal_bytes") or 0) <= settings.journal.bytes_max
 
 
 async def _database(store: Store) -> str:

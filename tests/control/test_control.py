@@ -1,10 +1,12 @@
 """The management API: its answers, its errors, its health, its usage, its socket."""
 
 import asyncio
+import shutil
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ from gpuproxy import __version__
 from gpuproxy.access.accounts import create_key, create_user, revoke_key, set_active
 from gpuproxy.control.app import application
 from gpuproxy.control.changes import ChangeFeed
-from gpuproxy.control.parts import STOPPING
+from gpuproxy.control.metrics import GAUGES_READ
+from gpuproxy.control.parts import CONFIG, STOPPING
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.link.server import LinkServer
 from gpuproxy.proxy.journal import frame
@@ -142,6 +145,27 @@ async def test_a_stopping_gateway_is_alive_but_not_ready(client: Client) -> None
     answer = await client.get("/health/ready")
     assert await _error(answer) == (503, "UNAVAILABLE", "the gateway is stopping")
     assert answer.headers["Retry-After"] == "5"
+    assert (await client.get("/health/live")).status == 200
+
+
+async def test_without_room_for_receipts_the_gateway_is_unhealthy(client: Client) -> None:
+    limit = client.app[CONFIG].journal.bytes_max
+    client.app[GAUGES_READ].set("gpuproxy_journal_bytes", lambda: {(): float(limit)})
+    assert (await client.get("/health")).status == 200
+    client.app[GAUGES_READ].set("gpuproxy_journal_bytes", lambda: {(): limit + 1.0})
+    await refuses_calls(client)
+
+
+async def test_without_a_free_block_on_the_disk_too(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    await refuses_calls(client)
+
+
+async def refuses_calls(client: Client) -> None:
+    answer = await client.get("/health")
+    body = await answer.json()
+    assert (answer.status, body["status"], body["services"]["journal"]) == (503, "unhealthy", "unhealthy")
+    assert (await _error(await client.get("/health/ready")))[:2] == (503, "JOURNAL_FULL")
     assert (await client.get("/health/live")).status == 200
 
 
