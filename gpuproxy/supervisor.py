@@ -35,6 +35,7 @@ START_S = 30.0  # a child that is not ready by then is killed
 HANDOVER_S = 5.0  # how long a replaced worker may take to stop taking calls, on a busy machine
 STOP_GRACE_S = 15.0  # on top of drain_s, before what is left is killed
 RESTART_PAUSES_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # by the number of deaths in the last minute
+TWICE_S = 1.0  # some send one SIGTERM to the process and to its group, which is the same one twice
 WATCH_S = 1.0  # how often the configuration file is looked at
 CONTROL = -1
 
@@ -48,12 +49,19 @@ class Child:
     def __init__(self, slot: int, process: subprocess.Popen[bytes], report_fd: int) -> None:
         self.slot = slot
         self.process = process
+        self._was_told = False
         self._reports = os.fdopen(report_fd, "rb", 0)  # stays open: a child that cannot say its word fails
 
     def await_report(self, report: bytes, deadline_s: float) -> bool:
         """Wait for the child's next report; False if it died or took too long."""
         readable, _, _ = select.select([self._reports], [], [], max(0.0, deadline_s - time.monotonic()))
         return bool(readable) and self._reports.read(1) == report
+
+    def tell_to_stop(self) -> None:
+        """Let the child stop in order, if it was not told before: the second time it hurries."""
+        if not self._was_told:
+            self.process.terminate()
+        self._was_told = True
 
     def is_dead(self) -> bool:
         """Tell whether the process has ended; if so it leaves nothing behind here."""
@@ -232,7 +240,7 @@ class Supervisor:
             return
         self._children[slot] = new
         self._leaving.append(old)
-        old.process.terminate()
+        old.tell_to_stop()
         if slot != CONTROL:  # until then it takes calls and answers by the old configuration
             old.await_report(DRAINING, time.monotonic() + HANDOVER_S)
 
@@ -252,16 +260,23 @@ class Supervisor:
 
 
 def _stop(children: list[Child], deadline_s: float) -> None:
+    """Stop the children and wait for them; who sends SIGTERM once more cannot wait for what they still do."""
     for child in children:
-        if child.process.poll() is None:
-            child.process.terminate()
-    for child in children:
-        try:
-            child.process.wait(max(0.1, deadline_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _log.error("child did not stop in time, killed", child=_name(child.slot))
-            child.process.kill()
-            child.process.wait()
+        child.tell_to_stop()
+    begun_s = time.monotonic()
+    while living := [child for child in children if child.process.poll() is None]:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            break
+        info = signal.sigtimedwait(_SIGNALS, min(left_s, WATCH_S))
+        is_again = info is not None and info.si_signo in (signal.SIGTERM, signal.SIGINT)
+        if is_again and time.monotonic() - begun_s > TWICE_S:
+            for child in living:
+                child.process.terminate()
+    for child in living:
+        _log.error("child did not stop in time, killed", child=_name(child.slot))
+        child.process.kill()
+        child.process.wait()
 
 
 def reachable(address: str) -> str:

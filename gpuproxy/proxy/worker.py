@@ -84,6 +84,7 @@ class Plane:
         self.unread: set[Downstream] = set()
         self.tunnels: dict[Answer, tuple[TunnelEnd, TunnelEnd]] = {}
         self.is_draining = False
+        self.is_hurried = False
         self.wall_offset_ns = time.time_ns() - time.monotonic_ns()
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
@@ -245,9 +246,9 @@ class Plane:
                 downstream.close_gently()
 
     async def drain(self) -> None:
-        """Let calls in flight end, for at most ``drain_s``; then cut the rest."""
+        """Let calls in flight end, for at most ``drain_s`` and until ``is_hurried``; then cut the rest."""
         deadline_s = self._time() + self.config.server.drain_s
-        while (self.downstreams or self.tunnels) and self._time() < deadline_s:
+        while (self.downstreams or self.tunnels) and self._time() < deadline_s and not self.is_hurried:
             self.sweep()
             await asyncio.sleep(0.02)
         for downstream in list(self.downstreams):
@@ -291,7 +292,12 @@ async def serve(boot: Boot) -> None:
     journal = Journal(Path(config.server.data_dir) / "journal", epoch, config.journal)
     plane = Plane(config, registry, link, journal, boot.control_path)
     stopping = asyncio.Event()
-    on_stop(boot, stopping.set)
+
+    def stop() -> None:
+        plane.is_hurried = stopping.is_set()  # told again
+        stopping.set()
+
+    on_stop(boot, stop)
     server = await loop.create_server(
         lambda: Downstream(plane), sock=socket.socket(fileno=boot.listen_fd), backlog=LISTEN_BACKLOG
     )

@@ -119,6 +119,28 @@ async def test_each_process_asks_name_servers_again_in_time(gateway: Gateway) ->
         assert b"RES_OPTIONS=timeout:1 attempts:2\0" in Path(f"/proc/{pid}/environ").read_bytes()
 
 
+async def test_who_says_stop_again_waits_no_longer(
+    place: MakePlace, new_caller: MakeCaller, inference: Inference
+) -> None:
+    here = place()
+    inference.hold()
+    with running(here) as gateway:
+        caller = new_caller(gateway)
+        stream = asyncio.create_task(caller.post(HELD))
+        await until(lambda: inference.held_count == 1, 5, "the stream reaches the upstream")
+        begun_s = time.monotonic()
+        gateway.process.terminate()
+        gateway.process.terminate()  # as timeout(1) does: this is one word
+        while not stream.done():
+            await asyncio.sleep(0.05)
+            gateway.process.send_signal(signal.SIGINT)
+        with pytest.raises(CutError):
+            await stream
+        assert 1.0 < time.monotonic() - begun_s < 5.0
+        assert await asyncio.to_thread(gateway.process.wait, STOP_S) == 0
+    assert len(here.receipts()) == 1
+
+
 async def test_a_second_gateway_on_the_port_is_refused(place: MakePlace, new_caller: MakeCaller) -> None:
     here = place()
     with running(here) as gateway:
