@@ -105,7 +105,9 @@ def test_what_is_no_price_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_price_as_a_number_is_refused(tmp_path: Path) -> None:
     (fault,) = faults(tmp_path, '[[prices]]\nmodel = "m"\nper_request_usd = 0.1')
-    assert fault == "config.toml:3: prices[0].per_request_usd: 0.1 does not fit: expected str"
+    assert (
+        fault == 'config.toml:3: prices[0].per_request_usd: 0.1 does not fit: expected str; write it in quotes, "0.1"'
+    )
 
 
 def test_a_model_has_one_price_at_an_upstream(tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_fault_in_a_list_over_several_lines_names_the_line_of_the_item(tmp_pat
 def test_two_upstreams_of_one_name_are_refused_even_beside_other_faults(tmp_path: Path) -> None:
     first, second = faults(tmp_path, LLM + 'urls = ["http://a"]\n' + LLM + "urls = [1]\n")
     assert first == 'config.toml:6: upstreams[1].name: "llm" is the name of upstreams[0]; rename one'
-    assert second == "config.toml:8: upstreams[1].urls[0]: 1 does not fit: expected str"
+    assert second == 'config.toml:8: upstreams[1].urls[0]: 1 does not fit: expected str; write it in quotes, "1"'
 
 
 def test_a_missing_field_is_told_at_the_head_of_its_table(tmp_path: Path) -> None:
@@ -209,6 +211,9 @@ def test_a_url_that_is_no_base_is_refused(tmp_path: Path, url: str, complaint: s
     [
         ('[store]\nurl = "mysql://h/x"', 'unknown scheme "mysql"; write sqlite:///./FILE'),
         ('[store]\nurl = "sqlite://"', "names no file"),
+        ('[store]\nurl = "postgresql://u:p@h:high/n"', "has no usable host or port"),
+        ('[store]\nurl = "postgresql://h/n?sslmode=disable&pool=3"', 'the parameter "pool"; only sslmode'),
+        ("[log]\nlevel = 20", 'expected str; write it in quotes, "20"'),
         ('[redis]\nurl = "memcached://h"', 'unknown scheme "memcached"; write redis://'),
         ('[redis]\nurl = "redis://h:x"', "has no usable host or port; write redis://"),
         ('[redis]\nurl = "redis://"', "has no usable host or port; write redis://"),
@@ -251,6 +256,8 @@ def test_a_value_out_of_its_range_is_refused(tmp_path: Path, line: str, complain
         ('ca_file = "/no/such"', "cannot be read"),
         ('headers = { "a b" = "x" }', "is no header name"),
         ('headers = { a = "x\\ny" }', "outside printable ASCII"),
+        ('headers = { Host = "x" }', "is written by the gateway"),
+        ('headers = { content-length = "3" }', "is written by the gateway"),
     ],
 )
 def test_an_upstream_with_a_wrong_field_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
@@ -436,3 +443,17 @@ def test_a_group_of_servers_must_be_one(group: dict[str, Any], complaint: str) -
 def test_a_server_that_is_set_while_running_may_be_in_a_group() -> None:
     config = build({"mcp_groups": [{"name": "all", "servers": ["later"]}]})
     assert "no upstream 'later' here" in warnings(config, {})[0]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://u:p/w#x?y@h/n?sslmode=require", "postgresql://[::1]:5432/n", "postgresql:///n", "postgresql://h/n"],
+)
+def test_a_postgresql_url_may_have_any_password_and_no_host(url: str) -> None:
+    assert build({"store": {"url": url}}).store.url == url
+
+
+def test_a_secret_that_is_not_set_is_told_before_it_stops_a_start() -> None:
+    config = build({"auth": {"jwt_secret_env": "GP_SECRET"}})
+    assert "auth.jwt_secret_env: GP_SECRET is not set" in warnings(config, {})[0]
+    assert warnings(config, {"GP_SECRET": "x"}) == []

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from gpuproxy.errors import ConfigError
 
 if TYPE_CHECKING:
     from msgspec import Struct
@@ -41,6 +44,33 @@ def load(path: Path | None) -> "Config":
     from gpuproxy import config
 
     return config.load(path, os.environ)
+
+
+def located(faults: Sequence[str], path: Path | None) -> list[str]:
+    """Return faults that begin with the name of a key, and were found after the file was read, with their line."""
+    from gpuproxy.config.toml_lines import key_lines
+
+    if path is None:
+        return list(faults)
+    lines, found = key_lines(path.read_text()), []
+    for fault in faults:
+        block, index, key = re.match(r"(\w*)(?:\[(\d+)\])?(?:\.(\w+))?", fault).groups()  # type: ignore[union-attr]
+        places = ((block, int(index or 0), key), (block, int(index or 0)))
+        line = next((lines[place] for place in places if place in lines), None)
+        found.append(fault if line is None else f"{path}:{line}: {fault}")
+    return found
+
+
+def checked(path: Path | None) -> "Config":
+    """Read the configuration and see whether plugins can do what it wants. Raises ConfigError."""
+    from gpuproxy.plugin import check_plugins
+
+    found = load(path)
+    try:
+        check_plugins(found, os.environ)
+    except ConfigError as error:
+        raise ConfigError(located(error.faults, path)) from None
+    return found
 
 
 def config_of(given: Path | None) -> "Config":

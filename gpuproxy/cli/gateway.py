@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gpuproxy import __version__
-from gpuproxy.cli.common import config_of, config_path_of, load, on_store, print_json, show, with_config, with_json
+from gpuproxy.cli.common import checked, config_of, config_path_of, on_store, print_json, show, with_config, with_json
 from gpuproxy.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def serve(config_path: Path | None) -> None:
     """Run the gateway until SIGTERM or Ctrl-C."""
     path = config_path_of(config_path)
     try:
-        load(path)
+        checked(path)
         from gpuproxy import supervisor
 
         sys.exit(supervisor.serve(path))
@@ -45,12 +45,10 @@ def demo(once: bool, port: int) -> None:
 def check_config(config_path: Path | None, as_json: bool) -> None:
     """Check the configuration, name every fault and what is probably not meant; exit 2 for a fault."""
     from gpuproxy.config import warnings
-    from gpuproxy.plugin import check_plugins
 
     path = config_path_of(config_path)
     try:
-        config = load(path)
-        check_plugins(config, os.environ)
+        config = checked(path)
     except ConfigError as error:
         if not as_json:
             raise

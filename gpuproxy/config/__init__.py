@@ -285,6 +285,9 @@ def build(tree: Mapping[str, Any], faults: Faults | None = None) -> Config:
 def warnings(config: Config, environment: Mapping[str, str]) -> list[str]:
     """Name what is allowed but probably not meant, one line each."""
     said = []
+    variable = config.auth.jwt_secret_env
+    if variable and not environment.get(variable):
+        said.append(f"auth.jwt_secret_env: {variable} is not set, so the gateway will not start; export it")
     variable = config.traces.headers_env
     if variable and not environment.get(variable):
         said.append(f"traces.headers_env: {variable} is not set, so no credential is sent; export it")

@@ -8,10 +8,20 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 LOG_FORMATS = ("text", "json")
+WRITTEN_HEADERS = {
+    "host",
+    "content-length",
+    "transfer-encoding",
+    "connection",
+    "keep-alive",
+    "te",
+    "trailer",
+    "upgrade",
+}
 STORE_SCHEMES = ("sqlite", "postgresql", "postgres")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 
@@ -111,7 +121,20 @@ def store_url(value: str) -> str | None:
         return f"unknown scheme {given}; write sqlite:///./FILE or postgresql://USER:PASSWORD@HOST/NAME"
     if scheme == "sqlite" and (not rest.startswith("/") or rest in ("/", "/:memory:")):
         return "names no file; write sqlite:///./FILE (relative) or sqlite:////DIRECTORY/FILE"
-    return None
+    return None if scheme == "sqlite" else _postgresql_url(value)
+
+
+def _postgresql_url(value: str) -> str | None:
+    place = value.partition("://")[2].rpartition("@")[2]  # what stands before may be any password
+    try:
+        parts = urlsplit(f"//{place}")
+        is_usable = parts.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        return "has no usable host or port; write postgresql://USER:PASSWORD@HOST:5432/NAME"
+    unknown = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name != "sslmode"]
+    return f"has the parameter {show(unknown[0])}; only sslmode is understood" if unknown else None
 
 
 def redis_url(value: str) -> str | None:
@@ -184,6 +207,8 @@ def header(name: str, value: str) -> str | None:
     """Accept a field name and value that can be sent as they are (RFC 9110 §5)."""
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
         return "is no header name (RFC 9110 §5.1)"
+    if name.lower() in WRITTEN_HEADERS:
+        return "is written by the gateway; leave it out (Host is that of urls, or the client's with preserve_host)"
     if not re.fullmatch(r"([!-~]([\t -~]*[!-~])?)?", value):
         return "its value has characters outside printable ASCII, or space around it"
     return None

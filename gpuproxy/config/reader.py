@@ -131,11 +131,18 @@ def _read_leaf(kind: Any, extra: dict[str, Any], value: Any, path: KeyPath, faul
         converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         shown = "the value" if extra.get("secret") else show(value)
-        faults.add(path, f"{shown} does not fit: {_expected(error)}")
+        quotes = (
+            f'; write it in quotes, "{value}"' if _is_number_for_text(kind, value) and not extra.get("secret") else ""
+        )
+        faults.add(path, f"{shown} does not fit: {_expected(error)}{quotes}")
         return None
     if complaint := extra["check"](converted) if "check" in extra else None:
         faults.add(path, complaint)
     return converted
+
+
+def _is_number_for_text(kind: Any, value: Any) -> bool:
+    return bare(kind)[0] is str and isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _expected(error: msgspec.ValidationError) -> str:

@@ -10,20 +10,24 @@ from gpuproxy.cli import cli
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "line", "fault"),
     [
-        ('[plugins]\nenabled = ["telex"]', "no plugin 'telex' is installed"),
-        ('[[providers]]\nname = "moon"', 'providers[0]: no provider "moon"; known: none; is its plugin in'),
+        ('[plugins]\nenabled = ["telex"]', None, "no plugin 'telex' is installed"),
+        ('\n[[providers]]\nname = "moon"', 2, 'providers[0]: no provider "moon"; known: none; is its plugin in'),
         (
             '[plugins]\nenabled = ["simulated"]\n[[providers]]\nname = "sim"\noptions = { sed = "1" }',
+            3,
             'providers[0]: options: "sed" is unknown',
         ),
+        ('[[upstreams]]\nname = "a"\nprotocol = "telex"\nurls = ["http://a"]', 3, "upstreams[0].protocol: no plugin"),
     ],
 )
-def test_a_provider_that_cannot_be_made_is_a_fault(tmp_path: Path, text: str, fault: str) -> None:
+def test_what_plugins_cannot_do_is_a_fault_with_its_line(
+    tmp_path: Path, text: str, line: int | None, fault: str
+) -> None:
     path = tmp_path / "config.toml"
     path.write_text(text)
     result = CliRunner().invoke(cli, ["check-config", "-c", str(path), "--json"])
     assert result.exit_code == 2
     (told,) = json.loads(result.stdout)["faults"]
-    assert fault in told
+    assert told.startswith(fault if line is None else f"{path}:{line}: {fault}")
