@@ -14,11 +14,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from gpuproxy.errors import ConfigError
+from gpuproxy.observe.logs import get_logger
 
 SECRET_BYTES_MIN = 32  # RFC 7518 §3.2: a key for HS256 is at least as long as the hash
 SECRETS_MAX = 8
 FILE_NAME = "jwt.key"
 NONCE_BYTES = 12
+
+logger = get_logger(__name__)
 
 
 class Keyring:
@@ -66,6 +69,8 @@ def load_keyring(variable: str, data_dir: Path, environment: Mapping[str, str] =
     path = data_dir / FILE_NAME
     if not path.exists():
         _make_file(path)
+    if path.stat().st_mode & 0o077:
+        logger.warning("the secret that signs tokens can be read by others; chmod 600 it", path=str(path))
     return _parsed(path.read_bytes(), str(path))
 
 

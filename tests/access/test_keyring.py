@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from gpuproxy.access.keyring import FILE_NAME, Keyring, fresh_keyring, load_keyring
 from gpuproxy.errors import ConfigError
@@ -19,6 +20,15 @@ def test_the_file_is_made_once_and_only_for_the_owner(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert load_keyring("", tmp_path / "data", {}).secrets == first.secrets
     assert list((tmp_path / "data").iterdir()) == [path]
+
+
+def test_a_file_that_others_can_read_is_told_of(tmp_path: Path) -> None:
+    load_keyring("", tmp_path, {})
+    (tmp_path / FILE_NAME).chmod(0o640)
+    with capture_logs() as logs:
+        load_keyring("", tmp_path, {})
+    ((level, event),) = [(line["log_level"], line["event"]) for line in logs]
+    assert (level, "chmod 600" in event) == ("warning", True)
 
 
 def test_processes_that_start_at_once_share_one_secret(tmp_path: Path) -> None:
