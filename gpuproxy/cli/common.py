@@ -105,7 +105,7 @@ def on_store(config_path: Path | None, work: "Callable[[Store], Awaitable[T]]") 
 
     try:
         return asyncio.run(run())
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, OSError) as error:
         raise click.ClickException(f"the store cannot be used: {fault_of(error)}; see [store] url") from None
 
 

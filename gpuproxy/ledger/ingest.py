@@ -119,8 +119,9 @@ class Ingest:
                 await self.ingest_once()
                 wait_s = interval_s
             except Exception as error:
-                wait_s = min(max(wait_s * 2, interval_s), BACKOFF_S_MAX)
-                logger.error("ingest failed, will go on", error=_told(error), wait_s=wait_s)
+                if wait_s < BACKOFF_S_MAX:  # then it has been told often enough, however long it lasts
+                    wait_s = min(max(wait_s * 2, interval_s), BACKOFF_S_MAX)
+                    logger.error("ingest failed, will go on", error=_told(error), wait_s=wait_s)
             await pause(wait_s, self._stopping)
 
     async def _load_offsets(self) -> None:

@@ -50,6 +50,7 @@ class Keeper:
         self._prices = prices
         self._publish = publish
         self._round_count = 0
+        self._is_failing = False
 
     async def read_prices(self) -> None:
         """Let calls cost what the prices say now. Raises what the store raises."""
@@ -63,11 +64,19 @@ class Keeper:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Work until `stopping` is set, through outages of the store."""
-        await rounds(self._round, FLUSH_S, stopping, partial(logger.error, "leases cannot be kept, will go on"))
+        complain = partial(logger.error, "leases cannot be kept, will go on")
+        await rounds(
+            self._round, lambda: FLUSH_S * FLUSHES_PER_SWEEP if self._is_failing else FLUSH_S, stopping, complain
+        )
 
     async def _round(self) -> None:
         self._round_count += 1
-        await (self._leases.flush() if self._round_count % FLUSHES_PER_SWEEP else self.sweep())
+        if self._round_count % FLUSHES_PER_SWEEP and not self._is_failing:
+            await self._leases.flush()
+        else:  # a flush may have nothing to do: only a sweep shows that the store is back
+            self._is_failing = True
+            await self.sweep()
+            self._is_failing = False
 
 
 async def limit_per_minute(store: Store, key_id: str, rates: config.Rates) -> int:

@@ -225,3 +225,12 @@ def test_credit_is_added_and_prices_are_set_and_listed(run: Run) -> None:
     assert (told["tool"], told["upstream"], told["request_nanousd"]) == ("search", "tools", 10**7)
     code, _, err = run("price", "set", "m", "--request", "ten")
     assert (code, "per_request_usd" in err) == (2, True)
+
+
+def test_a_database_that_is_away_is_named_with_its_key(run: Run) -> None:
+    Path("config.toml").write_text('[store]\nurl = "postgresql://u:hunter2@127.0.0.1:9/x"\n')
+    code, out, err = run("user", "list")
+    assert (code, out) == (1, "")
+    assert "the store cannot be used" in err
+    assert "see [store] url" in err
+    assert "hunter2" not in err

@@ -110,3 +110,21 @@ async def test_a_key_has_its_own_limit_or_the_default(store: Store) -> None:
     assert found == [7, 9, 7]
     found = [await limit_per_minute(store, STREAMS + key_id, rates) for key_id in (plain.id, fast.id, "")]
     assert found == [3, 2, 3]
+
+
+async def test_a_store_that_is_away_is_told_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuproxy.ledger.keeper.FLUSH_S", 0.0)
+    control, stopping = Control(store, tmp_path), asyncio.Event()
+    sweeps = 0
+
+    async def sweep() -> None:
+        nonlocal sweeps
+        sweeps += 1
+        if sweeps == 5:
+            stopping.set()
+        raise OSError("away")
+
+    monkeypatch.setattr(control.keeper, "sweep", sweep)
+    with capture_logs() as logs:
+        await asyncio.wait_for(control.keeper.run(stopping), 20)
+    assert [line["error"] for line in logs] == ["OSError: away"]
