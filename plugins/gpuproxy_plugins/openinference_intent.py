@@ -115,7 +115,7 @@ def refuse_model(model: str) -> NoReturn:
     if model:
         message = f"`model` has {len(model)} characters; at most {_MODEL_CHARS_MAX} are allowed"
     else:
-        message = "the request names no model; set `model` to the id of one"
+        message = "the request names no model; set `model` to the id of one, or call an upstream by its name"
     raise GatewayError("BAD_REQUEST", message, param="model")
 
 
