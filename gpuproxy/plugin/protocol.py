@@ -131,7 +131,8 @@ class UsageReader(Protocol):
     Of a WebSocket `feed` gets each text message of the upstream, whole, but for those over 1 MiB. The reader may have a
     property ``is_amid`` that tells whether an answer is under way, for limits of tokens are looked at between them; and
     a method ``check(message) -> str`` that tells why a message of the client must not pass, empty if it may: that ends
-    the connection.
+    the connection. ``weigh(message) -> int`` tells the most tokens that a message of the client can make, which are set
+    aside; without it they are as many as its bytes.
     """
 
     def feed(self, data: bytes) -> None:

@@ -4,10 +4,10 @@ The tunnel stays one of bytes: what the upstream sends reaches the client first 
 sends is looked at before, message by message, where it could name another model than the one that was asked for.
 Handlers see whole messages; compression is not offered to the upstream on such routes, so all can be read.
 
-Credit works as for a stream: what was used by now, and as much again as the last turn took, is set aside; while
-that is asked for, nothing is read. When there is none, the client gets a close frame that says so: 1008 if it was
-refused, 1013 if it cannot be known. A limit of tokens counts each answer when it is over; the one that goes beyond it
-is the last: 1013.
+Credit works as for a stream: what was used by now, what the last turn took and what the client has said since is set
+aside; while that is asked for, nothing is read, and what the client said does not pass. When there is none, the client
+gets a close frame that says so: 1008 if it was refused, 1013 if it cannot be known. A limit of tokens counts each
+answer when it is over; the one that goes beyond it is the last: 1013.
 """
 
 import asyncio
@@ -51,7 +51,8 @@ class Watch:
         self.is_looking = self.bill is not None or self._has_limit
         self._ends: tuple[ClientEnd, UpstreamEnd]
         self._ahead = exchange.plane.config.credit.output_tokens_default
-        self._turn = self._ahead  # tokens of input the next answer may take: those of the last, and what it said
+        self._turn = 0  # tokens of input the next answer takes at least: those of the last, and what it said
+        self._heard = 0  # the most that what the client has said since adds to them
         self._input = self._output = 0
 
     def join(self, client: asyncio.Transport, upstream: asyncio.Transport, done: Callable[[], None]) -> tunnel.Ends:
@@ -73,12 +74,19 @@ class Watch:
         if gone > self._input:
             self._turn = gone - self._input + said - self._output
             self._input, self._output = gone, said
-        if gone + self._turn <= bill.input_max and said + self._ahead // 2 <= bill.output_max:
+            self._heard = 0
+        next_turn = self._turn + self._heard if self._turn else max(self._ahead, self._heard)
+        if gone + next_turn <= bill.input_max and said + self._ahead // 2 <= bill.output_max:
             return
-        bill.input_max = max(bill.input_max, gone + self._turn)
+        bill.input_max = max(bill.input_max, gone + next_turn)
         bill.output_max = max(bill.output_max, said + self._ahead)
         if not self.exchange.plane.credit.reserve(bill, max(0, bill.lacking()), self._told):
             self._hold(True)
+
+    def hear(self, message: bytes) -> None:
+        """Take note of what the client says."""
+        weigh: Callable[[bytes], int] | None = getattr(self.reader, "weigh", None)
+        self._heard += len(message) if weigh is None else weigh(message)
 
     def _counted(self) -> None:
         self._is_counting = False
@@ -135,7 +143,7 @@ class _End(tunnel.TunnelEnd):
 class ClientEnd(_End):
     """The client's end; with a `check`, a message that must not pass ends the tunnel before it has passed."""
 
-    __slots__ = ("_check", "_fault", "_messages")
+    __slots__ = ("_check", "_fault", "_kept", "_messages")
 
     peer: "UpstreamEnd"
 
@@ -150,11 +158,15 @@ class ClientEnd(_End):
         super().__init__(transport, done, watch)
         self._check = check
         self._fault = ""
-        self._messages = None if check is None else MessageReader(self._look, (TEXT, BINARY), limit_bytes)
+        self._kept: list[bytes] = []  # what may pass once it is paid for
+        is_read = check is not None or watch.bill is not None
+        self._messages = MessageReader(self._look, (TEXT, BINARY), limit_bytes) if is_read else None
 
     def _look(self, message: bytes) -> None:
-        assert self._check is not None
-        self._fault = self._fault or self._check(message)
+        if self._check is not None:
+            self._fault = self._fault or self._check(message)
+        if self.watch.bill is not None:
+            self.watch.hear(message)
 
     def data_received(self, data: bytes) -> None:
         """Pass the bytes on, unless they end a message that must not pass."""
@@ -163,12 +175,24 @@ class ClientEnd(_End):
         messages = self._messages
         if messages is not None:
             messages.feed(data)
-            if messages.unread_count:
+            if messages.unread_count and self._check is not None:
                 self._fault = self._fault or "a message is too long, or compressed, and cannot be checked"
             if self._fault:
                 self.watch.exchange.cut_off(GatewayError("FORBIDDEN", self._fault))
                 return
+            if self.watch.bill is not None:
+                self.watch.look()
+                if self.watch.is_held:
+                    self._kept.append(data)
+                    return
         super().data_received(data)
+
+    def obey(self) -> None:
+        """Read, or do not; what was kept passes first."""
+        if self._kept and not self.watch.is_held and not self.peer.is_cut:
+            kept, self._kept = b"".join(self._kept), []
+            super().data_received(kept)
+        super().obey()
 
 
 class UpstreamEnd(_End):

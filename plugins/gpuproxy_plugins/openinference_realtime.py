@@ -16,11 +16,14 @@ import msgspec
 from msgspec import Struct
 
 from gpuproxy.plugin import Call, GatewayError, Usage, UsageReader
+from gpuproxy_plugins.openinference_media import input_tokens_max
 from gpuproxy_plugins.openinference_usage import UNREADABLE, WORD, loose_counts, usage_of
 
 _PATHS = (b"/realtime", b"/responses")
 _DELTA = re.compile(rb'"type": ?"response\.[a-z_.]+\.delta"')
 _ENDED = re.compile(rb'"type": ?"response\.(?:done|completed|incomplete|failed)"')
+_SOUND = re.compile(rb'"type": ?"input_audio_buffer\.append"')
+_SOUND_BYTES_PER_TOKEN = 1_000  # of base64, where it is packed most: G.711, 8,000 bytes and 10 tokens a second
 _TYPE_BYTES = 256  # within which an event tells its type
 _ANSWER_ENDS = ("response.done", "response.completed", "response.incomplete", "response.failed")
 _TRANSCRIBED = "conversation.item.input_audio_transcription.completed"
@@ -118,6 +121,12 @@ class RealtimeReader:
             self._output += self._count
         if is_answer:
             self._count = 0
+
+    def weigh(self, message: bytes) -> int:
+        """Return the most tokens that a client's message adds to the input of the next answer."""
+        if _SOUND.search(message, 0, _TYPE_BYTES) is not None:
+            return len(message) // _SOUND_BYTES_PER_TOKEN
+        return input_tokens_max(message)
 
     def so_far(self) -> Usage:
         """Return what was delivered by now."""

@@ -72,6 +72,14 @@ def test_of_an_answer_that_tells_none_the_delivered_events_stay_counted(response
     assert fed(failed).finish() is None
 
 
+def test_what_a_client_says_has_a_token_a_byte_but_for_sounds_and_pictures() -> None:
+    said = event("conversation.item.create", item={"content": [{"type": "input_text", "text": "x" * 5_000}]})
+    assert reader().weigh(said) == len(said)
+    assert reader().weigh(event("input_audio_buffer.append", audio="A" * 48_000)) == 48
+    picture = {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo" + "A" * 1_000_000}
+    assert reader().weigh(event("conversation.item.create", item={"content": [picture]})) < 66_000
+
+
 def test_counts_may_be_written_as_they_like() -> None:
     assert fed(done(input_tokens=10.0, output_tokens="4")).finish() == Usage(10, 0, 4)
 

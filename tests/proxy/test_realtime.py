@@ -374,6 +374,50 @@ async def test_a_session_is_cut_with_a_word_when_credit_ends(serve: Serve) -> No
     await _back(gateway, bank, FIRST + 50 - 100 - 60 - 80)
 
 
+def said(count: int) -> bytes:
+    """Return what a client says, of so many bytes; as much is set aside for it."""
+    begun = event("conversation.item.create", text="")
+    return frame(begun.replace(b'""', b'"%b"' % (b"x" * (count - len(begun)))), key=MASK)
+
+
+@pytest.mark.parametrize("piece", [100, 100_000])
+async def test_what_a_client_says_is_paid_for_before_it_passes(serve: Serve, piece: int) -> None:
+    gateway, bank = await paid(serve, FIRST + 900)
+    client, upstream = await opened(gateway)
+    first = said(1_000)
+    for at in range(0, len(first), piece):
+        await client.send(first[at : at + piece])
+        await gateway.turn()
+    await upstream.expect(first)
+    bill = next(iter(gateway.plane.tunnels))._bill
+    assert bill is not None
+    assert (bill.input_max, bill.reserved) == (1_000, FIRST + 900)
+    await client.send(said(300))
+    await closed_with(client, 1008, "INSUFFICIENT_CREDITS: ")
+    assert not await upstream.read_to_end(), "it was not passed on"
+    await gateway.receipt()
+    await _back(gateway, bank, FIRST + 900 - 100)
+
+
+async def test_what_a_client_says_waits_while_credit_is_asked_for(serve: Serve) -> None:
+    gateway, bank = await paid(serve, 100_000)
+    client, upstream = await opened(gateway)
+    (wallet,) = gateway.plane.credit._wallets.values()
+    wallet.recall(0)
+    bank.gate.clear()
+    await client.send(said(1_000))
+    await until(lambda: bool(gateway.link._leases), "the question")
+    await client.send(b"more")
+    await gateway.turn()
+    assert upstream.is_silent()
+    bank.gate.set()
+    await upstream.expect(said(1_000) + b"more")
+    await upstream.send(done(250, 10))
+    await client.expect(done(250, 10))
+    client.close()
+    assert (await gateway.receipt()).request_bytes == len(said(1_000)) + 4
+
+
 async def test_nothing_is_read_while_credit_is_asked_for(serve: Serve) -> None:
     gateway, bank = await paid(serve, 100_000)
     client, upstream = await opened(gateway)
