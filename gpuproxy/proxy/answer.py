@@ -287,7 +287,7 @@ class Answer(Refusing):
         content_type, body = handler.collapse(call, content_type, body)
         answer = envelopes.wrap(
             head.status,
-            {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in head.fields},
+            envelopes.combined(head.fields),
             content_type,
             body,
             (time.monotonic_ns() - self._started_ns) // 1000,

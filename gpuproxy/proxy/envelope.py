@@ -137,6 +137,15 @@ class Collected:
         return max(0.0, (self._give_up_ns - time.monotonic_ns()) / 1e9)
 
 
+def combined(fields: list[Field]) -> dict[str, str]:
+    """Return the fields by their names in lower case; those of one name are joined as RFC 9110 §5.3 does it."""
+    found: dict[str, str] = {}
+    for name, value in fields:
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        found[key] = f"{found[key]}, {text}" if key in found else text
+    return found
+
+
 def wrap(
     status: int,
     headers: dict[str, str],

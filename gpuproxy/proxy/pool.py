@@ -79,7 +79,8 @@ class Origin:
         return None
 
     def give(self, connection: "UpstreamConnection", now_s: float) -> None:
-        """Put a connection whose exchange ended cleanly on the idle stack."""
+        """Put a connection that nobody has used yet on the idle stack."""
+        connection.is_reused = True  # it may be closed by the time it is wanted, as any that was idle
         connection.idle_until_s = now_s + self.keepalive_s
         self.idle[connection] = None
 

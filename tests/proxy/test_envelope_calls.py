@@ -128,6 +128,14 @@ async def test_the_upstreams_status_is_told_inside(gateway: Gateway, status: byt
     assert (answer.status, whole["status_code"], whole["data"]) == (200, int(status[:3]), {"oops": 1})
 
 
+async def test_fields_of_one_name_are_all_told(gateway: Gateway) -> None:
+    answer = await _wrapped(
+        gateway,
+        b"HTTP/1.1 200 OK\r\nSet-Cookie: a=1\r\nVary: x\r\nset-cookie: b=2\r\nContent-Length: 0\r\n\r\n",
+    )
+    assert answer.json()["headers"] == {"set-cookie": "a=1, b=2", "vary": "x"}
+
+
 async def test_usage_is_told_and_billed(gateway: Gateway) -> None:
     usage = b'{"usage":{"prompt_tokens":5,"completion_tokens":2}}'
     body = {"model": "m", "messages": []}

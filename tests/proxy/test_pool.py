@@ -1,10 +1,14 @@
 """Connections that are used again: D19, D20, D21, and heads that are remembered from call to call."""
 
+import threading
+
 import pytest
 
+from gpuproxy import resolver
+
 from .conftest import Serve
-from .harness import CHAT, KEY, OK, OK_SENT, OK_SENT_AGAIN, RAW, Gateway, answered, forwarded, request
-from .wire import Wire
+from .harness import CHAT, KEY, OK, OK_SENT, OK_SENT_AGAIN, RAW, Gateway, answered, forwarded, request, until
+from .wire import Listener, Wire
 
 LEAK = b"HTTP/1.1 200 OK\r\nX-Leak: 1\r\nContent-Length: 4\r\n\r\nleak"
 
@@ -153,6 +157,35 @@ async def test_a_stale_connection_under_a_streamed_upload_is_a_502(gateway: Gate
     assert (await client.answer()).status == 502
     assert gateway.raw.is_untouched()
     await gateway.receipt(2)
+
+
+async def test_a_connection_its_caller_did_not_wait_for_may_be_stale_too(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, may_go = resolver.look_up, threading.Event()
+
+    def look_up(host: str, port: int) -> list[str]:
+        may_go.wait()
+        return ask(host, port)
+
+    monkeypatch.setattr(resolver, "look_up", look_up)
+    listener = Listener()
+    url = f"http://localhost:{listener.port}"
+    gateway = await serve(upstreams=[{"name": "named", "protocol": "https", "urls": [url]}])
+    call = request(b"POST " + RAW.replace(b"raw", b"named") + b"/x", body=b"abc")
+    leaving = await gateway.ask(call)
+    await until(lambda: bool(gateway.plane._tasks), "the look-up")
+    leaving.close()
+    await gateway.receipt()
+    may_go.set()
+    unused = await listener.accept()
+    await until(lambda: not gateway.plane._tasks, "the connection")
+    client = await gateway.ask(call)
+    await unused.read_head()
+    unused.close()
+    assert (await gateway.answer_one(listener)).startswith(b"POST /x ")
+    assert (await client.answer()).body == b"ok"
+    listener.close()
 
 
 @pytest.mark.parametrize("unasked", [LEAK, b"HTTP/1.1 408 Timeout\r\nContent-Length: 0\r\n\r\n", b"x", LEAK[:20]])
