@@ -31,7 +31,7 @@ class Answer(Refusing):
         if parts:
             body = parts[0] if len(parts) == 1 else b"".join(parts)
             parts.clear()
-            if self.method == b"HEAD":  # a body the upstream must not send; the connection is closed after it
+            if self.sent_method == b"HEAD":  # a body the upstream must not send; the connection is closed after it
                 body = b""
         else:
             body = b""
@@ -285,9 +285,12 @@ class Answer(Refusing):
             reader.feed(body)
             usage = reader.finish()
         content_type, body = handler.collapse(call, content_type, body)
+        fields = envelopes.combined(head.fields)
+        if self.sent_method == b"HEAD" and connection.content_length >= 0:
+            fields["content-length"] = str(connection.content_length)  # of the body there would be
         answer = envelopes.wrap(
             head.status,
-            envelopes.combined(head.fields),
+            fields,
             content_type,
             body,
             (time.monotonic_ns() - self._started_ns) // 1000,

@@ -74,6 +74,8 @@ def decode(body: bytes) -> Envelope:
 
 def wants_stream(envelope: Envelope) -> bool:
     """Tell whether the answer is to be passed through instead of wrapped: by the envelope or by the body's own word."""
+    if envelope.method == "HEAD":  # there is nothing to pass
+        return False
     if envelope.stream:
         return True
     if b'"stream"' not in bytes(envelope.body):

@@ -297,7 +297,7 @@ class Exchange(Paying):
         target = parse_target(envelope.target_url)
         fields = envelopes.with_context(checked_fields(envelope.headers or {}), self.head.fields)
         content = envelope.content()
-        method = (envelope.method or "GET").encode()
+        method = self.sent_method = (envelope.method or "GET").encode()
         call = self._call = Call(
             method, target.path.encode(), fields, content, is_envelope=True, body_bytes=len(content or b"")
         )

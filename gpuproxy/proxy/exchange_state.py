@@ -101,6 +101,7 @@ class ExchangeState:
         "request_bytes",
         "request_id",
         "route",
+        "sent_method",
         "state",
         "upstream",
     )
@@ -116,7 +117,7 @@ class ExchangeState:
         self.plane = plane
         self.downstream = downstream
         self.head = head
-        self.method = head.method
+        self.method = self.sent_method = head.method
         self.keeps_alive = head.keeps_alive
         self.request_id = head.request_id
         self.content_length = content_length  # of the request's body, -1 if not told

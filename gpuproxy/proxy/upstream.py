@@ -166,7 +166,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._drop_unasked()
             return
         is_start = not self.has_head and self.head_bytes == 0
-        if is_start and (body := self._memory.recall(data)) is not None and exchange.head.method != b"HEAD":
+        if is_start and (body := self._memory.recall(data)) is not None and exchange.sent_method != b"HEAD":
             self._take_whole(exchange, body)
             return
         try:
@@ -208,7 +208,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _learn(self, exchange: "Exchange", data: bytes) -> None:
         head = self.head
         is_plain = head.keeps_alive and 200 <= head.status < 300 and not self._interim_count and not self.is_babbling
-        if is_plain and self.content_length > 0 and len(data) <= LEARNED_BYTES_MAX and exchange.head.method != b"HEAD":
+        if is_plain and self.content_length > 0 and len(data) <= LEARNED_BYTES_MAX and exchange.sent_method != b"HEAD":
             self._memory.learn(data, head, self.content_length)
 
     def _drop_unasked(self) -> None:
@@ -281,7 +281,7 @@ class UpstreamConnection(asyncio.Protocol):
             head.finish()
             exchange = self.exchange
             assert exchange is not None
-            if exchange.method == b"HEAD":
+            if exchange.sent_method == b"HEAD":
                 # The parser cannot be told that no body follows: answer now and use this connection no more.
                 self.is_complete = True
                 head.keeps_alive = False

@@ -128,6 +128,22 @@ async def test_the_upstreams_status_is_told_inside(gateway: Gateway, status: byt
     assert (answer.status, whole["status_code"], whole["data"]) == (200, int(status[:3]), {"oops": 1})
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("framing", [b"Content-Length: 1000", b"Transfer-Encoding: chunked", b"X-None: 1"])
+async def test_an_answer_to_head_is_told_and_its_body_not_waited_for(
+    gateway: Gateway, framing: bytes, is_stream: bool
+) -> None:
+    client = await gateway.client()
+    for _ in range(2):
+        await client.send(_envelope(protocol="https", target_url=_target(gateway), method="HEAD", stream=is_stream))
+        upstream = await gateway.raw.accept()
+        assert (await upstream.read_head()).startswith(b"HEAD /x HTTP/1.1\r\n")
+        await upstream.send(b"HTTP/1.1 200 OK\r\nX-A: 1\r\n" + framing + b"\r\n\r\n")
+        whole = (await client.answer()).json()
+        assert (whole["data"], whole["status_code"], whole["headers"]["x-a"]) == (None, 200, "1")
+        assert whole["headers"].get("content-length") == ("1000" if b"Length" in framing else None)
+
+
 async def test_fields_of_one_name_are_all_told(gateway: Gateway) -> None:
     answer = await _wrapped(
         gateway,
