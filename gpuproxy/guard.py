@@ -1,13 +1,14 @@
 """The guard for user-given targets (``target_url``, webhooks): one parser, one table of refused networks, the address
 dialled is the one judged.
 
-Refused are all addresses that are not public unicast, every IPv6 form that embeds an IPv4 address, and
-whatever `ipaddress.is_global` wrongly lets through (its answer differs between Python releases, so the
+Refused are all addresses that are not public unicast, those of this machine, every IPv6 form that embeds an IPv4
+address, and whatever `ipaddress.is_global` wrongly lets through (its answer differs between Python releases, so the
 table is our own). Operators open networks by ``[egress] allow``.
 """
 
 import ipaddress
 import re
+import socket
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -106,6 +107,17 @@ def is_literal(host: str) -> bool:
     return True
 
 
+def is_own(address: Address) -> bool:
+    """Tell whether an address is this machine's: what listens here may be shut off from outside. Sends nothing."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(address), 9))  # of UDP: finds the way, which to an own address begins there
+            return ipaddress.ip_address(probe.getsockname()[0].split("%", 1)[0]) == address
+    except OSError:
+        return False  # there is no way
+
+
 class Guard:
     """Judges addresses against the table and the operator's exceptions."""
 
@@ -117,7 +129,9 @@ class Guard:
         judged: Address = ipaddress.ip_address(address.split("%", 1)[0])
         if any(judged in network for network in self._allowed if network.version == judged.version):
             return True
-        return not any(judged in network for network in _DENIED if network.version == judged.version)
+        if any(judged in network for network in _DENIED if network.version == judged.version):
+            return False
+        return not is_own(judged)
 
     def check(self, host: str, addresses: Iterable[str], param: str = "target_url") -> None:
         """Refuse the target if any of its addresses is refused (no picking: a mixed answer is an attack)."""
@@ -125,6 +139,7 @@ class Guard:
             if not self.is_allowed(address):
                 raise GatewayError(
                     "TARGET_FORBIDDEN",
-                    f"{param}: {host} is not a public address; ask the operator to list it in [egress] allow",
+                    f"{param}: {host} is not a public address of another machine; ask the operator to list it in "
+                    "[egress] allow",
                     param=param,
                 )
