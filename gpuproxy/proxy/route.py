@@ -218,8 +218,9 @@ def _names(known: "Mapping[str, object] | list[str]") -> str:
 
 
 def _refuse_climbing(path: bytes) -> None:
-    segments = path.partition(b"?")[0].lower().replace(b"%2e", b".").replace(b"%2f", b"/").split(b"/")
-    if b".." in segments or b"." in segments:
+    # WHATWG's URL, of Node and browsers, reads "\" as "/"; servlet containers end a segment's name at ";"
+    plain = path.partition(b"?")[0].lower().replace(b"\\", b"/").replace(b"%2e", b".").replace(b"%2f", b"/")
+    if any(segment.partition(b";")[0] in (b"..", b".") for segment in plain.split(b"/")):
         raise GatewayError("BAD_REQUEST", "the path has dot segments; this upstream serves only what is below its URL")
 
 
@@ -231,7 +232,7 @@ def joined_path(base_path: bytes, path: bytes) -> bytes:
     """
     if not base_path:
         return path if path.startswith(b"/") else b"/" + path
-    if b"/." in path or b"%2" in path:
+    if b"/." in path or b"%2" in path or b"\\" in path:
         _refuse_climbing(path)
     if base_path.endswith(b"/v1") and path.startswith((b"/v1/", b"/v1?")):
         path = path[3:]

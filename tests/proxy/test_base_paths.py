@@ -26,7 +26,20 @@ def test_a_path_is_put_below_the_base(base_path: bytes, path: bytes, target: byt
 
 
 @pytest.mark.parametrize(
-    "path", [b"/..", b"/a/../../x", b"/%2e%2e/x", b"/.%2E/x", b"/a%2f..%2F..%2fx", b"/./x", b"/x/%2e"]
+    "path",
+    [
+        b"/..",
+        b"/a/../../x",
+        b"/%2e%2e/x",
+        b"/.%2E/x",
+        b"/a%2f..%2F..%2fx",
+        b"/./x",
+        b"/x/%2e",
+        b"/..;a=1/x",
+        b"/a\\..\\x",
+        b"\\..",
+        b"/%2e%2e;/x",
+    ],
 )
 def test_a_path_must_not_climb_out_of_its_base(path: bytes) -> None:
     with pytest.raises(GatewayError, match="dot segments"):
