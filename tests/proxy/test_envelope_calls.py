@@ -69,6 +69,21 @@ async def test_a_body_is_sent_as_written(gateway: Gateway) -> None:
     await client.answer()
 
 
+async def test_a_configured_upstream_gets_one_credential(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAW_KEY", "sk-upstream")
+    gateway = await serve(raw={"api_key_env": "RAW_KEY"})
+    await gateway.ask(
+        _envelope(protocol="https", target_url=_target(gateway), headers={"authorization": "Bearer theirs", "X-A": "1"})
+    )
+    upstream = await gateway.raw.accept()
+    head = await upstream.read_head()
+    assert head.lower().count(b"\r\nauthorization:") == 1
+    assert b"\r\nAuthorization: Bearer sk-upstream\r\n" in head
+    assert b"\r\nX-A: 1\r\n" in head
+    await upstream.send(OK)
+    await gateway.receipt()
+
+
 @pytest.mark.parametrize("protocol", ["https", "openinference", "mcp"])
 async def test_a_string_body_is_sent_as_text(gateway: Gateway, protocol: str) -> None:
     client = await gateway.ask(_envelope(protocol=protocol, target_url=_target(gateway), body="é {", headers={}))
