@@ -160,7 +160,7 @@ async def delete_webhook(request: web.Request) -> web.Response:
 
 
 async def rotate_secret(request: web.Request, body: SecretRotation) -> web.Response:
-    """Sign with a new secret; the old one signs too until the overlap ends."""
+    """Sign with a new secret; the one before signs too until the overlap ends, older ones no more."""
     user_id, webhook_id = _whose(request)
     secret = _secret(body.secret)
     sealed = request.app[KEYRING].seal(secret.encode(), context_of(webhook_id))

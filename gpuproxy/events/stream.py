@@ -1,8 +1,7 @@
 """Reads the table of events once for everybody who listens now, and again for who comes back.
 
-`seq` is given when a row is written, not when it is committed: on PostgreSQL 11 may be seen before 10. So numbers that
-were passed over are asked for again, until no transaction can be that long under way. What came late so is remembered:
-who returns with an event after it as the last seen has not seen it. On SQLite, with its one writer, there is none.
+On PostgreSQL an event may come after one with a higher `seq`, see `store.cursor`. What came late so is remembered: who
+returns with an event after it as the last seen has not seen it. On SQLite, with its one writer, there is none.
 """
 
 import asyncio
@@ -19,12 +18,11 @@ from sqlalchemy import ColumnElement, and_, func, or_, select
 from gpuproxy.config import Events
 from gpuproxy.events.webhooks import forget_old
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.store.cursor import GAPS_MAX, Cursor
 from gpuproxy.store.engine import Store
 from gpuproxy.store.rounds import rounds, unless_unchanged
 from gpuproxy.store.schema import events
 
-GAP_S = 60.0  # longer than any transaction here may take
-GAPS_MAX = 1_000
 LATE_MAX = 1_000
 READ_MAX = 500  # rows at once
 BEGINNING = "evt_0"  # stands before the oldest event that is kept
@@ -70,8 +68,7 @@ class Stream:
         self._store = store
         self._publish = publish
         self._settings = settings
-        self.seq = 0
-        self._gaps: dict[int, float] = {}  # number to the monotonic time it was passed over, oldest first
+        self._cursor = Cursor(0)
         self._late: deque[Place] = deque(maxlen=LATE_MAX)  # `at` is when it came
         self._forgot_s = time.monotonic()
         self._is_behind = False
@@ -80,10 +77,16 @@ class Stream:
     async def start(self) -> None:
         """Begin at the end of the table, where something may still be under way."""
         async with self._store.reading() as connection:
-            self.seq = await connection.scalar(select(func.max(events.c.seq))) or 0
-            near = select(events.c.seq).where(events.c.seq > self.seq - GAPS_MAX)
-            seen = set((await connection.scalars(near)).all())
-        self._note_gaps(number for number in range(max(1, self.seq - GAPS_MAX), self.seq) if number not in seen)
+            newest = await connection.scalar(select(func.max(events.c.seq))) or 0
+            near = select(events.c.seq).where(events.c.seq > newest - GAPS_MAX)
+            seen = (await connection.scalars(near)).all()
+        self._cursor = Cursor(max(0, newest - GAPS_MAX))
+        self._cursor.advance(seen)
+
+    @property
+    def seq(self) -> int:
+        """Return the number of the newest event that was published."""
+        return self._cursor.seq
 
     async def poll_once(self) -> int:
         """Publish what is new, in the order of `seq` but for what comes late; return how many."""
@@ -96,38 +99,18 @@ class Stream:
             pass
 
     async def _poll(self) -> int:
-        is_new = events.c.seq > self.seq
-        chosen = or_(is_new, events.c.seq.in_(list(self._gaps))) if self._gaps else is_new
-        query = select(*COLUMNS).where(chosen).order_by(events.c.seq).limit(READ_MAX)
+        query = select(*COLUMNS).where(self._cursor.unread(events.c.seq)).order_by(events.c.seq).limit(READ_MAX)
         found = [Event(**row._mapping) for row in await self._store.look(query)]
+        now = datetime.now(UTC)
+        self._late += (Place(event.seq, now) for event in found if event.seq < self.seq)
+        self._cursor.advance(event.seq for event in found)
         for event in found:
-            self._advance(event.seq)
             self._publish(event)
-        self._forget_gaps()
         return len(found)
-
-    def _advance(self, seq: int) -> None:
-        if seq > self.seq:
-            self._note_gaps(range(max(self.seq + 1, seq - GAPS_MAX), seq))
-            self.seq = seq
-        else:
-            del self._gaps[seq]
-            self._late.append(Place(seq, datetime.now(UTC)))
-
-    def _note_gaps(self, numbers: Any) -> None:
-        now = time.monotonic()
-        self._gaps.update((number, now) for number in numbers)
-        while len(self._gaps) > GAPS_MAX:
-            del self._gaps[next(iter(self._gaps))]
-
-    def _forget_gaps(self) -> None:
-        old = time.monotonic() - GAP_S
-        while self._gaps and next(iter(self._gaps.values())) < old:
-            del self._gaps[next(iter(self._gaps))]
 
     def mark(self) -> Mark:
         """Return what is published now; all else is published later."""
-        return Mark(self.seq, frozenset(self._gaps), tuple(self._late))
+        return Mark(self.seq, frozenset(self._cursor.gaps), tuple(self._late))
 
     async def newest(self, mark: Mark, user_id: str | None) -> str:
         """Return the id of the newest published event that the user may see, from which to go on after a break.

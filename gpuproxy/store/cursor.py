@@ -5,7 +5,7 @@ a number that was passed over is looked for again, until it is there or so old t
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from sqlalchemy import ColumnElement, or_
 
@@ -20,6 +20,11 @@ class Cursor:
         self.seq = seq
         self._gaps: dict[int, float] = {}
         self._clock = clock
+
+    @property
+    def gaps(self) -> Collection[int]:
+        """Return the numbers below the newest that are looked for again."""
+        return self._gaps
 
     def unread(self, column: ColumnElement[int]) -> ColumnElement[bool]:
         """Return the condition for rows not seen yet."""
