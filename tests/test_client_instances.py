@@ -1,5 +1,6 @@
 """Both clients against a scripted gateway: instances, what is repeated, what is raised."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -164,6 +165,33 @@ async def test_events_are_resumed_after_a_break_and_none_comes_twice(scripted: S
     heard = [(await anext(happening))["payload"]["n"] for _ in range(4)]
     await happening.aclose()
     assert (heard, subscribed[:3]) == ([1, 2, 3, 4], ["", "evt_2", "evt_3"])
+
+
+async def test_code_without_an_event_loop_hears_events_too(scripted: Scripted) -> None:
+    left = asyncio.Event()
+
+    async def script(request: web.Request, count: int) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.receive_json()
+        for n in range(2):
+            await socket.send_json({"type": "payment_completed", "payload": {"n": n}, "id": f"evt_{n}"})
+        async for _ in socket:
+            pass
+        left.set()
+        return socket
+
+    def listen() -> list[int]:
+        with gpuproxy.Client(scripted.client.api_url, "gp_key") as client:
+            happening = client.events(["billing_events"])
+            heard = [next(happening)["payload"]["n"] for _ in range(2)]
+            happening.close()
+            return heard
+
+    scripted.script = script
+    assert await asyncio.to_thread(listen) == [0, 1]
+    async with asyncio.timeout(20):
+        await left.wait()
 
 
 async def test_events_go_on_from_where_they_began_though_none_had_come(

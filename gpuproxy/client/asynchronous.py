@@ -207,7 +207,7 @@ class AsyncClient:
         With `last_event_id` it begins with what happened since. Raises GpuproxyError if a channel is refused, or if the
         gateway was never reached.
         """
-        return happening(self._http, self.api_url, tuple(channels), last_event_id, self._sleep)
+        return happening(lambda: self._http, self.api_url, tuple(channels), last_event_id, self._sleep)
 
     async def _run(self, steps: Steps[Result]) -> Result:
         resume: Callable[[Any], Call | Wait] = steps.send

@@ -33,9 +33,13 @@ def socket_url(api_url: str) -> str:
 
 
 async def happening(
-    http: aiohttp.ClientSession, api_url: str, channels: tuple[str, ...], last_event_id: str, sleep: Sleep
+    session: Callable[[], aiohttp.ClientSession],
+    api_url: str,
+    channels: tuple[str, ...],
+    last_event_id: str,
+    sleep: Sleep,
 ) -> AsyncGenerator[dict[str, Any]]:
-    """Yield events.
+    """Yield events. `session` is called in the running loop, which there need not be before.
 
     Raises GpuproxyError for a credential or a channel that is refused, and for a gateway that was never reached.
     """
@@ -43,7 +47,7 @@ async def happening(
     breaks, was_reached = 0, False
     while True:
         try:
-            async with http.ws_connect(socket_url(api_url), heartbeat=HEARTBEAT_S) as socket:
+            async with session().ws_connect(socket_url(api_url), heartbeat=HEARTBEAT_S) as socket:
                 was_reached = True
                 await socket.send_json({"type": "subscribe", "channels": channels, "last_event_id": last_event_id})
                 async for told in _told(socket):
