@@ -201,8 +201,9 @@ def _told(failure: Exception) -> str:
     if isinstance(failure, ssl.SSLCertVerificationError):
         return f"its certificate is not believed: {failure.verify_message}"
     if isinstance(failure, ssl.SSLError):
-        reason = (failure.reason or "").lower().replace("_", " ")
-        return f"TLS failed: {reason or 'it ended the handshake'}"
+        return f"TLS failed: {(failure.reason or 'for no known reason').lower().replace('_', ' ')}"
+    if isinstance(failure, aiohttp.ClientConnectorError) and isinstance(failure.os_error, ConnectionResetError):
+        return "TLS failed: it ended the handshake"
     if isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return "no connection could be made"
     if isinstance(failure, aiohttp.ServerDisconnectedError | ConnectionError):

@@ -64,6 +64,17 @@ async def test_why_tls_fails_is_told(
         assert (outcome.error[: len(told)], outcome.status) == (told, 0 if told else 200)
 
 
+async def test_a_receiver_that_ends_the_handshake_is_told_from_one_that_is_not_there() -> None:
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with posting() as poster:
+        assert (
+            await poster.post(f"https://localhost:{port}/", {}, b"{}")
+        ).error == "TLS failed: it ended the handshake"
+        server.close()
+        assert (await poster.post(f"https://localhost:{port}/", {}, b"{}")).error == "no connection could be made"
+
+
 async def test_a_name_that_hangs_holds_one_thread_however_often_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
