@@ -93,11 +93,6 @@ def test_a_model_survives_the_way_to_a_child_process(tmp_path: Path) -> None:
             "3: models[0].targets[0].weight: 0 does not fit: expected int >= 1",
         ),
         (
-            'targets = [{ upstream = "a", concurrency_max = 1 }]',
-            "3: models[0].targets[0].concurrency_max: 1 is less than [server] workers, 2, and each takes a part; "
-            "write 2",
-        ),
-        (
             'targets = [{ upstream = "a" }]\nstrategy = "random"',
             '4: models[0].strategy: "random" is unknown; known: round_robin, least_connections, power_of_two, '
             "cheapest, affinity",

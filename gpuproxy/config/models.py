@@ -13,15 +13,13 @@ from gpuproxy.config.kinds import Name, OptionalText, PositiveSeconds, Text, Var
 from gpuproxy.config.reader import Faults, unknown
 from gpuproxy.config.routing import Attempts, FieldName, QueueLength, Reason, Strategy
 
-WORKERS_DEFAULT = 2
-
 
 class Target(Struct, forbid_unknown_fields=True, frozen=True):
     """An upstream that serves the model.
 
     Of the targets with the lowest ``priority`` each gets calls by its ``weight``; the next ones are used when none
     of these can. ``as`` is the model's name there. ``concurrency_max`` bounds the calls at once to each of its URLs,
-    0: no bound.
+    over all workers of a machine and whatever else is called there; 0: no bound.
     """
 
     upstream: Name
@@ -59,13 +57,10 @@ def check_models(tree: Any, faults: Faults) -> None:
     short = {model for block in upstreams.values() for model in _texts(block.get("models"))}
     _check_names(tree, short, faults)
     known = short | {block["name"] for _, block in _items(tree, "models") if _is_text(block.get("name"))}
-    server = tree.get("server")
-    workers = server.get("workers", WORKERS_DEFAULT) if isinstance(server, dict) else WORKERS_DEFAULT
     protocols = _protocols(tree, upstreams)
     for index, block in _items(tree, "models"):
         place = ("models", index)
         _check_targets(place, block, upstreams, short, faults)
-        _check_limits(place, block, workers, faults)
         for at, other in enumerate(_texts(block.get("fallback"))):
             _check_fallback((*place, "fallback", at), block, other, known, protocols, faults)
 
@@ -110,15 +105,6 @@ def _check_targets(
         first = first or protocol
         if protocol != first:
             faults.add(here, f"{show(name)} speaks {protocol}, the targets before it {first}; all must speak one")
-
-
-def _check_limits(place: tuple[str | int, ...], block: dict[str, Any], workers: Any, faults: Faults) -> None:
-    """Each worker gets its part of a limit, and a part is at least one call."""
-    for at, target in _items(block, "targets"):
-        limit = target.get("concurrency_max", 0)
-        if isinstance(limit, int) and isinstance(workers, int) and 0 < limit < workers:
-            complaint = f"{limit} is less than [server] workers, {workers}, and each takes a part; write {workers}"
-            faults.add((*place, "targets", at, "concurrency_max"), complaint)
 
 
 def _check_fallback(

@@ -209,8 +209,8 @@ async def _serve(
     try:
         await _first(stopping, *tasks)
     finally:
+        await link.close()  # first: a successor must know all workers before it hands out what they hold
         await runner.cleanup()
-        await link.close()
         stopping.set()
         ingest.stop()
         await asyncio.gather(*tasks, return_exceptions=True)

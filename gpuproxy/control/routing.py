@@ -75,8 +75,7 @@ class RoutingFeed:
         kinds = {kind: _plain(getattr(self._configured, kind)) for kind in ("upstreams", "models")}
         for block in blocks:
             kinds[block.kind][block.name] = block.block
-        server = {"workers": self._configured.server.workers}
-        found = build({"server": server, **{kind: list(blocks.values()) for kind, blocks in kinds.items()}})
+        found = build({kind: list(blocks.values()) for kind, blocks in kinds.items()})
         faults = routing_faults(found, self._plugins)
         if len(msgspec.msgpack.encode(Routing(found.upstreams, found.models))) > PUSHED_BYTES_MAX:
             faults.append(f"upstreams and models are over {PUSHED_BYTES_MAX} bytes in all; take some out")

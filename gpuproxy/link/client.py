@@ -10,9 +10,12 @@ from gpuproxy.link.messages import (
     Authorized,
     ForgetMachines,
     FrameReader,
+    FreeSeats,
+    GiveSeats,
     HeldCredit,
     HeldStreams,
     Hello,
+    HoldSeats,
     Lease,
     Leased,
     LeaseKind,
@@ -25,8 +28,10 @@ from gpuproxy.link.messages import (
     Revoke,
     Routing,
     SealKeys,
+    Seats,
     States,
     Unavailable,
+    WantSeats,
     decode_from_control,
     frame,
 )
@@ -57,6 +62,8 @@ class LinkClient(asyncio.Protocol):
         self.on_forget_machines: Callable[[tuple[str, ...]], None] = lambda user_ids: None
         self.on_routing: Callable[[Routing], None] = lambda routing: None
         self.on_seal_keys: Callable[[tuple[bytes, ...]], None] = lambda keys: None
+        self.on_seats: Callable[[Seats], None] = lambda seats: None
+        self.on_free_seats: Callable[[FreeSeats], None] = lambda wish: None
         self.connected = asyncio.Event()
         self._path = path
         self._hello = hello
@@ -112,7 +119,7 @@ class LinkClient(asyncio.Protocol):
         self._machines[self._next_id] = answer
         self._transport.write(frame(AskMachines(self._next_id, user_id)))
 
-    def send(self, message: Return | States | HeldStreams | HeldCredit) -> None:
+    def send(self, message: Return | States | HeldStreams | HeldCredit | HoldSeats | WantSeats | GiveSeats) -> None:
         """Tell control something that needs no answer; while it is away it is told nothing."""
         if self._transport is not None:
             self._transport.write(frame(message))
@@ -156,6 +163,10 @@ class LinkClient(asyncio.Protocol):
                     self.on_renew(message.key_ids)
                 case Routing():
                     self.on_routing(message)
+                case Seats():
+                    self.on_seats(message)
+                case FreeSeats():
+                    self.on_free_seats(message)
                 case SealKeys():
                     self.on_seal_keys(message.keys)
                 case Prices():

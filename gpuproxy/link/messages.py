@@ -187,6 +187,45 @@ class Recall(Struct, tag="recall", frozen=True):
     kind: LeaseKind
 
 
+SeatPlace = tuple[str, str, int]  # upstream, base URL, and how many calls that may have at once
+
+
+class HoldSeats(Struct, tag="hold_seats", frozen=True):
+    """Told by a worker whenever it is linked, and when it begins to keep to a limit: so many seats it holds in all."""
+
+    place: SeatPlace
+    count: int
+
+
+class WantSeats(Struct, tag="want_seats", frozen=True):
+    """Ask for seats; it is urgent if calls wait for them."""
+
+    place: SeatPlace
+    count: int
+    is_urgent: bool
+
+
+class GiveSeats(Struct, tag="give_seats", frozen=True):
+    """Give so many back."""
+
+    place: SeatPlace
+    count: int
+
+
+class Seats(Struct, tag="seats", frozen=True):
+    """Pushed: have so many more."""
+
+    place: SeatPlace
+    count: int
+
+
+class FreeSeats(Struct, tag="free_seats", frozen=True):
+    """Pushed: give back what is not in use: once, or also whatever becomes free later, or that no more."""
+
+    place: SeatPlace
+    when: Literal["once", "always", "no more"]
+
+
 class Machine(Struct, array_like=True, frozen=True):
     """A rented machine that runs: where it is reached, its ports inside with those outside they are mapped to."""
 
@@ -216,7 +255,19 @@ class ForgetMachines(Struct, tag="forget_machines", frozen=True):
     user_ids: tuple[str, ...]
 
 
-FromWorker = Hello | Authorize | Lease | Return | HeldStreams | HeldCredit | AskMachines | States
+FromWorker = (
+    Hello
+    | Authorize
+    | Lease
+    | Return
+    | HeldStreams
+    | HeldCredit
+    | AskMachines
+    | States
+    | HoldSeats
+    | WantSeats
+    | GiveSeats
+)
 FromControl = (
     Authorized
     | Unavailable
@@ -229,6 +280,8 @@ FromControl = (
     | ForgetMachines
     | Routing
     | SealKeys
+    | Seats
+    | FreeSeats
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -22,15 +22,16 @@ from gpuproxy.link.messages import (
     FrameReader,
     FromControl,
     FromWorker,
+    GiveSeats,
     HeldCredit,
     HeldStreams,
     Hello,
+    HoldSeats,
     Lease,
     Leased,
     Machine,
     Machines,
     Prices,
-    Recall,
     Renew,
     Return,
     Revoke,
@@ -38,9 +39,11 @@ from gpuproxy.link.messages import (
     SealKeys,
     States,
     Unavailable,
+    WantSeats,
     decode_from_worker,
     frame,
 )
+from gpuproxy.link.seating import Seating
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
@@ -52,6 +55,7 @@ QUESTIONS_MAX = 4_096  # open at once per worker; more are answered Unavailable
 UNSENT_BYTES_MAX = 4 << 20  # of a worker that does not read; it is cut off and will come back
 REVOKE_KEYS_MAX = 1_000  # in one message: 40 KB
 PRICES_AT_ONCE = 1_000  # in one message: up to 600 KB
+GONE_S = 1.0  # a worker that has not come back by then is dead: several times what it waits before it connects again
 COMPLAINT_S = 10.0  # between two log lines about a store that fails
 
 logger = get_logger(__name__)
@@ -83,6 +87,8 @@ class LinkServer:
         self.machines_of: MachinesOf | None = None
         self.refresh: Callable[[], Awaitable[object]] | None = None
         self.seal_keys: tuple[bytes, ...] = ()
+        self.seating = Seating(self.push)
+        self.seating_after_s = GONE_S  # from the first worker's word: until then others may tell what they hold
         self._authorize = authorize
         self._timeout_s = timeout_s
         self._remember_s = remember_s
@@ -204,13 +210,27 @@ class LinkServer:
             for link in list(self.links):
                 link.send(ForgetMachines(told[start : start + REVOKE_KEYS_MAX]))
 
-    def push(self, epoch: str, message: Recall) -> bool:
+    def push(self, epoch: str, message: FromControl) -> bool:
         """Send to the worker with this epoch; False if it is not linked."""
         for link in self.links:
             if link.epoch == epoch:
                 link.send(message)
                 return True
         return False
+
+    def linked(self) -> None:
+        """Begin to hand out seats, a while after the first worker is linked."""
+        if self.seating_after_s:
+            asyncio.get_running_loop().call_later(self.seating_after_s, self.seating.open)
+            self.seating_after_s = 0.0
+
+    def lost(self, epoch: str) -> None:
+        """Free the seats of a worker, unless it comes back."""
+        asyncio.get_running_loop().call_later(GONE_S, self._gone, epoch)
+
+    def _gone(self, epoch: str) -> None:
+        if epoch not in self.epochs():
+            self.seating.gone(epoch)
 
     def epochs(self) -> set[str]:
         """Return the epochs of the workers that are linked now."""
@@ -277,6 +297,7 @@ class WorkerLink(asyncio.Protocol):
         """Leave; nobody waits for the open answers any more."""
         self._transport = None
         self._server.links.discard(self)
+        self._server.lost(self.epoch)
         for task in self._answers:
             task.cancel()
 
@@ -308,6 +329,7 @@ class WorkerLink(asyncio.Protocol):
                     self.send(self._server.routing)
                 self.send_prices(self._server.prices)  # before any grant: no call may pass unpriced
                 self._start(self._welcome())
+                self._server.linked()
             case Authorize():
                 self._ask(message)
             case Lease():
@@ -316,6 +338,12 @@ class WorkerLink(asyncio.Protocol):
                 self._ask(message)
             case States():
                 self.states = tuple(structs.replace(state, worker=self._slot) for state in message.endpoints)
+            case HoldSeats():
+                self._server.seating.hold(self.epoch, message.place, message.count)
+            case WantSeats():
+                self._server.seating.want(self.epoch, message.place, message.count, message.is_urgent)
+            case GiveSeats():
+                self._server.seating.give(self.epoch, message.place, message.count)
             case HeldStreams() | HeldCredit():
                 if self._server.lessor is not None and self.epoch:
                     self._server.lessor.hold(self.epoch, message)

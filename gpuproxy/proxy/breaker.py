@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from gpuproxy.config.routing import Routing
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.proxy.rooms import Rooms
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.endpoint import Endpoint
@@ -232,9 +233,10 @@ class Replica:
 class Replicas:
     """All replicas of a worker. They outlive the routers that are built on them."""
 
-    def __init__(self, config: Routing, now_s: float = 0.0) -> None:
+    def __init__(self, config: Routing, now_s: float = 0.0, rooms: Rooms | None = None) -> None:
         self.now_s = now_s or time.monotonic()
         self.restless: dict[Replica, None] = {}
+        self.rooms = rooms or Rooms()
         self._by_place: dict[tuple[str, str], Replica] = {}
         self.configure(config)
 
@@ -260,6 +262,7 @@ class Replicas:
         for replica in self._by_place.values():
             replica.endpoints = []
             replica.watchers = ()
+        self.rooms.begin_rebuild()
 
     def end_rebuild(self) -> None:
         """Forget replicas that no endpoint has any more."""
@@ -267,6 +270,7 @@ class Replicas:
         for replica in self._by_place.values():
             replica.calm()
         self.restless = {replica: None for replica in self.restless if replica.endpoints}
+        self.rooms.end_rebuild()
 
     def sweep(self, now_s: float) -> None:
         """Do what time brings to those that expect something of it."""

@@ -105,8 +105,9 @@ class Destination:
         replica.endpoints.append(endpoint)
         if level.watches:
             replica.watchers += ((level, endpoint),)
-        if endpoint.limit:
-            replica.watchers += ((_Gate(), endpoint),)
+        if endpoint.room is not None:
+            endpoint.room.endpoints.append(endpoint)
+            replica.watchers += ((endpoint.room, endpoint),)
         endpoint.weigh()
         endpoint.refresh()
 
@@ -116,7 +117,7 @@ class Destination:
         self.places = {(model, endpoint.upstream) for model, endpoint in served}
         self.may_ask_usage = any(endpoint.may_ask_usage for _, endpoint in served)
         self.has_choice = len(self.endpoints) > 1 or bool(self.fallbacks)
-        self.only = None if self.has_choice or self.endpoints[0].limit else self.endpoints[0]
+        self.only = None if self.has_choice or self.endpoints[0].room else self.endpoints[0]
 
     # -- choosing ---------------------------------------------------------------------------------------------
 
@@ -177,8 +178,10 @@ class Destination:
     def hold(self, exchange: "Attempts") -> None:
         """Let a call wait for room. Raises GatewayError UPSTREAM_BUSY when too many wait already."""
         if len(self.waiting) >= self.terms.queue_max:
+            self._ask_for_room(is_urgent=False)
             raise self.busy()
         self.waiting[exchange] = None
+        self._ask_for_room(is_urgent=True)
 
     def leave(self, exchange: "ExchangeState") -> None:
         """Let a call wait no more."""
@@ -190,25 +193,23 @@ class Destination:
         message = f"all endpoints of {what} are at their limit of calls; try again"
         return GatewayError("UPSTREAM_BUSY", message, BUSY_RETRY_S)
 
+    def _ask_for_room(self, is_urgent: bool) -> None:
+        """Let other workers leave us some of theirs. Looks through all, but only what was not asked yet is sent."""
+        for destination in (self, *self.fallbacks):
+            for endpoint in destination.endpoints:
+                if endpoint.room is not None:
+                    endpoint.room.want(len(self.waiting) or 1, is_urgent)
+
     def serve_waiting(self) -> None:
         """Let those who wait go on, first come first served, as long as there is room."""
         while self.waiting:
             exchange = next(iter(self.waiting))
             endpoint = self.only or exchange.choose_from(self)
             if endpoint is None:
+                self._ask_for_room(is_urgent=True)
                 return
             self.waiting.pop(exchange, None)
             exchange.go_to(endpoint)
-
-
-class _Gate:
-    """Watches endpoints that have a limit."""
-
-    def moved(self, endpoint: Endpoint, by: int) -> None:
-        """List it or not. One that is left alone is not listed when a call ends, but may be a last resort."""
-        endpoint.refresh()
-        if by < 0:
-            endpoint.wake()
 
 
 def _untried(level: Level, tried: Sequence[Replica]) -> Endpoint | None:

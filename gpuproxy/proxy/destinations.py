@@ -139,7 +139,7 @@ class Builder:
         endpoint.may_ask_usage = upstream.include_usage
         endpoint.upstream = upstream.name
         endpoint.weight, endpoint.priority = target.weight, target.priority
-        endpoint.limit = target.concurrency_max // self._config.server.workers
+        endpoint.room = self._replicas.rooms.of(replica, target.concurrency_max)
         if model is not None:
             endpoint.model = target.name_there or model.name
             endpoint.connect_s = model.connect_s

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from gpuproxy.proxy.balance import Level
     from gpuproxy.proxy.destination import Destination
     from gpuproxy.proxy.pool import Origin
+    from gpuproxy.proxy.rooms import Room
 
 
 class Endpoint:
@@ -29,13 +30,13 @@ class Endpoint:
         "idle_s",
         "is_listed",
         "level",
-        "limit",
         "may_ask_usage",
         "model",
         "origin",
         "preserves_host",
         "priority",
         "replica",
+        "room",
         "step",
         "upstream",
         "weight",
@@ -62,7 +63,7 @@ class Endpoint:
         self.model = ""
         self.priority = 0
         self.weight = 1
-        self.limit = 0  # calls at once in this worker; 0: no bound
+        self.room: Room | None = None  # for calls at once; None: no bound
         self.destination = None
         self.is_listed = False  # whether its level may choose it
         self.step = 1.0  # what one call weighs: the more, the fewer it gets
@@ -70,7 +71,7 @@ class Endpoint:
     @property
     def has_room(self) -> bool:
         """Tell whether it is below its limit of calls."""
-        return not self.limit or self.replica is None or self.replica.open_count < self.limit
+        return self.room is None or self.room.spare > 0
 
     def refresh(self) -> None:
         """List it or not, as breaker and limit say now."""
@@ -87,7 +88,7 @@ class Endpoint:
             self.level.remove(self)
 
     def wake(self) -> None:
-        """Let calls that wait look at it: one has ended here, or it is listed again."""
+        """Let calls that wait look at it: there is room, or it is listed again."""
         destination = self.destination
         if destination is not None:
             destination.serve_waiting()

@@ -47,6 +47,7 @@ from gpuproxy.proxy.pool import ConnectPolicy, OriginKey, Pools
 from gpuproxy.proxy.prices import Prices
 from gpuproxy.proxy.probe import Probes
 from gpuproxy.proxy.report import Reporter
+from gpuproxy.proxy.rooms import Rooms
 from gpuproxy.proxy.route import Router
 from gpuproxy.proxy.tunnel import TunnelEnd
 from gpuproxy.proxy.tunnelled import Tunnelled
@@ -101,7 +102,8 @@ class Plane:
             Resolver("target-dns"),
         )
         self.pools = Pools(policy, UpstreamConnection, self.timeouts.upstream_keepalive_s, config.egress.ca_file)
-        self.replicas = Replicas(config.routing, loop.time())
+        self.rooms = Rooms(link, config.server.workers)
+        self.replicas = Replicas(config.routing, loop.time(), self.rooms)
         self.prices = Prices()
         self.prices.replace(map(from_config, config.prices))  # until control tells those in force
         self.router = self.build_router(config)
@@ -174,6 +176,7 @@ class Plane:
         self.instances.forget_all()
         self.limits_by_key.report()
         self.credit.report()
+        self.rooms.report()
 
     def new_id(self) -> str:
         """Return an id for a request and its receipt, unique over all workers and restarts, growing with time."""
@@ -214,6 +217,7 @@ class Plane:
         now_s = self._time()
         self.now_s = now_s + SWEEP_S
         self.replicas.sweep(now_s)
+        self.rooms.sweep()
         self.probes.sweep(now_s)
         self.usage_refusals.sweep(now_s)
         for downstream in [d for d in self.downstreams if d.deadline_s <= now_s]:
@@ -239,6 +243,7 @@ class Plane:
     def begin_drain(self) -> None:
         """Take no more calls on connections that are idle, and no second one on the others."""
         self.is_draining = True
+        self.rooms.leave()
         for downstream in list(self.downstreams):
             if downstream.is_fresh:
                 downstream.deadline_s = min(downstream.deadline_s, self.now_s + FRESH_S)

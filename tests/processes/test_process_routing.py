@@ -1,14 +1,17 @@
-"""An upstream and a model that an admin adds serve calls on every worker within two seconds, and are seen there."""
+"""What routing owes callers of all workers together: models added under way, limits of calls at once."""
 
+import asyncio
 import json
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
-from callers import Caller
-from conftest import MakePlace
-from gateways import Gateway, running
+from callers import HELD, Caller
+from conftest import MakeCaller, MakePlace
+from gateways import Gateway, running, until
+from inference import STREAM_BODY, Inference
 
 ADMIN = "/api/v1/admin"
 
@@ -56,4 +59,55 @@ async def test_an_admin_adds_and_deletes_a_model_under_way(
                 while (await caller.post({"model": "new"})).status != 404:
                     assert time.monotonic() - begun_s < 40
         assert gateway.workers() == workers, "no worker was started anew"
+        assert gateway.stop() == 0
+
+
+FEW = """[[models]]
+name = "few"
+queue_s = 30.0
+targets = [{ upstream = "llm", as = "mock-model", concurrency_max = 3 }]
+"""
+FEW_HELD = {**HELD, "model": "few"}
+
+
+async def test_a_limit_holds_over_all_workers_and_their_successors_and_one_may_use_it_all(
+    place: MakePlace, inference: Inference, new_caller: MakeCaller
+) -> None:
+    here = place()
+    here.configure(tail=FEW)
+    streams: list[asyncio.Task[Any]] = []
+    with running(here) as gateway:
+
+        async def callers(count: int) -> list[Caller]:
+            made = [new_caller(gateway) for _ in range(count)]
+            for caller in made:
+                await caller.post()
+            return made
+
+        async def begin(several: list[Caller]) -> None:
+            begun = inference.held_count
+            streams.extend(asyncio.create_task(caller.post(FEW_HELD)) for caller in several)
+            await until(lambda: all(caller.is_sent.is_set() for caller in several), 10, "the calls")
+            for caller in await callers(20):  # each worker has had time for what came before
+                await caller.close()
+            assert inference.held_count <= max(begun, 3)
+
+        inference.hold()
+        first, *others = await callers(12)
+        same = [caller for caller in (first, *others) if caller.worker == first.worker]
+        elsewhere = [caller for caller in others if caller.worker != first.worker]
+        assert len(same) >= 3 and elsewhere
+        await begin(same[:3])
+        await until(lambda: inference.held_count == 3, 5, "one worker's calls use the whole limit")
+        await begin(elsewhere[:2])
+        before = set(gateway.workers())
+        gateway.process.send_signal(signal.SIGHUP)
+        await until(lambda: gateway.logged().count("configuration taken") == 1, 30, "the reload")
+        assert len(set(gateway.workers()) - before) == 2
+        await begin(await callers(4))
+        assert inference.held_count == 3, "successors know of what their predecessors still serve"
+        inference.release()
+        answers = await asyncio.gather(*streams)
+        assert {(answer.status, answer.body) for answer in answers} == {(200, STREAM_BODY)}
+        assert inference.held_count == 9
         assert gateway.stop() == 0

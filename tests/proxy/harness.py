@@ -97,6 +97,7 @@ class Gateway:
         self.keys = Keys()
         self.keys.add(KEY)
         self.link_server = LinkServer(self.keys.authorize, timeout_s=WAIT_S, remember_s=60)
+        self.link_server.seating.open()  # there is one worker
         self.link_server.seal_keys = (b"one key of 32 bytes for sessions",)
         self.clients: list[Wire] = []
         self.failures: list[dict[str, Any]] = []

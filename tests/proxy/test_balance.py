@@ -43,7 +43,7 @@ class World:
         name = chr(ord("a") + number) if number < 26 else f"e{number}"
         replica = self.replicas.get("up", name)
         endpoint = Endpoint(None, b"", 1, 1, replica)  # type: ignore[arg-type]  # nobody connects
-        endpoint.weight, endpoint.limit = weight, limit
+        endpoint.weight, endpoint.room = weight, self.replicas.rooms.of(replica, limit)
         return endpoint
 
     def call(self, key: int = 0) -> str:

@@ -418,7 +418,22 @@ async def test_a_call_that_waits_earns_second_tries_once(serve: Serve, pair: Pai
     assert (await running[1][0].answer()).status == 200
 
 
-async def test_a_limit_is_shared_out_over_the_workers(serve: Serve, pair: Pair) -> None:
-    tree = one(pair, target={"concurrency_max": 9})
-    gateway = await serve(**tree | {"server": {"workers": 4}})
-    assert [endpoint.limit for endpoint in gateway.plane.router.models["m1"].endpoints] == [2]
+async def test_calls_by_the_upstreams_name_count_but_do_not_wait(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**one(pair, target={"concurrency_max": 1}))
+    by_name = PREFIX + b"/upstreams/a" + CHAT
+    named = await gateway.ask(request(b"POST " + by_name, body=b'{"model":"m1"}'))
+    upstream = await take(pair[0])
+    other = await gateway.ask(request(b"POST " + by_name, body=b'{"model":"m1"}', id=b"t2"))
+    another = await take(pair[0])
+    waits = await ask(gateway, id=b"t3")
+    await until(lambda: bool(gateway.plane.router.models["m1"].waiting), "the call to wait")
+    await upstream.send(OK)
+    await named.expect(OK_SENT)
+    await gateway.turn()
+    assert upstream.is_silent()
+    await another.send(OK)
+    assert (await other.answer()).status == 200
+    await another.read_head()
+    await another.expect(b'{"model":"m1"}')
+    await another.send(OK)
+    assert (await waits.answer()).status == 200
