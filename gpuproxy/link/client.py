@@ -8,14 +8,11 @@ from gpuproxy.link.messages import (
     AskMachines,
     Authorize,
     Authorized,
+    BreakerMove,
     ForgetMachines,
     FrameReader,
     FreeSeats,
-    GiveSeats,
-    HeldCredit,
-    HeldStreams,
     Hello,
-    HoldSeats,
     Lease,
     Leased,
     LeaseKind,
@@ -24,14 +21,12 @@ from gpuproxy.link.messages import (
     Prices,
     Recall,
     Renew,
-    Return,
     Revoke,
     Routing,
     SealKeys,
     Seats,
-    States,
+    Told,
     Unavailable,
-    WantSeats,
     decode_from_control,
     frame,
 )
@@ -64,6 +59,7 @@ class LinkClient(asyncio.Protocol):
         self.on_seal_keys: Callable[[tuple[bytes, ...]], None] = lambda keys: None
         self.on_seats: Callable[[Seats], None] = lambda seats: None
         self.on_free_seats: Callable[[FreeSeats], None] = lambda wish: None
+        self.on_breaker_move: Callable[[BreakerMove], None] = lambda move: None
         self.connected = asyncio.Event()
         self._path = path
         self._hello = hello
@@ -119,7 +115,7 @@ class LinkClient(asyncio.Protocol):
         self._machines[self._next_id] = answer
         self._transport.write(frame(AskMachines(self._next_id, user_id)))
 
-    def send(self, message: Return | States | HeldStreams | HeldCredit | HoldSeats | WantSeats | GiveSeats) -> None:
+    def send(self, message: Told) -> None:
         """Tell control something that needs no answer; while it is away it is told nothing."""
         if self._transport is not None:
             self._transport.write(frame(message))
@@ -163,6 +159,8 @@ class LinkClient(asyncio.Protocol):
                     self.on_renew(message.key_ids)
                 case Routing():
                     self.on_routing(message)
+                case BreakerMove():
+                    self.on_breaker_move(message)
                 case Seats():
                     self.on_seats(message)
                 case FreeSeats():

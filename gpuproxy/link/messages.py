@@ -187,6 +187,20 @@ class Recall(Struct, tag="recall", frozen=True):
     kind: LeaseKind
 
 
+class BreakerMove(Struct, tag="breaker_move", frozen=True):
+    """Told by a worker, and passed on to the others: what it has found out about an endpoint.
+
+    It is left alone ``for_s`` (``step_s``: what is doubled when the next try fails), a call tries it, it is back, or
+    the call that tried it was abandoned.
+    """
+
+    upstream: str
+    url: str
+    what: Literal["opened", "trying", "closed", "abandoned"]
+    for_s: float = 0.0
+    step_s: float = 0.0
+
+
 SeatPlace = tuple[str, str, int]  # upstream, base URL, and how many calls that may have at once
 
 
@@ -255,19 +269,8 @@ class ForgetMachines(Struct, tag="forget_machines", frozen=True):
     user_ids: tuple[str, ...]
 
 
-FromWorker = (
-    Hello
-    | Authorize
-    | Lease
-    | Return
-    | HeldStreams
-    | HeldCredit
-    | AskMachines
-    | States
-    | HoldSeats
-    | WantSeats
-    | GiveSeats
-)
+Told = Return | States | HeldStreams | HeldCredit | HoldSeats | WantSeats | GiveSeats | BreakerMove
+FromWorker = Hello | Authorize | Lease | AskMachines | Told
 FromControl = (
     Authorized
     | Unavailable
@@ -282,6 +285,7 @@ FromControl = (
     | SealKeys
     | Seats
     | FreeSeats
+    | BreakerMove
 )
 
 _encoder = msgspec.msgpack.Encoder()

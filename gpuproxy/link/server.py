@@ -13,10 +13,12 @@ from typing import Any, Protocol, cast
 import msgspec
 from msgspec import structs
 
+from gpuproxy.link.breakers import Breakers
 from gpuproxy.link.messages import (
     AskMachines,
     Authorize,
     Authorized,
+    BreakerMove,
     EndpointState,
     ForgetMachines,
     FrameReader,
@@ -87,6 +89,7 @@ class LinkServer:
         self.machines_of: MachinesOf | None = None
         self.refresh: Callable[[], Awaitable[object]] | None = None
         self.seal_keys: tuple[bytes, ...] = ()
+        self.breakers = Breakers()
         self.seating = Seating(self.push)
         self.seating_after_s = GONE_S  # from the first worker's word: until then others may tell what they hold
         self._authorize = authorize
@@ -232,6 +235,12 @@ class LinkServer:
         if epoch not in self.epochs():
             self.seating.gone(epoch)
 
+    def pass_on(self, sender: "WorkerLink", move: BreakerMove) -> None:
+        """Tell all other workers."""
+        self.breakers.note(move)
+        for link in self.links - {sender}:
+            link.send(move)
+
     def epochs(self) -> set[str]:
         """Return the epochs of the workers that are linked now."""
         return {link.epoch for link in self.links if link.epoch}
@@ -327,6 +336,8 @@ class WorkerLink(asyncio.Protocol):
                     self.send(SealKeys(self._server.seal_keys))
                 if self._server.routing is not None:
                     self.send(self._server.routing)
+                for move in self._server.breakers.remembered():
+                    self.send(move)
                 self.send_prices(self._server.prices)  # before any grant: no call may pass unpriced
                 self._start(self._welcome())
                 self._server.linked()
@@ -338,6 +349,8 @@ class WorkerLink(asyncio.Protocol):
                 self._ask(message)
             case States():
                 self.states = tuple(structs.replace(state, worker=self._slot) for state in message.endpoints)
+            case BreakerMove():
+                self._server.pass_on(self, message)
             case HoldSeats():
                 self._server.seating.hold(self.epoch, message.place, message.count)
             case WantSeats():

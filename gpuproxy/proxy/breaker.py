@@ -8,14 +8,18 @@ Which moves are legal stands in one table. A call remembers the generation of th
 begins a new one: what calls of an earlier generation report is ignored. So 2,000 calls that fail together open a
 breaker once, and none of them closes it again or lengthens its time.
 
+Workers tell each other of their moves: what one has opened all have, and one call of all workers tries it. Two may
+if they come within the same millisecond. A try elsewhere is waited for no longer than `open_max_s`.
+
 A replica that comes back gets a growing share of its calls (slow start).
 """
 
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from gpuproxy.config.routing import Routing
+from gpuproxy.link.messages import BreakerMove
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.proxy.rooms import Rooms
 
@@ -27,15 +31,17 @@ _log = get_logger("gpuproxy.breaker")
 CLOSED, OPEN, HALF_OPEN, TRYING = range(4)
 STATES = ("closed", "open", "half_open", "half_open")  # trying: half open, and its one call is under way
 
-FAILURES, WAIT, TIME, ADMITTED, GOOD, BAD, ABANDONED = range(7)
+FAILURES, WAIT, TIME, ADMITTED, GOOD, BAD, ABANDONED, TOLD = range(8)
 MOVES: dict[tuple[int, int], int] = {
     (CLOSED, FAILURES): OPEN,
     (CLOSED, WAIT): OPEN,  # it said Retry-After
+    (CLOSED, TOLD): OPEN,  # another worker opened it
     (OPEN, TIME): HALF_OPEN,
     (OPEN, GOOD): CLOSED,  # a call that had nowhere else to go, or a probe
     (HALF_OPEN, ADMITTED): TRYING,
     (HALF_OPEN, GOOD): CLOSED,  # a probe
     (HALF_OPEN, BAD): OPEN,  # a probe
+    (HALF_OPEN, TOLD): OPEN,  # a call of another worker tries it, or found it bad
     (TRYING, GOOD): CLOSED,
     (TRYING, BAD): OPEN,
     (TRYING, WAIT): OPEN,
@@ -45,6 +51,9 @@ MOVES: dict[tuple[int, int], int] = {
 EWMA_PART = 0.2  # weight of the newest answer in the average
 SHARE_LEAST = 0.1  # of its calls, right after it came back
 BAD_STATUSES = range(502, 505)  # what proxies and overloaded servers answer; a 500 may be the request's own fault
+
+
+What = Literal["opened", "trying", "closed", "abandoned"]
 
 
 class Watcher(Protocol):
@@ -121,6 +130,7 @@ class Replica:
         self.begun_count += 1
         if self.state == HALF_OPEN:
             self._move(ADMITTED)
+            self._tell("trying")
         for watcher, endpoint in self.watchers:
             watcher.moved(endpoint, 1)
         return self.generation
@@ -130,6 +140,7 @@ class Replica:
         self.ended_count += 1
         if self.state == TRYING and generation == self.generation:
             self._move(ABANDONED)
+            self._tell("abandoned")
         for watcher, endpoint in self.watchers:
             watcher.moved(endpoint, -1)
 
@@ -193,15 +204,19 @@ class Replica:
         self.opened_count += 1
         self._move(event)
         self._registry.restless[self] = None
+        self.tell_open()
         _log.warning("endpoint left alone", upstream=self.upstream, url=self.url, for_s=round(wait_s, 1))
 
-    def _close(self) -> None:
+    def _close(self, is_told: bool = False) -> None:
         self.failure_count = 0
         self._open_for_s = 0.0
         self.recovered_s = self._registry.now_s
         self._take_share()
         self._move(GOOD)
         self._registry.restless[self] = None
+        if is_told:
+            return
+        self._tell("closed")
         _log.info("endpoint is back", upstream=self.upstream, url=self.url)
 
     def _move(self, event: int) -> None:
@@ -211,6 +226,39 @@ class Replica:
         self.calm()
         for endpoint in self.endpoints:
             endpoint.refresh()
+
+    # -- other workers ----------------------------------------------------------------------------------------
+
+    def told(self, move: BreakerMove) -> None:
+        """Learn what another worker has found out. A call of this one that tries it goes on."""
+        if self.state == TRYING:
+            return
+        if move.what == "closed":
+            if self.state != CLOSED:
+                self._close(is_told=True)
+        elif move.what == "abandoned":
+            self.open_until_s = 0.0  # the next sweep lets one of ours try
+        elif move.what == "opened":
+            self.opened_count += self.state == CLOSED
+            self._leave_alone(move.for_s)
+            self._open_for_s = move.step_s
+        elif self.state != CLOSED:
+            self._leave_alone(self._registry.config.open_max_s)
+
+    def tell_open(self) -> None:
+        """Tell the other workers if it is left alone here."""
+        wait_s = self.open_until_s - self._registry.now_s
+        if self.state == OPEN and wait_s > 0:
+            self._tell("opened", wait_s, self._open_for_s)
+
+    def _leave_alone(self, wait_s: float) -> None:
+        self.open_until_s = self._registry.now_s + wait_s
+        if self.state != OPEN:
+            self._move(TOLD)
+            self._registry.restless[self] = None
+
+    def _tell(self, what: What, for_s: float = 0.0, step_s: float = 0.0) -> None:
+        self._registry.tell(BreakerMove(self.upstream, self.url, what, for_s, step_s))
 
     # -- time -------------------------------------------------------------------------------------------------
 
@@ -237,6 +285,7 @@ class Replicas:
         self.now_s = now_s or time.monotonic()
         self.restless: dict[Replica, None] = {}
         self.rooms = rooms or Rooms()
+        self.tell: Callable[[BreakerMove], None] = lambda move: None  # the other workers
         self._by_place: dict[tuple[str, str], Replica] = {}
         self.configure(config)
 
@@ -256,6 +305,17 @@ class Replicas:
         if replica is None:
             replica = self._by_place[place] = Replica(self, upstream, url)
         return replica
+
+    def told(self, move: BreakerMove) -> None:
+        """Take what another worker tells."""
+        replica = self._by_place.get((move.upstream, move.url))
+        if replica is not None:
+            replica.told(move)
+
+    def report(self) -> None:
+        """Tell control, which may be a new one, what is left alone."""
+        for replica in self.restless:
+            replica.tell_open()
 
     def begin_rebuild(self) -> None:
         """Forget whose endpoints the replicas are: another router will say so anew."""

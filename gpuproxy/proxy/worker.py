@@ -104,6 +104,8 @@ class Plane:
         self.pools = Pools(policy, UpstreamConnection, self.timeouts.upstream_keepalive_s, config.egress.ca_file)
         self.rooms = Rooms(link, config.server.workers)
         self.replicas = Replicas(config.routing, loop.time(), self.rooms)
+        self.replicas.tell = link.send
+        link.on_breaker_move = self.replicas.told
         self.prices = Prices()
         self.prices.replace(map(from_config, config.prices))  # until control tells those in force
         self.router = self.build_router(config)
@@ -177,6 +179,7 @@ class Plane:
         self.limits_by_key.report()
         self.credit.report()
         self.rooms.report()
+        self.replicas.report()
 
     def new_id(self) -> str:
         """Return an id for a request and its receipt, unique over all workers and restarts, growing with time."""

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
-from callers import HELD, Caller
+from callers import CHAT, HELD, Caller
+from clients.gateway import upstream
 from conftest import MakeCaller, MakePlace
 from gateways import Gateway, running, until
 from inference import STREAM_BODY, Inference
@@ -96,7 +98,8 @@ async def test_a_limit_holds_over_all_workers_and_their_successors_and_one_may_u
         first, *others = await callers(12)
         same = [caller for caller in (first, *others) if caller.worker == first.worker]
         elsewhere = [caller for caller in others if caller.worker != first.worker]
-        assert len(same) >= 3 and elsewhere
+        assert len(same) >= 3
+        assert elsewhere
         await begin(same[:3])
         await until(lambda: inference.held_count == 3, 5, "one worker's calls use the whole limit")
         await begin(elsewhere[:2])
@@ -111,3 +114,34 @@ async def test_a_limit_holds_over_all_workers_and_their_successors_and_one_may_u
         assert {(answer.status, answer.body) for answer in answers} == {(200, STREAM_BODY)}
         assert inference.held_count == 9
         assert gateway.stop() == 0
+
+
+async def test_what_one_worker_leaves_alone_the_others_do_too(
+    place: MakePlace, caller_of_each: Callable[[Gateway], Awaitable[list[Caller]]]
+) -> None:
+    here = place()
+    here.command("user", "create", "admin@example.com", "--admin")
+    made = here.command("key", "create", "--user", "admin@example.com", "--scopes", "admin", "--json")
+    with socket.socket() as dead:
+        dead.bind(("127.0.0.1", 0))  # and never listens
+        block = upstream("dead", "openinference", f"http://127.0.0.1:{dead.getsockname()[1]}")
+        targets = 'targets = [{ upstream = "dead" }, { upstream = "llm", priority = 1, as = "mock-model" }]\n'
+        here.configure(tail=block + '[[models]]\nname = "two"\n' + targets)
+        with running(here) as gateway:
+            caller, _ = await caller_of_each(gateway)
+            for _ in range(5):
+                assert (await caller.post({**CHAT, "model": "two"})).status == 200
+
+            async def seen() -> dict[str, int]:
+                headers = {"X-API-Key": json.loads(made)["api_key"]}
+                async with aiohttp.request(
+                    "GET", f"http://127.0.0.1:{gateway.port}{ADMIN}/upstreams", headers=headers
+                ) as told:
+                    listed = (await told.json())["data"]
+                (found,) = [each["endpoints"] for each in listed if each["id"] == "dead"]
+                return {each["call_count"]: each["state"] for each in found}
+
+            begun_s = time.monotonic()
+            while await seen() != {5: "open", 0: "open"}:
+                assert time.monotonic() - begun_s < 4, await seen()
+            assert gateway.stop() == 0

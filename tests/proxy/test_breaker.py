@@ -3,6 +3,8 @@
 import pytest
 
 from gpuproxy.config.routing import Routing
+from gpuproxy.link.breakers import Breakers
+from gpuproxy.link.messages import BreakerMove
 from gpuproxy.proxy.breaker import (
     ABANDONED,
     ADMITTED,
@@ -13,15 +15,17 @@ from gpuproxy.proxy.breaker import (
     HALF_OPEN,
     MOVES,
     OPEN,
+    SHARE_LEAST,
     STATES,
     TIME,
+    TOLD,
     TRYING,
     WAIT,
     Replica,
     Replicas,
 )
 
-EVENTS = (FAILURES, WAIT, TIME, ADMITTED, GOOD, BAD, ABANDONED)
+EVENTS = (FAILURES, WAIT, TIME, ADMITTED, GOOD, BAD, ABANDONED, TOLD)
 
 
 def fresh(**routing: float) -> tuple[Replicas, Replica]:
@@ -149,3 +153,122 @@ def test_probes_open_and_close_it() -> None:
     assert replica.state == OPEN
     replica.probed(True)
     assert replica.state == CLOSED
+
+
+# -- several workers ------------------------------------------------------------------------------------------
+
+
+def machine(count: int = 3) -> list[tuple[Replicas, Replica]]:
+    """Return workers that tell each other at once."""
+    workers = [fresh() for _ in range(count)]
+    for at, (replicas, _) in enumerate(workers):
+        others = [other for number, (other, _) in enumerate(workers) if number != at]
+        replicas.tell = lambda move, others=others: [other.told(move) for other in others]  # type: ignore[misc, assignment]
+    return workers
+
+
+def states(workers: list[tuple[Replicas, Replica]]) -> list[int]:
+    return [replica.state for _, replica in workers]
+
+
+def passes(workers: list[tuple[Replicas, Replica]], now_s: float) -> None:
+    for replicas, _ in workers:
+        replicas.sweep(now_s)
+
+
+def test_what_one_worker_leaves_alone_all_do() -> None:
+    workers = machine()
+    fail(workers[0][1])
+    assert states(workers) == [OPEN] * 3
+    assert [replica.opened_count for _, replica in workers] == [1, 1, 1]
+    passes(workers, 5.9)
+    assert states(workers) == [OPEN] * 3
+    passes(workers, 6.0)
+    assert states(workers) == [HALF_OPEN] * 3
+
+
+def test_one_call_of_all_workers_tries_it() -> None:
+    workers = machine()
+    fail(workers[0][1])
+    passes(workers, 6.0)
+    generation = workers[1][1].begin()
+    assert states(workers) == [OPEN, TRYING, OPEN]
+    passes(workers, 60.0)
+    assert states(workers) == [OPEN, TRYING, OPEN], "they wait for the other's word"
+    workers[1][1].answered(200, 10, generation)
+    assert states(workers) == [CLOSED] * 3
+    assert {replica.share for _, replica in workers} == {SHARE_LEAST}, "all begin slowly"
+
+
+def test_a_try_that_fails_doubles_the_time_for_all() -> None:
+    workers = machine()
+    fail(workers[0][1])
+    now_s = 6.0
+    for number, open_s in enumerate((10.0, 20.0, 40.0)):
+        passes(workers, now_s)
+        replica = workers[number][1]
+        replica.failed(replica.begin())
+        assert states(workers) == [OPEN] * 3
+        assert {replica.open_until_s for _, replica in workers} == {now_s + open_s}
+        now_s += open_s
+
+
+def test_a_try_that_was_abandoned_lets_any_worker_try() -> None:
+    workers = machine()
+    fail(workers[0][1])
+    passes(workers, 6.0)
+    workers[0][1].end(workers[0][1].begin())
+    passes(workers, 6.5)
+    assert states(workers) == [HALF_OPEN] * 3
+
+
+def test_a_try_nothing_is_heard_of_is_not_waited_for_for_ever() -> None:
+    workers = machine()
+    fail(workers[0][1])
+    passes(workers, 6.0)
+    workers[0][1].begin()
+    passes(workers, 6.0 + Routing().open_max_s)
+    assert states(workers) == [TRYING, HALF_OPEN, HALF_OPEN]
+
+
+def test_two_calls_that_try_it_in_the_same_moment_both_count() -> None:
+    workers = machine(2)
+    fail(workers[0][1])
+    passes(workers, 6.0)
+    (_, one), (other_replicas, other) = workers
+    mailbox: list[BreakerMove] = []
+    workers[0][0].tell = mailbox.append
+    generations = one.begin(), other.begin()
+    other_replicas.told(mailbox.pop())
+    assert states(workers) == [TRYING, TRYING]
+    one.failed(generations[0])
+    other_replicas.told(mailbox.pop())
+    assert states(workers) == [OPEN, TRYING]
+    other.answered(200, 10, generations[1])
+    assert states(workers) == [CLOSED, CLOSED]
+
+
+def test_retry_after_holds_for_all_workers() -> None:
+    workers = machine()
+    replica = workers[0][1]
+    replica.told_to_wait(7, replica.generation)
+    assert {replica.open_until_s for _, replica in workers} == {8.0}
+
+
+def test_another_control_and_new_workers_hear_what_is_left_alone() -> None:
+    (replicas, replica), (new_replicas, new) = fresh(), fresh()
+    clock = [100.0]
+    breakers = Breakers(lambda: clock[0])
+    replicas.tell = breakers.note
+    fail(replica)
+    clock[0] += 2.0
+    for move in breakers.remembered():
+        new_replicas.told(move)
+    assert (new.state, new.open_until_s) == (OPEN, 4.0)
+    breakers = Breakers(lambda: clock[0])
+    replicas.tell = breakers.note
+    replicas.sweep(3.0)
+    replicas.report()
+    assert [move.for_s for move in breakers.remembered()] == [3.0]
+    replica.probed(True)
+    assert not list(breakers.remembered())
