@@ -28,6 +28,7 @@ class Endpoint:
         "fixed_names",
         "host",
         "idle_s",
+        "is_hurried",
         "is_listed",
         "level",
         "may_ask_usage",
@@ -65,6 +66,7 @@ class Endpoint:
         self.weight = 1
         self.room: Room | None = None  # for calls at once; None: no bound
         self.destination = None
+        self.is_hurried = False  # the caller waits less than is usual here: what comes late is no failure
         self.is_listed = False  # whether its level may choose it
         self.step = 1.0  # what one call weighs: the more, the fewer it gets
 
@@ -104,6 +106,7 @@ class Endpoint:
     def at_root(self, first_byte_s: float | None) -> "Endpoint":
         """Return the same place without its base path: what an envelope's target names."""
         copy = Endpoint(self.origin, self.host, first_byte_s or self.first_byte_s, self.idle_s, self.replica)
+        copy.is_hurried = copy.first_byte_s < self.first_byte_s
         copy.fixed_fields, copy.fixed_names = self.fixed_fields, self.fixed_names
         copy.preserves_host, copy.connect_s = self.preserves_host, self.connect_s
         copy.may_ask_usage = self.may_ask_usage

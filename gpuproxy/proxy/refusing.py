@@ -141,13 +141,18 @@ class Refusing(Settled):
             self.refuse(self._destination.busy())  # type: ignore[union-attr]  # it waits there
         elif state == ADMITTING:
             self.refuse(GatewayError("UNAVAILABLE", "keys cannot be checked at the moment; try again", 1))
-        elif self._has_answer_begun() or not self._goes_elsewhere("first_byte"):
+        elif self._has_answer_begun() or not self._waits_elsewhere():
             label = self._origin.label if self._origin is not None else "the upstream"
             self.refuse(GatewayError("UPSTREAM_TIMEOUT", f"{label} did not answer in time"))
 
     def _has_answer_begun(self) -> bool:
         """Tell whether the answer's head has come; it need not have gone out, see `Collected`."""
         return self.has_sent_head or (self.upstream is not None and self.upstream.has_head)
+
+    def _waits_elsewhere(self) -> bool:
+        endpoint = self._endpoint
+        assert endpoint is not None  # it is asked
+        return self._goes_elsewhere("first_byte", has_failed=not endpoint.is_hurried)
 
     def expire_total(self) -> None:
         """The time for the whole call has passed."""
@@ -157,6 +162,8 @@ class Refusing(Settled):
         elif self in self.plane.tunnels:
             self.cut_off(error)
         else:
+            if self.has_sent_head and self._generation >= 0:
+                self._end_attempt(has_failed=False)  # it was answering
             self.refuse(error)
 
     def _rest_is_long(self) -> bool:

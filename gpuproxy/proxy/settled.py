@@ -34,7 +34,8 @@ class Settled(ExchangeState):
             if replica.is_calm and outcome != "upstream_failed":  # type: ignore[union-attr]
                 replica.ended_count += 1  # type: ignore[union-attr]
             else:
-                self._end_attempt(outcome == "upstream_failed")
+                is_hurried = self._error == "UPSTREAM_TIMEOUT" and self._endpoint.is_hurried  # type: ignore[union-attr]
+                self._end_attempt(outcome == "upstream_failed" and not is_hurried)
         elif self.state == WAITING:
             self._destination.leave(self)  # type: ignore[union-attr]  # it waits there
         if self.plane.bounded:

@@ -332,6 +332,23 @@ async def test_an_envelope_to_one_url_of_an_upstream_may_go_to_the_other(
     assert told(await gateway.receipt()) == ("two", 200, "ok", "", 2)
 
 
+async def test_callers_in_a_hurry_take_no_endpoint_from_the_others(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**named(pair, failures_max=1))
+    client = await gateway.ask(enveloped(pair[0].url + "/x", timeout_s=2, body={"a": 1}))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    gateway.passes(2)
+    assert (await client.answer()).status == 504
+    client = await gateway.ask(enveloped(pair[0].url + "/x", timeout_s=2, body={"a": 1}))
+    upstream = await pair[0].accept()
+    await upstream.read_head()
+    await upstream.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+    await gateway.turn()
+    gateway.passes(2)
+    assert (await client.answer()).status == 504
+    assert {replica.state for replica in gateway.plane.replicas.all()} == {0}
+
+
 async def test_an_envelope_that_may_not_be_repeated_is_answered_as_it_is(serve: Serve, pair: Pair) -> None:
     gateway = await serve(**named(pair))
     client = await gateway.ask(enveloped(pair[0].url + "/x", body={"a": 1}))

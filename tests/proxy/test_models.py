@@ -248,7 +248,7 @@ async def test_the_list_is_only_read(serve: Serve, pair: Pair) -> None:
 
 
 async def test_a_call_may_have_a_bound_for_all_of_it(serve: Serve, pair: Pair) -> None:
-    gateway = await serve(**one(pair, total_s=20.0))
+    gateway = await serve(**one(pair, total_s=20.0), routing={"failures_max": 1})
     client = await ask(gateway)
     upstream = await take(pair[0])
     await upstream.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
@@ -262,6 +262,7 @@ async def test_a_call_may_have_a_bound_for_all_of_it(serve: Serve, pair: Pair) -
     receipt = await gateway.receipt()
     assert (receipt.outcome, receipt.error, receipt.response_bytes) == ("upstream_failed", "UPSTREAM_TIMEOUT", 4)
     assert not gateway.plane.bounded
+    assert {replica.state for replica in gateway.plane.replicas.all()} == {0}, "who was answering has not failed"
 
 
 async def test_a_call_that_ended_in_time_leaves_no_bound_behind(serve: Serve, pair: Pair) -> None:
