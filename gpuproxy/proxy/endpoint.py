@@ -107,7 +107,9 @@ class Endpoint:
         """Return the same place without its base path: what an envelope's target names."""
         copy = Endpoint(self.origin, self.host, first_byte_s or self.first_byte_s, self.idle_s, self.replica)
         copy.is_hurried = copy.first_byte_s < self.first_byte_s
-        copy.fixed_fields, copy.fixed_names = self.fixed_fields, self.fixed_names
+        copy.fixed_fields = self.fixed_fields
+        lines = self.fixed_fields.split(b"\r\n")
+        copy.fixed_names = frozenset(line.partition(b":")[0].lower() for line in lines if line)  # it may name any
         copy.preserves_host, copy.connect_s = self.preserves_host, self.connect_s
         copy.may_ask_usage = self.may_ask_usage
         copy.upstream = self.upstream

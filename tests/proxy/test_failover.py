@@ -332,6 +332,21 @@ async def test_an_envelope_to_one_url_of_an_upstream_may_go_to_the_other(
     assert told(await gateway.receipt()) == ("two", 200, "ok", "", 2)
 
 
+async def test_an_envelope_carries_one_credential_that_of_the_upstream(
+    serve: Serve, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWO_KEY", "ours")
+    tree = named(pair)
+    tree["upstreams"][0]["api_key_env"] = "TWO_KEY"
+    gateway = await serve(**tree)
+    client = await gateway.ask(enveloped(pair[0].url + "/x", headers={"authorization": "Bearer theirs"}))
+    upstream = await pair[0].accept()
+    head = await upstream.read_head()
+    assert [line for line in head.split(b"\r\n") if b"earer" in line] == [b"Authorization: Bearer ours"]
+    await upstream.send(OK)
+    assert (await client.answer()).status == 200
+
+
 async def test_callers_in_a_hurry_take_no_endpoint_from_the_others(serve: Serve, pair: Pair) -> None:
     gateway = await serve(**named(pair, failures_max=1))
     client = await gateway.ask(enveloped(pair[0].url + "/x", timeout_s=2, body={"a": 1}))
