@@ -34,13 +34,17 @@ def highest(prices: Sequence[Price | None]) -> Price | None:
     return structs.replace(priced[0], **most)
 
 
-def offer(model: str, upstreams: Iterable[str], find_price: FindPrice, aliases: tuple[str, ...] = ()) -> ModelOffer:
-    """Return the offer at the dearest of the upstreams' prices: nobody is charged more than was shown."""
+def offer(
+    name: str, model: str, upstreams: Iterable[str], find_price: FindPrice, aliases: tuple[str, ...] = ()
+) -> ModelOffer:
+    """Return the offer of a model, by this name of it, at the dearest of the upstreams' prices: nobody is charged more
+    than was shown.
+    """
     prices = [find_price(model, upstream) for upstream in upstreams]
     price = max(prices, key=typical_cost)
     if price is None:
-        return ModelOffer(model, aliases=aliases)
-    return ModelOffer(model, {name: _usd(getattr(price, field)) for name, field in _SHOWN.items()}, aliases)
+        return ModelOffer(name, aliases=aliases)
+    return ModelOffer(name, {shown: _usd(getattr(price, field)) for shown, field in _SHOWN.items()}, aliases)
 
 
 def _usd(nanousd: int) -> str:

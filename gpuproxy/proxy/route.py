@@ -170,16 +170,25 @@ class Router:
         return found
 
     def offers(self, handler: ProtocolHandler, models: tuple[str, ...] | None) -> list[ModelOffer]:
-        """Return what a caller who may use `models` (None: all) is offered in a protocol, sorted by name."""
+        """Return what a caller who may use `models` (None: all) is offered in a protocol, sorted by name.
+
+        Models have one offer, under their own name; who may use them by aliases only is offered those.
+        """
         served = [(name, place) for name, place in sorted(self.models.items()) if place.handler is handler]
         aliases: dict[str, list[str]] = {}
         for name, place in served:
             if name != place.model:
                 aliases.setdefault(place.model, []).append(name)
         return [
-            offer(name, {each.upstream for each in place.endpoints}, self.find_price, tuple(aliases.get(name, ())))
+            offer(
+                name,
+                place.model,
+                {each.upstream for each in place.endpoints},
+                self.find_price,
+                tuple(aliases.get(name, ())),
+            )
             for name, place in served
-            if name == place.model and (models is None or name in models)
+            if (name == place.model if models is None or place.model in models else name in models)
         ]
 
     def origins(self) -> set[Origin]:

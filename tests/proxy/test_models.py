@@ -190,6 +190,18 @@ async def test_the_list_of_models_is_what_the_caller_may_use_with_prices(
     assert [model["id"] for model in (await client.answer()).json()["data"]] == ["m1"]
 
 
+async def test_who_may_use_a_model_by_an_alias_only_is_shown_that(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**one(pair, aliases=["cheap", "latest"]), prices=PRICES)
+    gateway.plane.take_prices(list(map(from_config, gateway.config.prices)))
+    key = gateway.keys.add(models=("latest",))
+    client = await gateway.ask(request(b"GET /v1/models", key=key))
+    (shown,) = (await client.answer()).json()["data"]
+    assert (shown["id"], shown["prices"]["output_usd_per_million"]) == ("latest", "0.6")
+    for number, (name, status) in enumerate([(b"latest", 200), (b"m1", 404), (b"cheap", 404)]):
+        await client.send(request(b"GET /v1/models/" + name, key=key, id=b"s%d" % number))
+        assert (await client.answer()).status == status
+
+
 async def test_anthropics_clients_get_the_list_in_their_shape(serve: Serve, pair: Pair) -> None:
     gateway = await serve(**one(pair))
     client = await gateway.ask(request(b"GET /v1/models?limit=20", b"anthropic-version: 2023-06-01"))
