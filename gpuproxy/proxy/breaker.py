@@ -279,12 +279,17 @@ class Replica:
 
 
 class Replicas:
-    """All replicas of a worker. They outlive the routers that are built on them."""
+    """All replicas of a worker. They outlive the routers that are built on them.
 
-    def __init__(self, config: Routing, now_s: float = 0.0, rooms: Rooms | None = None) -> None:
+    ``lead`` is from 0 up to 1: where among endpoints that are equally good this worker begins. Were it the same in all,
+    the first calls of all workers would meet at one endpoint.
+    """
+
+    def __init__(self, config: Routing, now_s: float = 0.0, rooms: Rooms | None = None, lead: float = 0.0) -> None:
         self.now_s = now_s or time.monotonic()
         self.restless: dict[Replica, None] = {}
         self.rooms = rooms or Rooms()
+        self.lead = lead
         self.tell: Callable[[BreakerMove], None] = lambda move: None  # the other workers
         self._by_place: dict[tuple[str, str], Replica] = {}
         self.configure(config)

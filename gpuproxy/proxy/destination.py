@@ -224,4 +224,6 @@ def _levels(
         return endpoint.priority, cost(endpoint) if cost is not None and strategy == "cheapest" else 0.0
 
     for _, group in groupby(sorted(endpoints, key=rank), rank):
-        yield LEVELS[strategy](tuple(group), replicas)
+        equal = tuple(group)
+        first = int(len(equal) * replicas.lead)
+        yield LEVELS[strategy]((*equal[first:], *equal[:first]), replicas)

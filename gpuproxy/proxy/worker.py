@@ -69,7 +69,7 @@ class Plane:
     """What all connections of a worker share."""
 
     def __init__(
-        self, config: Config, registry: Registry, link: LinkClient, journal: Journal, control_path: str
+        self, config: Config, registry: Registry, link: LinkClient, journal: Journal, control_path: str, slot: int = 0
     ) -> None:
         loop = asyncio.get_running_loop()
         self.config = config
@@ -102,8 +102,9 @@ class Plane:
             Resolver("target-dns"),
         )
         self.pools = Pools(policy, UpstreamConnection, self.timeouts.upstream_keepalive_s, config.egress.ca_file)
-        self.rooms = Rooms(link, config.server.workers)
-        self.replicas = Replicas(config.routing, loop.time(), self.rooms)
+        workers = config.server.workers
+        self.rooms = Rooms(link, workers)
+        self.replicas = Replicas(config.routing, loop.time(), self.rooms, slot / workers)
         self.replicas.tell = link.send
         link.on_breaker_move = self.replicas.told
         self.prices = Prices()
@@ -298,7 +299,7 @@ async def serve(boot: Boot) -> None:
     epoch = segment_name(boot.slot)
     link = LinkClient(boot.link_path, Hello(boot.slot, os.getpid(), epoch))
     journal = Journal(Path(config.server.data_dir) / "journal", epoch, config.journal)
-    plane = Plane(config, registry, link, journal, boot.control_path)
+    plane = Plane(config, registry, link, journal, boot.control_path, boot.slot)
     stopping = asyncio.Event()
 
     def stop() -> None:

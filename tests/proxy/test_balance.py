@@ -1,5 +1,6 @@
 """Strategies: who gets the next call, and what a choice costs."""
 
+import math
 import random
 import statistics
 import timeit
@@ -29,9 +30,10 @@ class World:
         priorities: Sequence[int] = (),
         limit: int = 0,
         costs: Sequence[float] = (),
+        lead: float = 0.0,
         **routing: Any,
     ) -> None:
-        self.replicas = Replicas(Routing(**routing), 1.0)
+        self.replicas = Replicas(Routing(**routing), 1.0, lead=lead)
         self.endpoints = [self._endpoint(number, weight, limit) for number, weight in enumerate(weights)]
         for endpoint, priority in zip(self.endpoints, priorities, strict=False):
             endpoint.priority = priority
@@ -83,6 +85,15 @@ def test_round_robin_goes_by_weight_and_smoothly() -> None:
 def test_equal_endpoints_take_turns() -> None:
     world = World("round_robin", [1, 1, 1])
     assert "".join(world.done() for _ in range(9)) == "abcabcabc"
+
+
+@pytest.mark.parametrize("strategy", ["round_robin", "least_connections"])
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_the_first_calls_of_all_workers_do_not_meet(strategy: str, count: int) -> None:
+    workers = [World(strategy, [1] * 4, lead=slot / count) for slot in range(count)]
+    for _ in range(4):
+        calls = Counter(worker.done() for worker in workers)
+        assert max(calls.values()) == math.ceil(count / 4)
 
 
 def test_an_endpoint_that_comes_back_does_not_catch_up() -> None:
