@@ -148,12 +148,14 @@ class PowerOfTwo(Level):
         first, second = divmod(int(self._random() * count * (count - 1)), count - 1)
         one, other = listed[first], listed[second if second < first else second + 1]
         near, far = one.replica, other.replica
-        since_s = self._replicas.now_s + LATENCY_FADES_S
-        expected_near = near.ewma_us * (near.begun_count - near.ended_count + 1) * one.step  # type: ignore[union-attr]
-        expected_far = far.ewma_us * (far.begun_count - far.ended_count + 1) * other.step  # type: ignore[union-attr]
-        # each divided by its age, which is here multiplied to the other side
-        is_near = expected_near * (since_s - far.ewma_s) <= expected_far * (since_s - near.ewma_s)  # type: ignore[union-attr]
-        return one if is_near else other
+        load_near = (near.begun_count - near.ended_count + 1) * one.step  # type: ignore[union-attr]
+        load_far = (far.begun_count - far.ended_count + 1) * other.step  # type: ignore[union-attr]
+        if near.ewma_us and far.ewma_us:  # type: ignore[union-attr]
+            since_s = self._replicas.now_s + LATENCY_FADES_S
+            # each divided by its age, which is here multiplied to the other side
+            load_near *= near.ewma_us * (since_s - far.ewma_s)  # type: ignore[union-attr]
+            load_far *= far.ewma_us * (since_s - near.ewma_s)  # type: ignore[union-attr]
+        return one if load_near <= load_far else other
 
     def add(self, endpoint: Endpoint) -> None:
         """Put it at the end."""

@@ -100,7 +100,7 @@ class Replica:
         self.failed_count = self.opened_count = 0
         self.failure_count = 0  # in a row
         self.ewma_us = 0.0  # of the time to the first byte; 0: nothing known
-        self.ewma_s = 0.0  # when that was learned
+        self.ewma_s = 0.0  # when it was last tried
         self.open_until_s = 0.0
         self._open_for_s = 0.0
         self.recovered_s = 0.0
@@ -149,7 +149,7 @@ class Replica:
         if status < 400:
             ewma_us = self.ewma_us
             self.ewma_us = ewma_us + (first_byte_us - ewma_us) * EWMA_PART if ewma_us else first_byte_us
-            self.ewma_s = self._registry.now_s
+        self.ewma_s = self._registry.now_s
         if status in BAD_STATUSES or first_byte_us > self._registry.slow_us:
             self.failed(generation)
         elif self.failure_count or self.state:

@@ -149,6 +149,27 @@ def test_a_fast_refusal_does_not_make_an_endpoint_fast() -> None:
     assert {world.done() for _ in range(20)} == {"a"}
 
 
+@pytest.mark.parametrize("begins_well", [False, True])
+def test_an_endpoint_that_only_refuses_does_not_draw_all_calls(begins_well: bool) -> None:
+    world = World("power_of_two", [1, 1])
+    if begins_well:
+        world.replicas.get("up", "b").answered(200, 5_000, 0)
+    calls: Counter[str] = Counter()
+    for number in range(200):
+        world.replicas.sweep(1.0 + number)
+        name = world.call()
+        world.replicas.get("up", name).answered(200 if name == "a" else 500, 5_000 if name == "a" else 1, 0)
+        world.end(name)
+        calls[name] += 1
+    assert calls["b"] <= 120
+
+
+def test_an_endpoint_that_nobody_knows_yet_is_not_drowned() -> None:
+    world = World("power_of_two", [1, 1])
+    world.replicas.get("up", "a").answered(200, 1_000_000, 0)
+    assert Counter(world.call() for _ in range(100)) == {"a": 50, "b": 50}
+
+
 def test_cheapest_takes_the_cheapest_that_can() -> None:
     world = World("cheapest", [1, 1, 1], costs=[2.0, 1.0, 1.0])
     assert Counter(world.done() for _ in range(10)) == {"b": 5, "c": 5}
