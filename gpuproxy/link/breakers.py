@@ -23,6 +23,8 @@ class Breakers:
 
     def note(self, move: BreakerMove) -> None:
         """Remember what a worker has told."""
+        if move.what == "resting":
+            return
         place = move.upstream, move.url
         self._open.pop(place, None)
         if move.what == "opened":

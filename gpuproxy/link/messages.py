@@ -191,14 +191,15 @@ class BreakerMove(Struct, tag="breaker_move", frozen=True):
     """Told by a worker, and passed on to the others: what it has found out about an endpoint.
 
     It is left alone ``for_s`` (``step_s``: what is doubled when the next try fails), a call tries it, it is back, or
-    the call that tried it was abandoned.
+    the call that tried it was abandoned. Or it rests ``for_s``, for one ``model`` as it is called here and there.
     """
 
     upstream: str
     url: str
-    what: Literal["opened", "trying", "closed", "abandoned"]
+    what: Literal["opened", "trying", "closed", "abandoned", "resting"]
     for_s: float = 0.0
     step_s: float = 0.0
+    model: tuple[str, str] = ("", "")
 
 
 SeatPlace = tuple[str, str, int]  # upstream, base URL, and how many calls that may have at once

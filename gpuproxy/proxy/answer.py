@@ -164,10 +164,21 @@ class Answer(Refusing):
         replica = self._endpoint.replica  # type: ignore[union-attr]  # an attempt is under way there
         assert replica is not None
         status = head.status
-        if status >= 429 and (wait_s := wait_told(head)):
-            replica.told_to_wait(wait_s, self._generation)
+        if status >= 429:
+            self._heed(head)
         began_ns = self._attempt_ns or now_ns  # unknown if nobody wanted to know then
         replica.answered(status, (now_ns - began_ns) / 1000, self._generation)
+
+    def _heed(self, head: AnswerHead) -> None:
+        """Do as the answer's Retry-After says."""
+        endpoint = self._endpoint
+        assert endpoint is not None
+        assert endpoint.replica is not None
+        wait_s = wait_told(head)
+        if wait_s and head.status == 429:
+            endpoint.replica.rest(endpoint, wait_s)
+        elif wait_s:
+            endpoint.replica.told_to_wait(wait_s, self._generation)
 
     def _complete(self, connection: "UpstreamConnection") -> None:
         self.upstream = None

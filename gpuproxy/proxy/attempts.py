@@ -11,7 +11,7 @@ from gpuproxy.plugin import Call, Intent, ModelLister, ModelRenamer, ProtocolHan
 from gpuproxy.proxy.affinity import key_of
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.exchange_state import WAITING
-from gpuproxy.proxy.retry import STATUS_REASONS, wait_told
+from gpuproxy.proxy.retry import STATUS_REASONS
 from gpuproxy.proxy.tunnelled import Tunnelled
 from gpuproxy.proxy.unasked import is_refusal, without_question
 
@@ -187,11 +187,8 @@ class Attempts(Tunnelled):
 
     def _discard(self, connection: "UpstreamConnection") -> None:
         """Drop an answer whose head has come, and learn what it means for its endpoint."""
-        replica = self._endpoint.replica  # type: ignore[union-attr]  # an attempt is under way there
-        assert replica is not None
         status = connection.head.status
-        if wait_s := wait_told(connection.head):
-            replica.told_to_wait(wait_s, self._generation)
+        self._heed(connection.head)
         self.upstream = None
         if connection.is_complete:
             connection.release(self.plane.now_s)

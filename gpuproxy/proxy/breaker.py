@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from gpuproxy.config.routing import Routing
 from gpuproxy.link.messages import BreakerMove
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.proxy.resting import Resting
 from gpuproxy.proxy.rooms import Rooms
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ STATES = ("closed", "open", "half_open", "half_open")  # trying: half open, and 
 FAILURES, WAIT, TIME, ADMITTED, GOOD, BAD, ABANDONED, TOLD = range(8)
 MOVES: dict[tuple[int, int], int] = {
     (CLOSED, FAILURES): OPEN,
-    (CLOSED, WAIT): OPEN,  # it said Retry-After
+    (CLOSED, WAIT): OPEN,  # it said 503 with Retry-After
     (CLOSED, TOLD): OPEN,  # another worker opened it
     (OPEN, TIME): HALF_OPEN,
     (OPEN, GOOD): CLOSED,  # a call that had nowhere else to go, or a probe
@@ -108,6 +109,11 @@ class Replica:
         self.is_calm = False
 
     @property
+    def resting(self) -> Resting:
+        """Return the endpoints that rest."""
+        return self._registry.resting
+
+    @property
     def open_count(self) -> int:
         """Return how many calls are under way."""
         return self.begun_count - self.ended_count
@@ -172,6 +178,14 @@ class Replica:
         if generation == self.generation and self.state in (CLOSED, TRYING):
             self._open(WAIT, wait_s)
 
+    def rest(self, endpoint: "Endpoint", wait_s: float) -> None:
+        """Leave this endpoint alone, but not others here: it said 429."""
+        if endpoint in self.endpoints:
+            registry = self._registry
+            wait_s = min(wait_s, registry.config.open_max_s)
+            registry.resting.add(endpoint, registry.now_s + wait_s)
+            registry.tell(BreakerMove(self.upstream, self.url, "resting", wait_s, model=endpoint.title))
+
     def probed(self, is_good: bool) -> None:
         """Learn from an active probe."""
         if not is_good:
@@ -231,6 +245,11 @@ class Replica:
 
     def told(self, move: BreakerMove) -> None:
         """Learn what another worker has found out. A call of this one that tries it goes on."""
+        if move.what == "resting":
+            for endpoint in self.endpoints:
+                if endpoint.title == move.model:
+                    self._registry.resting.add(endpoint, self._registry.now_s + move.for_s)
+            return
         if self.state == TRYING:
             return
         if move.what == "closed":
@@ -289,6 +308,7 @@ class Replicas:
         self.now_s = now_s or time.monotonic()
         self.restless: dict[Replica, None] = {}
         self.rooms = rooms or Rooms()
+        self.resting = Resting()
         self.lead = lead
         self.tell: Callable[[BreakerMove], None] = lambda move: None  # the other workers
         self._by_place: dict[tuple[str, str], Replica] = {}
@@ -328,6 +348,7 @@ class Replicas:
             replica.endpoints = []
             replica.watchers = ()
         self.rooms.begin_rebuild()
+        self.resting.clear()
 
     def end_rebuild(self) -> None:
         """Forget replicas that no endpoint has any more."""
@@ -340,5 +361,6 @@ class Replicas:
     def sweep(self, now_s: float) -> None:
         """Do what time brings to those that expect something of it."""
         self.now_s = now_s
+        self.resting.sweep(now_s)
         for replica in [replica for replica in self.restless if not replica.sweep(now_s)]:
             del self.restless[replica]

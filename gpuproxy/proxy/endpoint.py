@@ -75,11 +75,16 @@ class Endpoint:
         """Tell whether it is below its limit of calls."""
         return self.room is None or self.room.spare > 0
 
+    @property
+    def title(self) -> tuple[str, str]:
+        """Return what its model is called here and there."""
+        return (self.destination.model if self.destination is not None else ""), self.model
+
     def refresh(self) -> None:
-        """List it or not, as breaker and limit say now."""
+        """List it or not, as breaker, limit and rest say now."""
         replica = self.replica
         assert replica is not None  # only those with a replica belong to a level
-        is_listed = replica.admits and self.has_room
+        is_listed = replica.admits and self.has_room and self not in replica.resting
         if is_listed == self.is_listed:
             return
         self.is_listed = is_listed

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from gpuproxy.link.messages import BreakerMove
 from gpuproxy.types import Receipt
 
 from .conftest import Serve
@@ -383,6 +384,44 @@ async def test_a_whole_path_is_not_taken_to_where_it_means_something_else(serve:
     await upstream.send(BUSY)
     assert (await client.answer()).json()["status_code"] == 503
     assert pair[1].is_untouched()
+
+
+LIMITED = b"HTTP/1.1 429 Slow Down\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nbusy"
+
+
+async def test_a_limit_of_requests_is_one_of_the_model_and_not_of_the_server(serve: Serve, pair: Pair) -> None:
+    tree = blocks(pair)
+    tree["models"].append({"name": "another", "targets": [{"upstream": "a"}, {"upstream": "b", "priority": 1}]})
+    gateway = await serve(**tree)
+    told_others: list[BreakerMove] = []
+    gateway.link_server.pass_on = lambda sender, move: told_others.append(move)  # type: ignore[method-assign]
+    client = await ask(gateway)
+    limited = await take(pair[0])
+    await limited.send(LIMITED)
+    kept = await take(pair[1])
+    await kept.send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    for _ in range(3):
+        client = await ask(gateway)
+        await kept.read_head()
+        await kept.expect(BODY)
+        await kept.send(OK)
+        await client.expect(OK_SENT)
+    another = BODY.replace(b"two", b"another")
+    client = await ask(gateway, another)
+    await limited.read_head()
+    await limited.expect(another)
+    await limited.send(OK)
+    await client.expect(OK_SENT)
+    gateway.passes(7)
+    places = gateway.plane.router.models["two"].endpoints
+    assert all(endpoint.is_listed for endpoint in places)
+    await until(lambda: bool(told_others), "the word to other workers")
+    (move,) = told_others
+    assert (move.what, move.upstream, move.model, move.for_s) == ("resting", "a", ("two", "two"), 7.0)
+    gateway.plane.replicas.told(move)
+    assert [endpoint.is_listed for endpoint in places] == [False, True]
+    assert all(endpoint.is_listed for endpoint in gateway.plane.router.models["another"].endpoints)
 
 
 async def test_retry_after_is_obeyed_towards_the_one_that_said_it(serve: Serve, pair: Pair) -> None:
