@@ -67,9 +67,12 @@ def reload(config_path: Path | None, as_json: bool) -> None:
     """Check the configuration, then let the running gateway take it without a dropped call."""
     import signal
 
+    from gpuproxy.plugin import check_plugins
     from gpuproxy.process import running_supervisor
 
-    directory = Path(config_of(config_path).server.data_dir)
+    config = config_of(config_path)
+    check_plugins(config, os.environ)
+    directory = Path(config.server.data_dir)
     supervisor = running_supervisor(directory)
     if not supervisor:
         raise click.ClickException(f"no gateway runs on {directory}; start one with gpuproxy serve")

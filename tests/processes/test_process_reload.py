@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 from callers import HELD, Caller, Load
-from clients.gateway import GPUPROXY
+from clients.gateway import GPUPROXY, upstream
 from conftest import MakeCaller, MakePlace
 from gateways import MODEL, children, is_alive, kill, running, until
 from inference import STREAM_BODY, Inference
@@ -97,6 +97,10 @@ async def test_a_command_reloads_the_gateway_that_runs(place: MakePlace, new_cal
         assert told == f"gateway {gateway.process.pid} was told to take the configuration"
         await until(lambda: "configuration taken" in gateway.logged(), 20, "the change is taken")
         assert (await new_caller(gateway).post({"model": "new-model"})).status == 200
+        here.configure(tail=upstream("odd", "nope", here.upstream_url))
+        line = [str(GPUPROXY), "reload", "-c", str(here.config)]
+        done = await asyncio.to_thread(subprocess.run, line, capture_output=True, text=True, timeout=20)
+        assert (done.returncode, "no plugin speaks 'nope'" in done.stderr) == (2, True), done.stderr
         assert gateway.stop() == 0
 
 
