@@ -34,6 +34,7 @@ from gpuproxy.control.metrics import (
     endpoint_calls,
     journal_bytes,
     open_breakers,
+    waiting_calls,
 )
 from gpuproxy.control.nodes import Nodes
 from gpuproxy.control.pages.render import add_templates
@@ -241,6 +242,7 @@ def _observe(
         exporter.count = traffic.add_traces
     app[GAUGES_READ].set("gpuproxy_breaker_open", lambda: open_breakers(link.states()))
     app[GAUGES_READ].set("gpuproxy_endpoint_calls", lambda: endpoint_calls(link.states()))
+    app[GAUGES_READ].set("gpuproxy_waiting_calls", lambda: waiting_calls(link.waiting()))
     app[GAUGES_READ].set("gpuproxy_workers", lambda: {(): float(len(link.links))})
     app[GAUGES_READ].set("gpuproxy_journal_bytes", lambda: journal_bytes(journal_directory(settings)))
 

@@ -146,6 +146,14 @@ def endpoint_calls(states: Iterable[EndpointState]) -> Reading:
     return _by_endpoint(states, lambda state: state.open_count)
 
 
+def waiting_calls(waiting: Iterable[tuple[str, int]]) -> Reading:
+    """Return how many calls of each model wait, over all workers."""
+    found: Reading = {}
+    for model, count in waiting:
+        found[(model,)] = found.get((model,), 0.0) + count
+    return found
+
+
 def _by_endpoint(states: Iterable[EndpointState], value: Callable[[EndpointState], float]) -> Reading:
     found: Reading = {}
     for state in states:

@@ -107,9 +107,12 @@ class EndpointState(Struct, array_like=True, frozen=True):
 
 
 class States(Struct, tag="states", frozen=True):
-    """Told by a worker now and then, if anything has changed: the state of its endpoints."""
+    """Told by a worker now and then, if anything has changed: the state of its endpoints, and how many calls wait for
+    room, by their model where there are any.
+    """
 
     endpoints: tuple[EndpointState, ...]
+    waiting: tuple[tuple[str, int], ...] = ()
 
 
 class Lease(Struct, tag="lease", frozen=True):

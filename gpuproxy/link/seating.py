@@ -69,8 +69,10 @@ class Seating:
             pool.held[epoch] = max(0, pool.held.get(epoch, 0) - count)
             self._settle(place)
 
-    def gone(self, epoch: str) -> None:
-        """Free the seats of a worker that is dead."""
+    def gone(self, epoch: str, linked: Callable[[], set[str]] = set) -> None:
+        """Free the seats of a worker that is dead: none of those that are linked."""
+        if epoch in linked():
+            return
         for place, pool in list(self._pools.items()):
             for known in (pool.held, pool.line, pool.ahead):
                 known.pop(epoch, None)

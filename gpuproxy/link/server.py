@@ -152,6 +152,10 @@ class LinkServer:
         """Return what the workers that are linked now have told of their endpoints."""
         return [state for link in self.links for state in link.states]
 
+    def waiting(self) -> list[tuple[str, int]]:
+        """Return what they have told of calls that wait: a model, and how many of it in one worker."""
+        return [waiting for link in self.links for waiting in link.waiting]
+
     @property
     def prices(self) -> tuple[Price, ...]:
         """Return what was published last."""
@@ -229,11 +233,7 @@ class LinkServer:
 
     def lost(self, epoch: str) -> None:
         """Free the seats of a worker, unless it comes back."""
-        asyncio.get_running_loop().call_later(GONE_S, self._gone, epoch)
-
-    def _gone(self, epoch: str) -> None:
-        if epoch not in self.epochs():
-            self.seating.gone(epoch)
+        asyncio.get_running_loop().call_later(GONE_S, self.seating.gone, epoch, self.epochs)
 
     def pass_on(self, sender: "WorkerLink", move: BreakerMove) -> None:
         """Tell all other workers."""
@@ -282,6 +282,7 @@ class WorkerLink(asyncio.Protocol):
     def __init__(self, server: LinkServer) -> None:
         self.epoch = ""
         self.states: tuple[EndpointState, ...] = ()
+        self.waiting: tuple[tuple[str, int], ...] = ()
         self._slot = -1
         self._server = server
         self._reader = FrameReader()
@@ -349,6 +350,7 @@ class WorkerLink(asyncio.Protocol):
                 self._ask(message)
             case States():
                 self.states = tuple(structs.replace(state, worker=self._slot) for state in message.endpoints)
+                self.waiting = message.waiting
             case BreakerMove():
                 self._server.pass_on(self, message)
             case HoldSeats():

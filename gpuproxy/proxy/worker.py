@@ -310,7 +310,8 @@ async def serve(boot: Boot) -> None:
     server = await loop.create_server(
         lambda: Downstream(plane), sock=socket.socket(fileno=boot.listen_fd), backlog=LISTEN_BACKLOG
     )
-    background = [loop.create_task(link.run()), loop.create_task(_sweep_forever(plane, Reporter(plane.replicas, link)))]
+    reporter = Reporter(plane.replicas, link, lambda: plane.router.models)
+    background = [loop.create_task(link.run()), loop.create_task(_sweep_forever(plane, reporter))]
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINK_START_S):
             await link.connected.wait()

@@ -1,6 +1,6 @@
 """Gauges that are read off what workers told."""
 
-from gpuproxy.control.metrics import endpoint_calls, open_breakers
+from gpuproxy.control.metrics import endpoint_calls, open_breakers, waiting_calls
 from gpuproxy.link.messages import EndpointState
 
 from .conftest import Api
@@ -21,3 +21,7 @@ def test_states_of_all_workers_are_summed_by_endpoint() -> None:
 async def test_a_provider_without_rentals_has_none_and_not_no_number(api: Api) -> None:
     async with api.client.get("/metrics") as answer:
         assert 'gpuproxy_active_instances{provider="simulated"} 0.0' in (await answer.text()).splitlines()
+
+
+def test_calls_that_wait_are_added_up_over_workers() -> None:
+    assert waiting_calls([("one", 2), ("two", 1), ("one", 3)]) == {("one",): 5, ("two",): 1}

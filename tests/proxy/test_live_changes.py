@@ -111,7 +111,7 @@ async def test_what_this_worker_cannot_use_leaves_the_old_in_force(serve: Serve,
 
 async def test_control_hears_how_endpoints_are(serve: Serve, pair: Pair) -> None:
     gateway = await serve(**blocks(pair[0]))
-    reporter = Reporter(gateway.plane.replicas, gateway.link)
+    reporter = Reporter(gateway.plane.replicas, gateway.link, lambda: gateway.plane.router.models)
     client = await ask(gateway)
     upstream = await take(pair[0])
     reporter.sweep()
@@ -130,3 +130,19 @@ async def test_control_hears_how_endpoints_are(serve: Serve, pair: Pair) -> None
     for _ in range(REPEATED):
         reporter.sweep()
     await until(lambda: bool(told()), "all to be told again")
+
+
+async def test_control_hears_how_many_calls_wait(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair[0], concurrency_max=1))
+    reporter = Reporter(gateway.plane.replicas, gateway.link, lambda: gateway.plane.router.models)
+    first = await ask(gateway)
+    upstream = await take(pair[0])
+    others = [await ask(gateway, b"w%d" % number) for number in range(2)]
+    await until(lambda: len(gateway.plane.router.models["one"].waiting) == 2, "the calls to wait")
+    reporter.sweep()
+    await until(lambda: gateway.link_server.waiting() == [("one", 2)], "the report")
+    for client in (first, *others):
+        await upstream.send(OK)
+        assert (await client.answer()).status == 200
+    reporter.sweep()
+    await until(lambda: gateway.link_server.waiting() == [], "the second report")
