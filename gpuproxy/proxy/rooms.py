@@ -102,9 +102,9 @@ class Room:
         self._send(GiveSeats(self.place, self.seats))
 
     def _give(self, count: int) -> None:
-        """Give up so many, if they are free."""
+        """Give up so many, if they are free and there is somebody to give them to."""
         count = min(count, self.spare)
-        if count > 0 and self._link is not None:
+        if count > 0 and self._link is not None and self._link.connected.is_set():
             self.seats -= count
             self._send(GiveSeats(self.place, count))
             for endpoint in self.endpoints:

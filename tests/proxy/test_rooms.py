@@ -1,5 +1,6 @@
 """Limits of calls at once over several workers: never exceeded, all of it usable wherever the calls are."""
 
+import asyncio
 import random
 from collections import deque
 from typing import Any, cast
@@ -29,7 +30,8 @@ class Worker:
         self.sent: deque[Any] = deque()
         self.received: deque[Any] = deque()
         self.running_count = 0
-        self.is_linked = True
+        self.connected = asyncio.Event()
+        self.connected.set()
         self.rooms = Rooms(cast(LinkClient, self), machine.worker_count)
         replicas = Replicas(Routing(), 1.0, self.rooms)
         self.replica = replicas.get("up", "http://a")
@@ -45,7 +47,7 @@ class Worker:
 
     def send(self, message: Any) -> None:
         """Take the place of the link."""
-        if self.is_linked:
+        if self.connected.is_set():
             self.sent.append(message)
 
     def call(self) -> None:
@@ -100,7 +102,7 @@ class Machine:
 
     def _push(self, epoch: str, message: Seats | FreeSeats) -> bool:
         worker = self.workers.get(epoch)
-        if worker is None or not worker.is_linked:
+        if worker is None or not worker.connected.is_set():
             return False
         worker.received.append(message)
         return True
@@ -278,10 +280,26 @@ def test_without_control_each_goes_on_with_what_it_has() -> None:
     machine = Machine(4)
     machine.settle()
     for worker in machine.workers.values():
-        worker.is_linked = False
+        worker.connected.clear()
         for _ in range(3):
             worker.call()
     assert (machine.running_count, machine.waiting_count) == (4, 2)
+
+
+def test_no_seat_is_given_up_to_a_control_that_is_away() -> None:
+    machine = Machine(2)
+    machine.settle()
+    for _ in range(2):
+        for worker in machine.workers.values():
+            worker.call()
+    machine.settle()
+    assert (machine.running_count, machine.waiting_count) == (2, 2), "each is asked for what the other wants"
+    for worker in machine.workers.values():
+        worker.connected.clear()
+    for worker in machine.workers.values():
+        worker.end()
+        worker.rooms.sweep()
+    assert (machine.running_count, machine.waiting_count) == (2, 0)
 
 
 def test_calls_that_run_under_a_limit_that_is_new_are_counted() -> None:
