@@ -2,8 +2,8 @@
 
 A limit of n calls is n seats. A worker begins a call only on a seat that it holds, so nothing has to be fast for the
 limit to hold: control hands out free seats and asks for others back, and only the worker itself gives one up. Whoever
-has calls that wait stands in line; as long as somebody else does, a worker gives up each seat when its call ends, also
-if calls wait there: so the line is served in turn. Whoever has merely used up what it holds gets what others leave.
+has calls that wait stands in line; as long as somebody else does, a worker gives up seats when calls end, also if calls
+wait there: so the line is served in turn. Whoever has merely used up what it holds gets what others leave.
 
 Kept in memory: workers tell what they hold whenever they are linked. No I/O, no clock.
 """

@@ -5,7 +5,8 @@ gives back what it has not used for a while. Calls under way count whatever way 
 worker goes on with the seats it has.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from gpuproxy.link.client import LinkClient
@@ -16,15 +17,33 @@ if TYPE_CHECKING:
     from gpuproxy.proxy.endpoint import Endpoint
 
 NOTHING, AHEAD, URGENT = range(3)
+TURN_S = 0.05  # between two seats that one worker passes on; an ordinary call lasts longer
 
 
 class Room:
     """The seats at one base URL under one limit; ``endpoints`` are those that keep to it."""
 
-    __slots__ = ("_asked", "_is_pressed", "_link", "_spare", "endpoints", "limit", "part", "place", "replica", "seats")
+    __slots__ = (
+        "_asked",
+        "_is_pressed",
+        "_link",
+        "_now_s",
+        "_passed_s",
+        "_spare",
+        "endpoints",
+        "limit",
+        "part",
+        "place",
+        "replica",
+        "seats",
+    )
 
-    def __init__(self, link: LinkClient | None, replica: "Replica", limit: int, part: int) -> None:
+    def __init__(
+        self, link: LinkClient | None, replica: "Replica", limit: int, part: int, now_s: Callable[[], float]
+    ) -> None:
         self._link = link
+        self._now_s = now_s
+        self._passed_s = 0.0
         self.replica = replica
         self.limit = limit
         self.part = part
@@ -53,7 +72,7 @@ class Room:
     def moved(self, endpoint: "Endpoint", by: int) -> None:
         """Take note that a call began or ended, and list the endpoint or not."""
         if by < 0 and self._is_pressed:
-            self._give(self.spare)
+            self._pass_on()
         spare = self.spare
         self._spare = min(self._spare, spare)
         endpoint.refresh()
@@ -101,6 +120,15 @@ class Room:
         """Give up all seats: nothing keeps to this limit any more."""
         self._send(GiveSeats(self.place, self.seats))
 
+    def _pass_on(self) -> None:
+        """Give up what is free; where calls wait here too, not each time, or short ones would wait for what travels."""
+        if any(endpoint.destination is not None and endpoint.destination.waiting for endpoint in self.endpoints):
+            now_s = self._now_s()
+            if now_s < self._passed_s + TURN_S:
+                return
+            self._passed_s = now_s
+        self._give(self.spare)
+
     def _give(self, count: int) -> None:
         """Give up so many, if they are free and there is somebody to give them to."""
         count = min(count, self.spare)
@@ -118,8 +146,11 @@ class Room:
 class Rooms:
     """The rooms of a worker, one of `workers`. Without a link it is alone."""
 
-    def __init__(self, link: LinkClient | None = None, workers: int = 1) -> None:
+    def __init__(
+        self, link: LinkClient | None = None, workers: int = 1, now_s: Callable[[], float] = time.monotonic
+    ) -> None:
         self._link = link
+        self._now_s = now_s
         self._workers = workers
         self._by_place: dict[SeatPlace, Room] = {}
         if link is not None:
@@ -133,7 +164,7 @@ class Rooms:
         place = replica.upstream, replica.url, limit
         room = self._by_place.get(place)
         if room is None:
-            room = self._by_place[place] = Room(self._link, replica, limit, limit // self._workers)
+            room = self._by_place[place] = Room(self._link, replica, limit, limit // self._workers, self._now_s)
         return room
 
     def begin_rebuild(self) -> None:

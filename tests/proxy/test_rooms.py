@@ -17,7 +17,7 @@ from gpuproxy.proxy.attempts import Attempts
 from gpuproxy.proxy.breaker import Replicas
 from gpuproxy.proxy.destination import Destination, Terms
 from gpuproxy.proxy.endpoint import Endpoint
-from gpuproxy.proxy.rooms import Rooms
+from gpuproxy.proxy.rooms import TURN_S, Rooms
 
 HANDLER = load_plugins(["openinference"]).protocols["openinference"]
 
@@ -32,7 +32,7 @@ class Worker:
         self.running_count = 0
         self.connected = asyncio.Event()
         self.connected.set()
-        self.rooms = Rooms(cast(LinkClient, self), machine.worker_count)
+        self.rooms = Rooms(cast(LinkClient, self), machine.worker_count, lambda: machine.now_s)
         replicas = Replicas(Routing(), 1.0, self.rooms)
         self.replica = replicas.get("up", "http://a")
         endpoint = Endpoint(None, b"", 1, 1, self.replica)  # type: ignore[arg-type]  # nobody connects
@@ -85,6 +85,7 @@ class Machine:
 
     def __init__(self, limit: int, worker_count: int = 2, queue_max: int = 1_000) -> None:
         self.limit = limit
+        self.now_s = 1.0
         self.worker_count = worker_count
         self._queue_max = queue_max
         self.workers: dict[str, Worker] = {}
@@ -186,11 +187,31 @@ def test_workers_whose_calls_wait_take_turns() -> None:
     for _ in range(8):
         (busy,) = [each for each in machine.workers.values() if each.running_count]
         turns.append(busy.epoch)
+        machine.now_s += TURN_S
         busy.end()
         machine.settle()
     assert turns.count("w0") == turns.count("w1") == 4
     assert not any(turns[at] == turns[at + 1] == turns[at + 2] for at in range(6)), turns
     assert machine.waiting_count == 0
+
+
+def test_short_calls_do_not_wait_for_seats_on_their_way() -> None:
+    machine = Machine(2)
+    machine.settle()
+    for worker in machine.workers.values():
+        for _ in range(40):
+            worker.call()
+    machine.settle()
+    passed = 0
+    for _ in range(20):  # of a hundredth of a second each
+        machine.now_s += TURN_S / 5
+        for worker in machine.workers.values():
+            if worker.running_count:
+                worker.end()
+                passed += sum(isinstance(message, GiveSeats) for message in worker.sent)
+                machine.settle()
+    assert machine.running_count == 2
+    assert 0 < passed <= 10
 
 
 def test_what_is_not_used_comes_back_but_for_a_last_seat() -> None:
