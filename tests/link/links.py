@@ -70,16 +70,16 @@ class Site:
         listener.listen()
         await self.server.start(listener)
 
-    async def link(self) -> Worker:
+    async def link(self, epoch: str = "") -> Worker:
         """Return a worker that has said who it is, and heard nothing yet."""
         worker = Worker(*await asyncio.open_unix_connection(self.path))
         self.workers.append(worker)
-        worker.say(Hello(len(self.workers) - 1, os.getpid()))
+        worker.say(Hello(len(self.workers) - 1, os.getpid(), epoch))
         return worker
 
-    async def worker(self) -> Worker:
+    async def worker(self, epoch: str = "") -> Worker:
         """Return a worker that has heard all that is said to each."""
-        worker = await self.link()
+        worker = await self.link(epoch)
         worker.say(Authorize(0, bytes(32)))
         await worker.hear()
         return worker
