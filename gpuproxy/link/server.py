@@ -225,8 +225,10 @@ class LinkServer:
                 return True
         return False
 
-    def linked(self) -> None:
-        """Begin to hand out seats, a while after the first worker is linked."""
+    def linked(self, newest: "WorkerLink") -> None:
+        """Let a worker's new link stand for the one it had; hand out seats a while after the first one is linked."""
+        for link in self.links - {newest}:
+            link.epoch = link.epoch if link.epoch != newest.epoch else ""
         if self.seating_after_s:
             asyncio.get_running_loop().call_later(self.seating_after_s, self.seating.open)
             self.seating_after_s = 0.0
@@ -341,7 +343,7 @@ class WorkerLink(asyncio.Protocol):
                     self.send(move)
                 self.send_prices(self._server.prices)  # before any grant: no call may pass unpriced
                 self._start(self._welcome())
-                self._server.linked()
+                self._server.linked(self)
             case Authorize():
                 self._ask(message)
             case Lease():
