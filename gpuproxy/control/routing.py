@@ -2,11 +2,12 @@
 
 Blocks set while running live in the store. Every control looks there for changes of others, lays them over its own
 configuration and pushes the result to its workers, which take it without a restart. Blocks that do not fit the
-configuration any more, after a change of the file, are told in the log, and the file alone holds until they do.
+configuration any more, after a change of the file, are told in the log and left out until they do.
 """
 
 import asyncio
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from gpuproxy.store.schema import routing_blocks
 
 POLL_S = 1.0  # how late changes of other nodes may be noticed
 TOPIC = "routing"
+PLACE = re.compile(r"\b(upstreams|models)\[(\d+)\]")  # of a fault
 PUSHED_BYTES_MAX = 900_000  # of all upstreams and models, as a worker is told: a frame of the link holds them
 
 logger = get_logger(__name__)
@@ -72,16 +74,28 @@ class RoutingFeed:
 
     def merged(self, blocks: Iterable[Block]) -> Config:
         """Return the configuration with these blocks over it. Raises ConfigError with every fault."""
-        kinds = {kind: _plain(getattr(self._configured, kind)) for kind in ("upstreams", "models")}
-        for block in blocks:
-            kinds[block.kind][block.name] = block.block
-        found = build({kind: list(blocks.values()) for kind, blocks in kinds.items()})
+        found = build({kind: list(named.values()) for kind, named in self._laid_over(blocks).items()})
         faults = routing_faults(found, self._plugins)
         if len(msgspec.msgpack.encode(Routing(found.upstreams, found.models))) > PUSHED_BYTES_MAX:
             faults.append(f"upstreams and models are over {PUSHED_BYTES_MAX} bytes in all; take some out")
         if faults:
             raise ConfigError(faults)
         return msgspec.structs.replace(self._configured, upstreams=found.upstreams, models=found.models)
+
+    def _laid_over(self, blocks: Iterable[Block]) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return all blocks by kind and name, in the order in which faults count them."""
+        kinds = {kind: _plain(getattr(self._configured, kind)) for kind in ("upstreams", "models")}
+        for block in blocks:
+            kinds[block.kind][block.name] = block.block
+        return kinds
+
+    def _fitting(self, blocks: list[Block], error: ConfigError) -> list[Block]:
+        """Return the blocks but for those that have these faults; none if they are not to be found."""
+        names = {kind: list(named) for kind, named in self._laid_over(blocks).items()}
+        found = [PLACE.search(fault) for fault in error.faults]
+        faulty = {(place[1], names[place[1]][int(place[2])]) for place in found if place is not None}
+        kept = [block for block in blocks if (block.kind, block.name) not in faulty]
+        return kept if len(kept) < len(blocks) else []
 
     async def check(self, connection: AsyncConnection) -> None:
         """Refuse the transaction if what it leaves behind does not fit. Raises GatewayError with every fault."""
@@ -103,13 +117,16 @@ class RoutingFeed:
         self._seen = seen
 
     def _take(self, blocks: list[Block]) -> None:
-        try:
-            self._use(self.merged(blocks))
-            self.set_names = {(block.kind, block.name) for block in blocks}
-        except ConfigError as error:
-            logger.error("upstreams and models set while running do not fit the configuration", faults=str(error))
-            self._use(self._configured)
-            self.set_names = set()
+        config = self._configured
+        while blocks:
+            try:
+                config = self.merged(blocks)
+                break
+            except ConfigError as error:
+                logger.error("some of what was set while running does not fit, it is left out", faults=str(error))
+                blocks = self._fitting(blocks, error)
+        self._use(config)
+        self.set_names = {(block.kind, block.name) for block in blocks}
         if self._link is not None:
             self._link.publish_routing(Routing(self.config.upstreams, self.config.models))
 

@@ -135,13 +135,26 @@ async def test_a_change_of_another_node_is_pushed_once(ask: Callable[..., Any], 
     assert link.told == [["file"], ["file", "made"]]
 
 
-async def test_blocks_that_fit_no_more_leave_the_file_in_force(ask: Callable[..., Any], api: Api) -> None:
-    await ask(200, "PUT", f"{MODELS}/x", {"name": "x", "targets": [{"upstream": "file"}]})
+async def test_blocks_that_fit_no_more_are_left_out_and_the_others_stay(ask: Callable[..., Any], api: Api) -> None:
+    await ask(201, "POST", UPSTREAMS, MADE)
+    await ask(201, "POST", MODELS, {"name": "x", "targets": [{"upstream": "file"}]})
+    await ask(201, "POST", MODELS, {"name": "y", "targets": [{"upstream": "made"}]})
+    await ask(201, "POST", MODELS, {"name": "z", "targets": [{"upstream": "made"}], "fallback": ["x"]})
     link = Link()
     feed = RoutingFeed(api.store, build({"upstreams": [{**FILE, "name": "renamed"}]}), link)  # type: ignore[arg-type]
     await feed.poll_once()
-    assert link.told == [["renamed"]]
-    assert feed.config.models == ()
+    assert link.told == [["renamed", "made"]]
+    assert [model.name for model in feed.config.models] == ["y"], "z falls back to what is not there"
+    assert feed.set_names == {("upstreams", "made"), ("models", "y")}
+
+
+async def test_blocks_whose_fault_is_elsewhere_leave_the_file_in_force(ask: Callable[..., Any], api: Api) -> None:
+    await ask(201, "POST", MODELS, {"name": "x", "targets": [{"upstream": "file"}]})
+    named = {"name": "own", "aliases": ["x"], "targets": [{"upstream": "file"}]}
+    feed = RoutingFeed(api.store, build({"upstreams": [FILE], "models": [named]}))
+    await feed.poll_once()
+    assert [model.name for model in feed.config.models] == ["own"]
+    assert feed.set_names == set()
 
 
 async def test_blocks_are_bounded(api: Api) -> None:
