@@ -31,11 +31,10 @@ from gpuproxy.codec.mcp import (
 from gpuproxy.codec.seal import Seal
 from gpuproxy.config.mcp import McpGroup
 from gpuproxy.control.mcp_answers import RpcError, accepted, in_company, responded, verbatim
-from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Inner, Seat, Told
+from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, REFUSING, Inner, Seat, Told
 from gpuproxy.control.mcp_listen import LISTEN, LISTENING, Source, merged, shared_out
 from gpuproxy.control.mcp_merge import (
     LISTS,
-    is_gateways,
     is_unknown_method,
     merged_discovery,
     merged_list,
@@ -163,7 +162,8 @@ class Group:
     async def _discovered(self, turn: "Turn") -> web.StreamResponse:
         told = await self._asked(turn, turn.body)
         for each in told:
-            if each.status in range(200, 500) and each.result is None and not is_gateways(each):
+            has_said = each.status in range(200, 500) and each.status not in (*REFUSING, 403)
+            if has_said and each.result is None and not each.is_gateways:
                 return verbatim(each)  # a server of sessions only: the client shall begin one, which most others can
         good = self._good(turn, "server/discover", told)
         return in_company(responded(turn.message, merged_discovery(self.name, good)), good[0])
@@ -293,7 +293,7 @@ class Group:
             if each.result is None and not is_unknown_method(each):
                 self._complain(each, method)
         if not good:  # a server's own word says more than ours for one that is down
-            raise RpcError.of(min((each for each in told if each.status), key=is_gateways))
+            raise RpcError.of(min((each for each in told if each.status), key=lambda each: each.is_gateways))
         return good
 
     def _check_all(self, turn: "Turn", told: Sequence[Told]) -> None:

@@ -12,7 +12,7 @@ from aiohttp import web
 from msgspec import Raw, Struct
 from multidict import CIMultiDict
 
-from gpuproxy.codec.mcp import Fields, response_in
+from gpuproxy.codec.mcp import Fields, object_of, response_in, text_of
 from gpuproxy.codec.sse import event_payloads
 
 MCP = "/api/v1/gpu/proxy/mcp"
@@ -20,6 +20,7 @@ BOTH = "application/json, text/event-stream"
 ANSWER_BYTES_MAX = 16 << 20  # of an answer that is merged with others
 CONNECT_S = 5.0
 PIECE_BYTES = 65_536
+REFUSING = (401, 402, 429)
 
 # What belongs to the client's own connection or session, or is said anew.
 _OWN = {
@@ -53,9 +54,14 @@ class Told(Struct):
         return self.response.get("result")
 
     @property
+    def is_gateways(self) -> bool:
+        """Tell whether the gateway refused, so that the server was not asked."""
+        return bool(text_of(object_of(object_of(self.response, "error"), "data"), "code"))
+
+    @property
     def is_callers(self) -> bool:
-        """Tell whether it failed for what the caller is or has, so that other servers would say the same."""
-        return self.status in (401, 402, 429)
+        """Tell whether the gateway refused for what the caller is or has, so that it would at other servers too."""
+        return self.status in REFUSING and self.is_gateways
 
 
 class Inner:

@@ -79,11 +79,6 @@ def is_unknown_method(told: Told) -> bool:
     return _number(object_of(told.response, "error"), "code") == [-32601]
 
 
-def is_gateways(told: Told) -> bool:
-    """Tell whether the gateway refused, so that the server was not asked."""
-    return bool(text_of(object_of(object_of(told.response, "error"), "data"), "code"))
-
-
 def _described(results: dict[str, Fields]) -> Fields:
     offered = [object_of(result, "capabilities") for result in results.values()]
     capabilities: dict[str, Any] = {}

@@ -35,6 +35,8 @@ class Shelf:
         self.app = web.Application()
         self.app.router.add_post("/mcp", self.take)
         self.app.router.add_post("/quiet", self.take)
+        self.app.router.add_route("*", "/locked", self.refuse)
+        self.app.router.add_route("*", "/busy", self.refuse)
         self.app.router.add_get("/mcp", self.stream)
 
     async def take(self, request: web.Request) -> web.Response:
@@ -53,6 +55,9 @@ class Shelf:
         if "id" in told and "method" in told:
             return web.json_response({"jsonrpc": "2.0", "id": told["id"], "result": {}})
         return web.Response(status=202)
+
+    async def refuse(self, request: web.Request) -> web.Response:
+        return web.Response(status=401 if request.path == "/locked" else 429, headers={"WWW-Authenticate": "Bearer"})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         self.resumed.append(request.headers.get("Last-Event-ID", ""))
@@ -110,12 +115,14 @@ def group(tmp_path_factory: pytest.TempPathFactory, shelf_thread: LoopThread, de
     with serve_asgi(ToolServer().app()) as tools, serve_asgi(News().app()) as news:
         ports = {"shelf": shelf_thread.port, "tools": tools.port, "news": news.port, "down": dead_port}
         settings = "".join(upstream(name, "mcp", f"http://127.0.0.1:{port}/mcp") for name, port in ports.items())
-        settings += upstream("quiet", "mcp", f"http://127.0.0.1:{ports['shelf']}/quiet")
+        for path in ("quiet", "locked", "busy"):
+            settings += upstream(path, "mcp", f"http://127.0.0.1:{ports['shelf']}/{path}")
         for name, servers in {
             "all": ["tools", "news", "down"],
             "shelves": ["shelf", "tools"],
             "official": ["tools"],
             "silent": ["quiet"],
+            "half": ["locked", "news", "busy"],
         }.items():
             settings += toml_table("[[mcp_groups]]", {"name": name, "servers": servers})
         with running_gateway(tmp_path_factory.mktemp("group"), settings, {}) as gateway:
@@ -159,6 +166,13 @@ async def test_a_group_promises_to_tell_what_its_servers_tell(group: Gateway, mo
         capabilities = client.server_capabilities
         assert capabilities.tools is not None
         assert bool(capabilities.tools.list_changed) is (mode == "auto")
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto", MODERN])
+async def test_a_server_that_refuses_the_gateway_is_left_out(group: Gateway, mode: str) -> None:
+    async with connected_to(group, mode, "half") as client:
+        assert client.protocol_version == (LEGACY if mode == "legacy" else MODERN)
+        assert [tool.name for tool in (await client.list_tools()).tools] == ["news__change"]
 
 
 # -- by hand ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ class Paging(Inner):
         cursor = text_of(object_of(decode_fields(body or b""), "params"), "cursor")
         self.asked.append(cursor)
         if cursor == "1" and self._status != 200:
-            return Told(server, self._status, CIMultiDict(), b"no")
+            refusal = {"error": Raw(b'{"code":-32065,"data":{"code":"RATE_LIMITED"}}')} if self._status == 429 else {}
+            return Told(server, self._status, CIMultiDict(), b"no", refusal)
         page = told(server, {"tools": [{"name": f"l{cursor}"}], "nextCursor": str(len(self.asked))})
         page.body = bytes(self._page_bytes)
         return page
