@@ -242,7 +242,7 @@ class Group:
                     if not each.is_open and each.told.status != 405 and not is_unknown_method(each.told):
                         self._complain(each.told, LISTEN)
                 if found := [each for each in sources if each.is_open]:
-                    return await merged(turn.request, found)
+                    return await merged(turn.request, found, self._inner.closing)
                 raise RpcError.of(next(each.told for each in sources if each.told.status))
 
         return await while_there(turn.request, work())

@@ -20,8 +20,12 @@ def add_groups(app: web.Application, config: Config, address: str, seal: Seal) -
         for path in (f"{MCP}/{settings.name}", f"{MCP}/{settings.name}/"):
             app.router.add_route("*", path, group.handle)
 
+    async def end_streams(_app: web.Application) -> None:
+        inner.closing.set()
+
     async def close_at_end(_app: web.Application) -> AsyncIterator[None]:
         yield
         await inner.close()
 
+    app.on_shutdown.append(end_streams)
     app.cleanup_ctx.append(close_at_end)

@@ -69,6 +69,7 @@ class Inner:
 
     def __init__(self, address: str) -> None:
         self._address = address
+        self.closing = asyncio.Event()  # streams that would go on for ever end then
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:

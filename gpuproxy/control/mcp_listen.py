@@ -79,11 +79,12 @@ class Source:
         return self._events.popleft()
 
 
-async def merged(request: web.Request, sources: Sequence[Source]) -> web.StreamResponse:
-    """Pass on what all sources say until one of them ends. What breaks off ends visibly broken."""
+async def merged(request: web.Request, sources: Sequence[Source], closing: asyncio.Event) -> web.StreamResponse:
+    """Pass on what all sources say until one of them ends, or is `closing`. What breaks off ends visibly broken."""
     out = web.StreamResponse(headers=sources[0].told.headers)
     await out.prepare(request)
-    following = [asyncio.ensure_future(_follow(source, out)) for source in sources]
+    following: list[asyncio.Future[object]] = [asyncio.ensure_future(_follow(source, out)) for source in sources]
+    following.append(asyncio.ensure_future(closing.wait()))
     try:
         if sources[0].acknowledged:
             await out.write(b"event: message\ndata: %b\n\n" % encode(acknowledgement(sources)))

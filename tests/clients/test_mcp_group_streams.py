@@ -275,3 +275,11 @@ def test_a_place_in_a_stream_that_is_not_ours_is_refused(hand: Hand, event_id: s
 def test_revisions_without_sessions_have_no_stream_to_get(group: Gateway, hand: Hand) -> None:
     answer = hand.http.get(hand.url, headers={"MCP-Protocol-Version": MODERN})
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+def test_a_gateway_that_reloads_ends_the_stream_as_a_server_may(group: Gateway, hand: Hand) -> None:
+    with hand.http.stream("GET", hand.url, timeout=3 * WAIT_S) as stream:  # a new generation starts before
+        group.command("reload")
+        assert list(stream.iter_lines()) == []
+    with hand.http.stream("GET", hand.url) as stream:
+        assert stream.status_code == 200
