@@ -177,6 +177,20 @@ async def test_what_is_no_revision_is_not_agreed_on(gateway: Gateway, version: o
     assert await gateway.sent_to(gateway.tools) == b""
 
 
+async def test_a_key_bound_to_tools_sees_its_own_there_too(gateway: Gateway) -> None:
+    key = gateway.keys.add(tools=("tools/search",))
+    await gateway.warm(key)
+    envelope = {"protocol": "mcp", "target_url": f"http://127.0.0.1:{gateway.tools.port}/mcp"}
+    body = json.dumps(envelope | {"body": {"method": "tools/list"}}).encode()
+    client = await gateway.ask(request(b"POST " + PREFIX, body=body, key=key))
+    wire = await gateway.tools.accept()
+    tools = [{"name": "search"}, {"name": "delete"}]
+    for answer, status in (*STEPS[:3], ({"jsonrpc": "2.0", "id": 7, "result": {"tools": tools}}, b"200 OK")):
+        await got(wire)
+        await say(wire, answer, status, SESSION if answer is AGREED else b"")
+    assert (await client.answer()).json()["data"]["result"]["tools"] == tools[:1]
+
+
 async def test_a_client_that_leaves_within_is_a_client_that_left(gateway: Gateway) -> None:
     client = await gateway.ask(enveloped(gateway))
     wire = await gateway.tools.accept()
