@@ -32,7 +32,7 @@ from gpuproxy.codec.seal import Seal
 from gpuproxy.config.mcp import McpGroup
 from gpuproxy.control.mcp_answers import RpcError, accepted, in_company, responded, verbatim
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, REFUSING, Inner, Seat, Told
-from gpuproxy.control.mcp_listen import LISTEN, LISTENING, Source, merged, shared_out
+from gpuproxy.control.mcp_listen import LISTEN, LISTENING, STREAMS_MAX, Source, merged, shared_out
 from gpuproxy.control.mcp_merge import (
     LISTS,
     is_unknown_method,
@@ -53,7 +53,7 @@ NAMED = {
     "resources/subscribe": ("uri", URI_MARK),
     "resources/unsubscribe": ("uri", URI_MARK),
 }
-UNREACHABLE = -32066  # as calls to a single server have it
+UNREACHABLE, UNAVAILABLE = -32066, -32067  # as calls to a single server have it
 SESSION_BYTES_MAX = 8_000  # a longer field aiohttp does not take from a client that brings it back
 COMPLAINT_S = 60.0  # between two log lines about one server
 
@@ -245,7 +245,15 @@ class Group:
                     return await merged(turn.request, found, self._inner.closing)
                 raise RpcError.of(next(each.told for each in sources if each.told.status))
 
-        return await while_there(turn.request, work())
+        inner = self._inner
+        if inner.streams_count >= STREAMS_MAX:
+            fault = f"{STREAMS_MAX} streams are open to groups of MCP servers; try again later"
+            raise RpcError(503, UNAVAILABLE, fault, turn.message.get("id"), {"Retry-After": "60"})
+        inner.streams_count += 1
+        try:
+            return await while_there(turn.request, work())
+        finally:
+            inner.streams_count -= 1
 
     async def _ended(self, request: web.Request) -> web.StreamResponse:
         seats = {server: seat for server, seat in self._seats(request).items() if seat.session}

@@ -70,6 +70,7 @@ class Inner:
     def __init__(self, address: str) -> None:
         self._address = address
         self.closing = asyncio.Event()  # streams that would go on for ever end then
+        self.streams_count = 0  # of such streams
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:

@@ -21,6 +21,7 @@ from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Told, passed_fields, to
 from gpuproxy.control.mcp_names import URI_MARK, shown_uri, split, texts_of
 from gpuproxy.control.mcp_relay import EVENTS, named
 
+STREAMS_MAX = 1_000  # at once, of all groups: each holds a connection for each server, and wakes up to look around
 LISTENING = "~"  # begins the ids of events in such a stream; no name of a server does
 LISTEN = "subscriptions/listen"
 ACKNOWLEDGED = "notifications/subscriptions/acknowledged"

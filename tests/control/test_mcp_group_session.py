@@ -1,5 +1,7 @@
 """The session of a group: a sealed text of those at its servers, which must fit where clients send it."""
 
+import asyncio
+
 import msgspec
 import pytest
 from aiohttp import web
@@ -10,11 +12,19 @@ from multidict import CIMultiDict
 from gpuproxy.codec.seal import Seal
 from gpuproxy.config.mcp import McpGroup
 from gpuproxy.control.mcp_answers import RpcError
-from gpuproxy.control.mcp_group import Group
+from gpuproxy.control.mcp_group import Group, Turn
 from gpuproxy.control.mcp_inner import Inner, Seat, Told
+from gpuproxy.control.mcp_listen import STREAMS_MAX
 
 INITIALIZE = {"jsonrpc": Raw(b'"2.0"'), "id": Raw(b"1"), "method": Raw(b'"initialize"')}
 SERVERS = tuple(f"server{number}" for number in range(16))
+
+
+class Open(asyncio.Transport):
+    """A connection whose client stays."""
+
+    def is_closing(self) -> bool:
+        return False
 
 
 class Agreeing(Inner):
@@ -41,3 +51,27 @@ async def test_the_sessions_of_many_servers_fit() -> None:
 async def test_sessions_that_do_not_fit_together_are_refused_at_once() -> None:
     with pytest.raises(RpcError, match="too long"):
         await begun(500)
+
+
+async def test_streams_of_all_groups_together_are_bounded() -> None:
+    inner = Agreeing(8)
+    inner.streams_count = STREAMS_MAX
+    group = Group(McpGroup("all", SERVERS), inner, Seal((bytes(32),)), 1 << 20)
+    seats = {server: Seat("s") for server in SERVERS}
+    turn = Turn(make_mocked_request("GET", "/"), {}, None, seats)
+    with pytest.raises(RpcError, match="1000 streams are open") as refused:
+        await group._heard(turn, dict.fromkeys(seats))
+    answer = refused.value.answer(turn.request)
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "60")
+    assert inner.streams_count == STREAMS_MAX
+
+
+async def test_a_stream_that_could_not_be_had_is_not_counted() -> None:
+    inner = Agreeing(8)  # whose address is none
+    group = Group(McpGroup("all", SERVERS), inner, Seal((bytes(32),)), 1 << 20)
+    seats = {server: Seat("s") for server in SERVERS}
+    request = make_mocked_request("GET", "/", transport=Open())
+    with pytest.raises(RpcError, match="no server of the group"):
+        await group._heard(Turn(request, {}, None, seats), dict.fromkeys(seats))
+    assert inner.streams_count == 0
+    await inner.close()
