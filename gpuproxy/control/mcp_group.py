@@ -7,9 +7,9 @@ left out, and the log says so. Streams that tell of changes at all servers are t
 """
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from time import monotonic
 
 import aiohttp
 import msgspec
@@ -55,6 +55,8 @@ NAMED = {
 }
 UNREACHABLE, UNAVAILABLE = -32066, -32067  # as calls to a single server have it
 SESSION_BYTES_MAX = 8_000  # a longer field aiohttp does not take from a client that brings it back
+SILENT_S = 1.0  # for a server that has let callers wait in vain
+REMEMBERED_S = 30.0  # that it has
 COMPLAINT_S = 60.0  # between two log lines about one server
 
 Seats = dict[str, Seat]  # by server
@@ -74,6 +76,7 @@ class Group:
         self._seal = seal
         self._body_bytes_max = body_bytes_max
         self._complained: dict[str, float] = {}
+        self._silent_until_s: dict[str, float] = {}
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer a client."""
@@ -281,7 +284,16 @@ class Group:
         return await asyncio.gather(*(self._ask(turn, server, body) for server in turn.seats))
 
     async def _ask(self, turn: "Turn", server: str, body: bytes | None) -> Told:
-        return await self._inner.ask(turn.request, server, body, turn.seats[server], self._settings.timeout_s)
+        began_s = monotonic()
+        timeout_s = self._settings.timeout_s
+        if began_s < self._silent_until_s.get(server, began_s):
+            timeout_s = min(timeout_s, SILENT_S)
+        told = await self._inner.ask(turn.request, server, body, turn.seats[server], timeout_s)
+        if told.status in (0, 502, 504) and timeout_s > SILENT_S <= monotonic() - began_s:
+            self._silent_until_s[server] = monotonic() + REMEMBERED_S
+        elif told.status:
+            self._silent_until_s.pop(server, None)
+        return told
 
     async def _passed(
         self, request: web.Request, server: str, body: bytes | None, seats: Seats | None, **headers: str
@@ -313,7 +325,7 @@ class Group:
             raise RpcError(502, UNREACHABLE, f"no server of the group {self.name!r} answers")
 
     def _complain(self, told: Told, method: str) -> None:
-        now_s = time.monotonic()
+        now_s = monotonic()
         if now_s - self._complained.get(told.server, -COMPLAINT_S) >= COMPLAINT_S:
             self._complained[told.server] = now_s
             where = {"group": self.name, "server": told.server, "status": told.status, "method": method}
