@@ -1,7 +1,7 @@
 """All that a customer used and all that moved their account, part by part, in little memory.
 
-Each part is a transaction of its own, so a slow reader holds neither a connection nor a snapshot; rows are only ever
-added, so nothing is told twice or left out that was there at the start.
+Each part is a transaction of its own, so a slow reader holds neither a connection nor a snapshot. Rows are only added,
+so nothing is told twice; nor left out that was there at the start, but receipts that `retention` takes meanwhile.
 """
 
 from collections.abc import AsyncIterator
