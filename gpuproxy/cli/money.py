@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def credits() -> None:
-    """Add credit."""
+    """Add credit, take it back."""
 
 
 @credits.command("add")
@@ -24,20 +24,35 @@ def credits() -> None:
 @with_json
 def credits_add(email: str, usd: str, config_path: Path | None, as_json: bool) -> None:
     """Add credit, in dollars such as 12.50, to a user's account."""
+    _adjust(email, usd, config_path, as_json, "added")
+
+
+@credits.command("take")
+@click.argument("email")
+@click.argument("usd")
+@with_config
+@with_json
+def credits_take(email: str, usd: str, config_path: Path | None, as_json: bool) -> None:
+    """Take credit back, in dollars such as 12.50, that was added by mistake."""
+    _adjust(email, usd, config_path, as_json, "taken")
+
+
+def _adjust(email: str, usd: str, config_path: Path | None, as_json: bool, done: str) -> None:
     from uuid import uuid4
 
     from gpuproxy.access.accounts import find_user
-    from gpuproxy.ledger.book import balance, credit, format_usd, parse_usd
+    from gpuproxy.ledger.book import balance, credit, format_usd, parse_usd, take_credit
 
     nanousd = usage_fault(parse_usd, usd, "USD")
+    move = credit if done == "added" else take_credit
 
     async def work(store: "Store") -> int:
         user = await find_user(store, email)
-        await credit(store, user.id, nanousd, f"credits-add:{uuid4()}")
+        await move(store, user.id, nanousd, f"credits-{done}:{uuid4()}")
         return await balance(store, user.id)
 
     left = format_usd(with_store(config_path, work))
-    fields = {"email": email, "added": format_usd(nanousd), "credits_remaining": left}
+    fields = {"email": email, done: format_usd(nanousd), "credits_remaining": left}
     show(fields, f"{email} has {left} USD", as_json)
 
 

@@ -29,7 +29,7 @@ RETRY_AFTER_S_MAX = 60  # who is asked to wait longer is told so
 # POSTs that make something and heed Idempotency-Key.
 MAKES = re.compile(
     r"auth/apikey(/[^/]+/rotate)?|webhooks(/billing|/[^/]+/rotate-secret)?|gpu/instances/(reserve|[^/]+/[^/]+)"
-    r"|(user|admin)/budgets|billing/(checkout|refunds|payments/[^/]+/confirm)|admin/(credits/add|prices)"
+    r"|(user|admin)/budgets|billing/(checkout|refunds|payments/[^/]+/confirm)|admin/(credits/(add|take)|prices)"
 )
 NOTHING_HAPPENED = (429, 503)
 MAY_HAVE_HAPPENED = ("CONNECTION_FAILED", "TIMED_OUT", "INTERNAL", "CONFLICT")

@@ -1,4 +1,4 @@
-"""What an account has and what moved it: ``/api/v1/user/credits``, ``/user/transactions``, ``/admin/credits/add``."""
+"""What an account has and what moved it: ``/api/v1/user/credits``, ``/user/transactions``, ``/admin/credits/…``."""
 
 from datetime import datetime
 from typing import Annotated
@@ -64,14 +64,14 @@ class TransactionInfo(Struct):
 
 
 class CreditGift(Struct, forbid_unknown_fields=True):
-    """Credit for a user."""
+    """Credit of a user."""
 
     user_id: UserId
     amount: GivenUsd
 
 
 class CreditGiven(Struct):
-    """What was added, and what the user has now."""
+    """What was added or taken, and what the user has now."""
 
     user_id: str
     transaction_id: str
@@ -104,18 +104,27 @@ async def transactions(request: web.Request) -> web.Response:
 
 async def add_credits(request: web.Request, body: CreditGift) -> web.Response:
     """Add credit to a user's account."""
+    return await _adjust(request, body, "credits.add", (ADJUSTMENTS, credit_account(body.user_id)))
+
+
+async def take_credits(request: web.Request, body: CreditGift) -> web.Response:
+    """Take credit back that was added by mistake."""
+    return await _adjust(request, body, "credits.take", (credit_account(body.user_id), ADJUSTMENTS))
+
+
+async def _adjust(request: web.Request, body: CreditGift, action: str, accounts: tuple[str, str]) -> web.Response:
     amount_nanousd = nanousd_given(body.amount, "amount")
     caller, key = request[CALLER], request.headers.get(HEADER)
-    # beyond the day that answers are kept a repetition still finds its transfer, and pays nothing
-    transfer_key = f"credits-add:{caller.user_id}:{key}" if key else f"credits-add:{uuid4()}"
+    # beyond the day that answers are kept a repetition still finds its transfer, and moves nothing
+    transfer_key = f"{action.replace('.', '-')}:{f'{caller.user_id}:{key}' if key else uuid4()}"
 
     async def work(connection: AsyncConnection) -> CreditGiven:
         user_id = (await user_by_id(connection, body.user_id)).id
-        given = Transfer(ADJUSTMENTS, credit_account(user_id), amount_nanousd, "adjustment", transfer_key)
+        given = Transfer(*accounts, amount_nanousd, "adjustment", transfer_key)
         if not await connection.run_sync(post, [given]):
-            raise GatewayError("CONFLICT", f"{HEADER} {key!r} has added this amount before, over a day ago")
+            raise GatewayError("CONFLICT", f"{HEADER} {key!r} has moved this amount before, over a day ago")
         detail = {"amount_usd": format_usd(amount_nanousd), "transaction_id": given.id}
-        await note(connection, caller, "credits.add", user_id, detail)
+        await note(connection, caller, action, user_id, detail)
         left = (await credits_within(connection, user_id)).remaining_nanousd
         return CreditGiven(user_id, given.id, usd(amount_nanousd), amount_nanousd, usd(left), left)
 

@@ -130,6 +130,15 @@ TABLE: tuple[Route, ...] = (
         is_once=True,
     ),
     Route(
+        "POST",
+        "/api/v1/admin/credits/take",
+        credits.take_credits,
+        "admin",
+        credits.CreditGift,
+        credits.CreditGiven,
+        is_once=True,
+    ),
+    Route(
         "GET", "/api/v1/admin/prices", prices.history, "admin", gives=prices.PriceInfo, shape="list", query=prices.QUERY
     ),
     Route(

@@ -53,6 +53,16 @@ async def add_credit(
     return bool(await connection.run_sync(post, [given]))
 
 
+async def take_credit(store: Store, user_id: str, amount_nanousd: int, idempotency_key: str) -> bool:
+    """Take credit back that was given by mistake. Return False if this key has done so before.
+
+    Raises as `credit`, and GatewayError INSUFFICIENT_CREDITS for more than is there.
+    """
+    taken = Transfer(credit_account(user_id), ADJUSTMENTS, amount_nanousd, "adjustment", idempotency_key)
+    async with store.writing() as connection:
+        return bool(await connection.run_sync(post, [taken]))
+
+
 async def balance(store: Store, user_id: str) -> int:
     """Return what the customer has left to spend, in nanodollars."""
     query = select(accounts.c.posted_nanousd - accounts.c.held_nanousd).where(accounts.c.id == credit_account(user_id))

@@ -145,6 +145,14 @@ def test_what_is_probably_not_meant_is_a_warning_and_no_fault(run: Run) -> None:
     assert (told["is_valid"], told["faults"], told["warnings"]) == (True, [], [first.removeprefix("warning: ")])
 
 
+def test_credit_is_added_and_what_is_there_is_taken_back(run: Run) -> None:
+    run("user", "create", EMAIL)
+    assert run("credits", "add", EMAIL, "12.50") == (0, f"{EMAIL} has 12.50 USD\n", "")
+    assert run("credits", "take", EMAIL, "2.50") == (0, f"{EMAIL} has 10.00 USD\n", "")
+    assert run("credits", "take", EMAIL, "11") == (1, "", "error: the account has not enough credit left\n")
+    assert json.loads(run("credits", "take", EMAIL, "10", "--json")[1])["taken"] == "10.00"
+
+
 def test_a_user_whose_credit_cannot_be_posted_is_not_created(run: Run) -> None:
     run("migrate")
     with closing(sqlite3.connect("gpuproxy.db")) as database:

@@ -16,11 +16,13 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.book import AMOUNT_NANOUSD_MAX, credit
 from gpuproxy.ledger.holds import place
 from gpuproxy.ledger.statement import credits_of
+from gpuproxy.ledger.verify import verify
 from gpuproxy.store.schema import accounts, audit, events, idempotency
 
 from .conftest import Api, Person
 
 ADD = "/api/v1/admin/credits/add"
+TAKE = "/api/v1/admin/credits/take"
 CREDITS = "/api/v1/user/credits"
 TRANSACTIONS = "/api/v1/user/transactions"
 
@@ -125,6 +127,20 @@ async def test_a_repeated_call_adds_once_even_after_the_answer_is_forgotten(api:
     assert (await added(api, admin, person, "one"))[0] == 409
     assert (await added(api, admin, person, "two"))[0] == 200
     assert (await credits_of(api.store, person.id)).total_nanousd == 2 * 10**9
+
+
+async def test_credit_added_by_mistake_is_taken_back_but_no_more_than_there_is(api: Api) -> None:
+    ann, admin = await api.person(), await api.person(is_admin=True)
+    await api.call("POST", ADD, {"user_id": ann.id, "amount": 100}, admin.by_token)
+    once = {**admin.by_token, "Idempotency-Key": "back"}
+    for _ in range(2):
+        status, told = await api.call("POST", TAKE, {"user_id": ann.id, "amount": "90.5"}, once)
+        assert (status, told["amount"], told["credits_remaining"]) == (200, 90.5, 9.5)
+    status, told = await api.call("POST", TAKE, {"user_id": ann.id, "amount": 10}, admin.by_token)
+    assert (status, told["code"]) == (402, "INSUFFICIENT_CREDITS")
+    _, told = await api.call("GET", "/api/v1/user/transactions", None, ann.by_token)
+    assert [(each["kind"], each["amount"]) for each in told["data"]] == [("adjustment", -90.5), ("adjustment", 100)]
+    assert await verify(api.store) == []
 
 
 async def test_credit_is_added_with_a_note_and_an_event(api: Api) -> None:
