@@ -30,7 +30,7 @@ def time_asked(request: web.Request, name: str) -> datetime | None:
 def count_asked(request: web.Request, name: str, default: int, highest: int) -> int:
     """Return a whole number from 1 to `highest`."""
     text = request.query.get(name, str(default))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= highest):
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= highest):
         raise GatewayError("UNPROCESSABLE", f"{name}={text[:20]!r} is out of range; 1 to {highest}", param=name)
     return int(text)
 

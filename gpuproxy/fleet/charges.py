@@ -4,7 +4,7 @@ The difference is noted and nothing is changed: who is right is for a person to 
 have ended, an hour later, when the provider has written up everything.
 """
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from msgspec import Struct, structs
@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, select
 
 from gpuproxy.fleet.findings import Look, add, looks, note_comparison, note_no_comparison
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.rentals import microseconds
+from gpuproxy.ledger.usage import unix_ns
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderError
 from gpuproxy.store.schema import rentals
@@ -56,7 +56,7 @@ async def compare(fleet: Fleet, provider: str, since: datetime, until: datetime)
     ended, known = await fleet.read(_ended, provider, since, until)
     begin = min((row.created_at for row in ended), default=since)
     told: dict[str, int] = {}
-    for charge in await fleet.providers[provider].charges(_unix_ns(begin), _unix_ns(fleet.now())):
+    for charge in await fleet.providers[provider].charges(unix_ns(begin), unix_ns(fleet.now())):
         told[charge.instance_id] = told.get(charge.instance_id, 0) + charge.amount_nanousd
     pairs = [Difference(row.id, told.get(row.native_id, 0), row.cost_posted_nanousd) for row in ended]
     return Comparison(
@@ -110,7 +110,3 @@ def _ended(connection: Connection, provider: str, since: datetime, until: dateti
 
 def _differs(told_nanousd: int, counted_nanousd: int) -> bool:
     return abs(told_nanousd - counted_nanousd) * 1_000 > max(told_nanousd, counted_nanousd) * TOLERANCE_THOUSANDTHS
-
-
-def _unix_ns(time: datetime) -> int:
-    return microseconds(datetime(1970, 1, 1, tzinfo=UTC), time) * 1_000

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import BigInteger, ColumnElement, Connection, case, cast, func, select
 
 from gpuproxy.ledger.settle import DAY_NS
+from gpuproxy.pricing import NEVER_NS
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import receipt_days, receipts
 from gpuproxy.types import TOOL_CALL
@@ -133,8 +134,8 @@ def _chosen(
 
 
 def unix_ns(time: datetime) -> int:
-    """Return the aware `time` as unix nanoseconds, exactly."""
-    return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) * 1_000
+    """Return the aware `time` as unix nanoseconds, exactly; after 2262 the last that a store can hold."""
+    return min((time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) * 1_000, NEVER_NS - 1)
 
 
 def _date(day: int) -> str:

@@ -50,6 +50,8 @@ async def test_a_price_may_be_set_for_later_but_not_for_the_past(api: Api) -> No
     status, told = await api.call("POST", PRICES, {**GUIDE, "valid_from": later}, admin.by_token)
     assert (status, datetime.fromisoformat(told["valid_from"])) == (201, datetime.fromisoformat(later))
     assert (await api.call("POST", PRICES, {**GUIDE, "valid_from": later}, admin.by_token))[0] == 409
+    never = {**GUIDE, "valid_from": "9999-12-31T00:00:00Z"}
+    assert (await api.call("POST", PRICES, never, admin.by_token))[0] == 201
     past = {**GUIDE, "valid_from": "2020-01-01T00:00:00Z"}
     status, told = await api.call("POST", PRICES, past, admin.by_token)
     assert (status, "lies in the past" in told["error"]) == (422, True)
