@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import StaticPool
 
 BUSY_TIMEOUT_MS = 5_000  # for a lock, or a connection: no transaction here takes that long
+IDLE_TIMEOUT_MS = 30_000  # for the next word in a transaction: of a process that was stopped others wait for the locks
 POOL_CONNECTIONS = 5  # each SQLite connection is a thread
 PAGE_SIZE = "PRAGMA page_size=8192"  # of a new file; with the cache below 1.5 of 6.5 us less per receipt stored
 PRAGMAS = (
@@ -278,8 +279,8 @@ def _postgresql_engine(url: URL, ssl_mode: str) -> AsyncEngine:
 
 
 def _prepare_postgresql(connection: Any, _record: Any) -> None:
-    settings = {**KEEPALIVE, "lock_timeout": BUSY_TIMEOUT_MS}
-    words = "; ".join(f"SET {name} = {value}" for name, value in settings.items())
+    waits = {"lock_timeout": BUSY_TIMEOUT_MS, "idle_in_transaction_session_timeout": IDLE_TIMEOUT_MS}
+    words = "; ".join(f"SET {name} = {value}" for name, value in {**KEEPALIVE, **waits}.items())
     connection.run_async(lambda driver: driver.execute(words))  # a pooler takes no settings with the first word
     opened = connection.driver_connection._transport.get_extra_info("socket")  # asyncpg has no door to it
     for option in KEEPALIVE_OPTIONS if opened.family != socket.AF_UNIX else ():

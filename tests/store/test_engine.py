@@ -178,3 +178,20 @@ async def test_a_machine_that_falls_off_the_network_is_noticed_by_the_other(stor
         assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
         assert [opened.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [10, 5, 3, 25_000]
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_a_process_that_is_stopped_in_a_transaction_keeps_its_locks_for_a_while_only(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "IDLE_TIMEOUT_MS", 100)
+    stopped = open_store(store.engine.url.set(drivername="postgresql").render_as_string(hide_password=False))
+    connection = await stopped.engine.connect()
+    await connection.execute(text("LOCK TABLE accounts"))
+    async with store.writing() as other:
+        await other.execute(text("LOCK TABLE accounts"))
+    with pytest.raises(DBAPIError):
+        await connection.execute(text("SELECT 1"))
+    await connection.close()
+    assert await stopped.is_healthy()
+    await stopped.close()
