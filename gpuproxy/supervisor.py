@@ -5,6 +5,7 @@ sockets stay open here: when a child dies, new connections wait in the backlog u
 accepts, and none is refused. Children stop with the supervisor because their lifeline pipe reads end of file.
 """
 
+import errno
 import fcntl
 import os
 import select
@@ -315,9 +316,12 @@ def _refuse_taken_port(family: int, host: str, port: int) -> None:
 
 
 def _inherited_socket() -> socket.socket | None:
-    """Return the socket systemd hands over, if any (sd_listen_fds(3))."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
+    """Return the socket systemd hands over, if any (sd_listen_fds(3)). Raises OSError for several."""
+    count = os.environ.get("LISTEN_FDS", "0")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count == "0":
         return None
+    if count != "1":  # clients of the others would wait for ever
+        raise OSError(errno.EINVAL, f"systemd hands over {count} sockets; leave one ListenStream, [::]:PORT for all")
     return socket.socket(fileno=3)
 
 

@@ -1,5 +1,6 @@
 """The systemd units: valid, hardened, and in step with the configuration."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpuproxy.config import Config, load
+from gpuproxy.supervisor import _inherited_socket
 
 UNITS = Path(__file__).parent.parent / "systemd"
 EXPOSURE_MAX = 15  # tenths; what systemd-analyze rates as 1.5
@@ -75,3 +77,10 @@ def test_service_and_socket_belong_together() -> None:
     assert service["Requires"] == service["Also"] == "gpuproxy.socket"
     assert socket["ListenStream"].endswith(f":{Config().server.port}")
     assert int(socket["Backlog"]) == 4096
+
+
+def test_several_sockets_are_refused_for_only_one_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    with pytest.raises(OSError, match="hands over 2 sockets; leave one ListenStream"):
+        _inherited_socket()

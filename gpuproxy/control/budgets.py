@@ -91,6 +91,8 @@ async def remove_own(request: web.Request) -> web.Response:
 async def list_any(request: web.Request) -> web.Response:
     """List the budgets of a user."""
     user_id = request.query.get("user_id", "")
+    if not user_id:
+        raise GatewayError("UNPROCESSABLE", "user_id: name whose budgets to list", param="user_id")
     async with request.app[STORE].reading() as connection:
         await user_by_id(connection, user_id)
     return listing(await _shown_of(request, user_id))

@@ -99,6 +99,8 @@ async def test_what_an_admin_has_set_a_user_sees_but_cannot_change(api: Api) -> 
     assert (await api.call("DELETE", f"{ANY}/{own['id']}", headers=admin.by_token))[0] == 200
     status, _ = await api.call("GET", f"{ANY}?user_id=nobody", headers=admin.by_token)
     assert status == 404
+    status, told = await api.call("GET", ANY, headers=admin.by_token)
+    assert (status, told["error"]) == (422, "user_id: name whose budgets to list")
     async with api.store.reading() as connection:
         rows = (await connection.execute(select(audit.c.action, audit.c.subject_id))).all()
     assert [tuple(row) for row in rows] == [("budget.set", person.id), ("budget.remove", person.id)]
