@@ -24,7 +24,7 @@ from gpuproxy.control.pages.table import PAGES
 from gpuproxy.fleet import findings, rentals
 from gpuproxy.fleet.rent import wait_until_running
 from gpuproxy.ledger.book import credit
-from gpuproxy.plugin import Checkout, Order, PaymentProvider, PaymentSettings
+from gpuproxy.plugin import Checkout, Order, PaymentProvider, PaymentSettings, ProviderUnavailable
 from gpuproxy.store.schema import sessions
 
 from .conftest import KEYRING, PASSWORD, Api, Person
@@ -615,3 +615,14 @@ async def test_who_visits_stays_signed_in(api: Api) -> None:
     out = await visit(api, "/dashboard/sign-out", aged(ann, 20) | OURS, {})
     assert out.headers["Set-Cookie"].startswith('gpuproxy="";')
     assert "Set-Cookie" not in (await visit(api, "/dashboard", aged(ann, 20))).headers
+
+
+async def test_why_a_provider_fails_is_for_admins(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def offers(query: object) -> None:
+        raise ProviderUnavailable("simulated", "offers", "no connection to http://inner:9")
+
+    monkeypatch.setattr(api.fleet.providers["simulated"], "offers", offers)
+    for is_admin in (False, True):
+        text = (await visit(api, "/dashboard/rentals", (await api.person(is_admin)).by_cookie)).text
+        assert ("http://inner:9" in text) is is_admin
+        assert ("simulated tells no offers at the moment" in text) is not is_admin
