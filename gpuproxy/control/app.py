@@ -48,6 +48,7 @@ from gpuproxy.control.parts import (
     FLEET,
     HASHER,
     HUB,
+    INGEST,
     KEYRING,
     LEADER,
     LEASES,
@@ -235,6 +236,7 @@ def _observe(
     app: web.Application, ingest: Ingest, link: LinkServer, settings: Config, exporter: "Exporter | None"
 ) -> None:
     """Let stored receipts be counted, logged and traced, and gauges be read."""
+    app[INGEST] = ingest
     log, traffic = settings.log, app[TRAFFIC]
     ingest.watchers = (traffic.add, access_log(is_json(log))) if log.access else (traffic.add,)
     if exporter is not None:

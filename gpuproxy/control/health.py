@@ -17,7 +17,7 @@ from msgspec import Struct
 from gpuproxy import __version__
 from gpuproxy.control.metrics import GAUGES_READ
 from gpuproxy.control.pages import front
-from gpuproxy.control.parts import CONFIG, NODES, OFFERS, STOPPING, STORE
+from gpuproxy.control.parts import CONFIG, INGEST, NODES, OFFERS, STOPPING, STORE
 from gpuproxy.control.respond import answer
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
@@ -40,9 +40,8 @@ class Status(Struct):
 
 
 class Health(Struct):
-    """``ok``, ``degraded``, or with 503 ``unhealthy``; every part is ``healthy``, ``unhealthy`` or ``not_configured``.
-
-    The journal is named when it has no room.
+    """``ok``, ``degraded``, or with 503 ``unhealthy``; every part is ``healthy``, ``degraded``, ``unhealthy`` or
+    ``not_configured``. The journal is named when it has no room.
     """
 
     status: str
@@ -61,6 +60,8 @@ async def about(request: web.Request) -> web.Response:
 async def health(request: web.Request) -> web.Response:
     """Tell how every part is."""
     database = await _database(request.app[STORE])
+    if database == "healthy" and INGEST in request.app and request.app[INGEST].is_failing:
+        database = "degraded"  # it answers and takes nothing: a disk that is full, or only to be read
     services = {
         "database": database,
         "redis": request.app[NODES].redis_health(),
@@ -68,7 +69,7 @@ async def health(request: web.Request) -> web.Response:
         "io_net": "not_configured",
         **_providers(request.app[OFFERS].faults()),
     }
-    status = "degraded" if "unhealthy" in services.values() else "ok"
+    status = "degraded" if {"degraded", "unhealthy"} & set(services.values()) else "ok"
     if not has_room(request.app):
         services["journal"] = status = "unhealthy"
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -24,6 +24,7 @@ from gpuproxy.store.leader import Leader
 
 if TYPE_CHECKING:
     from gpuproxy.control.listener import Listener
+    from gpuproxy.ledger.ingest import Ingest
 
 STORE = web.AppKey("store", Store)
 BUS = web.AppKey("bus", Bus)
@@ -38,6 +39,7 @@ FLEET = web.AppKey("fleet", Fleet)
 OFFERS = web.AppKey("offers", Offers)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 LEASES = web.AppKey("leases", Leases)
+INGEST: "web.AppKey[Ingest]" = web.AppKey("ingest")  # in the control process
 EXPORTING: web.AppKey[set[str]] = web.AppKey("exporting")  # the users whose exports run
 HUB = web.AppKey("hub", Hub)
 STREAM = web.AppKey("stream", Stream)

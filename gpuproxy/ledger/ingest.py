@@ -52,6 +52,7 @@ class Ingest:
         self.ingested_count = 0
         self.watchers: tuple[Callable[[list[Receipt]], None], ...] = ()
         self.pass_count = 0  # complete ones
+        self.is_failing = False  # the last one, of `run`
         self.torn_count = 0
         self.damaged_count = 0
         self._store = store
@@ -117,8 +118,9 @@ class Ingest:
         while not self._stopping.is_set():
             try:
                 await self.ingest_once()
-                wait_s = interval_s
+                wait_s, self.is_failing = interval_s, False
             except Exception as error:
+                self.is_failing = True
                 if wait_s < BACKOFF_S_MAX:  # then it has been told often enough, however long it lasts
                     wait_s = min(max(wait_s * 2, interval_s), BACKOFF_S_MAX)
                     logger.error("ingest failed, will go on", error=_told(error), wait_s=wait_s)

@@ -22,7 +22,7 @@ from gpuproxy.access.accounts import create_key, create_user, revoke_key, set_ac
 from gpuproxy.control.app import application
 from gpuproxy.control.changes import ChangeFeed
 from gpuproxy.control.metrics import GAUGES_READ
-from gpuproxy.control.parts import CONFIG, STOPPING
+from gpuproxy.control.parts import CONFIG, INGEST, STOPPING
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.link.server import LinkServer
 from gpuproxy.proxy.journal import frame
@@ -146,6 +146,18 @@ async def test_a_stopping_gateway_is_alive_but_not_ready(client: Client) -> None
     assert await _error(answer) == (503, "UNAVAILABLE", "the gateway is stopping")
     assert answer.headers["Retry-After"] == "5"
     assert (await client.get("/health/live")).status == 200
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_a_store_that_answers_and_takes_nothing_is_degraded(store: Store, client: Client, tmp_path: Path) -> None:
+    ingest = Ingest(store, tmp_path)
+    with pytest.warns(DeprecationWarning, match="Changing state"):  # as the process does before it serves
+        client.app[INGEST] = ingest
+    assert (await (await client.get("/health")).json())["status"] == "ok"
+    ingest.is_failing = True
+    answer = await client.get("/health")
+    body = await answer.json()
+    assert (answer.status, body["status"], body["services"]["database"]) == (200, "degraded", "degraded")
 
 
 async def test_without_room_for_receipts_the_gateway_is_unhealthy(client: Client) -> None:

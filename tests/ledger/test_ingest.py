@@ -211,8 +211,9 @@ async def test_the_loop_goes_on_after_an_outage_of_the_store(store: Store, inges
     async with store.writing() as connection:
         await connection.execute(text("ALTER TABLE receipts RENAME TO away"))
     running = asyncio.create_task(ingest.run(config.Journal(ingest_s=0.001, sync_s=0.001)))
-    while ingest._offsets is None:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        while not ingest.is_failing:
+            await asyncio.sleep(0)
     async with store.writing() as connection:
         await connection.execute(text("ALTER TABLE away RENAME TO receipts"))
     async with asyncio.timeout(10):
@@ -220,6 +221,7 @@ async def test_the_loop_goes_on_after_an_outage_of_the_store(store: Store, inges
             await asyncio.sleep(0.001)
     ingest.stop()
     await running
+    assert not ingest.is_failing
     assert await stored(store) == ids(0, 3)
 
 
