@@ -15,7 +15,7 @@ from functools import lru_cache
 from msgspec import Struct
 
 from gpuproxy import config
-from gpuproxy.types import Receipt, Usage
+from gpuproxy.types import RENTED, Receipt, Usage
 
 ANY = "*"  # as the model of a price: every model; as the tool: every tool
 RPC_FAULT = "jsonrpc_error"  # so begins the outcome of a call that was not understood, or could not be done
@@ -115,9 +115,10 @@ def _charge(
 def cost_of(receipt: Receipt, price: Price) -> int:
     """Return what a call costs in nanodollars: refused ones nothing, failed ones only the tokens they delivered.
 
-    Nor does what the gateway has answered itself, such as the list of models: no attempt was made.
+    Nor does what the gateway has answered itself, such as the list of models: no attempt was made. Nor a call to a
+    machine of the caller's own: that is paid by its time.
     """
-    if receipt.outcome == "refused" or not receipt.user_id or not receipt.attempts:
+    if receipt.outcome == "refused" or not receipt.user_id or not receipt.attempts or receipt.upstream == RENTED:
         return 0
     tokens = receipt.input_tokens, receipt.cached_tokens, receipt.output_tokens
     return _charge(*tokens, price, receipt.duration_us, _is_served(receipt))

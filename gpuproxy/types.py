@@ -15,6 +15,8 @@ TOOL_CALL = "tools/call"  # the JSON-RPC method of MCP that has a tool do its wo
 Outcome = Literal["ok", "refused", "upstream_failed", "client_gone", "cut", "open"]
 UsageSource = Literal["none", "provider", "estimated"]
 
+RENTED = "(rented)"  # the upstream of calls to a machine of the caller's own; none of a configuration has this name
+
 NOT_STORED = ("trace",)  # of a receipt: it is for who watches receipts go by
 
 

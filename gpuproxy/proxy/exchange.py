@@ -39,7 +39,7 @@ from gpuproxy.proxy.paying import Paying
 from gpuproxy.proxy.pins import pinned
 from gpuproxy.proxy.route import CONTROL, ENVELOPE, INSTANCE, MOUNT, UNKNOWN
 from gpuproxy.proxy.visits import greeting
-from gpuproxy.types import ALL_SCOPES, Grant
+from gpuproxy.types import ALL_SCOPES, RENTED, Grant
 
 
 class Exchange(Paying):
@@ -323,7 +323,8 @@ class Exchange(Paying):
             rented = self._rented()
             if rented is None:
                 return
-            endpoint = self._user_given(rented.outside(target))
+            mapped = rented.outside(target)
+            endpoint = self._user_given(mapped, is_rented=mapped is not target)
         elif place is not None:
             check_protocol(handler, place, self.plane.prices)
             self._destination = place if intent.pin is None else place.narrowed(endpoint)
@@ -356,16 +357,18 @@ class Exchange(Paying):
         self._editor = request.editor  # type: ignore[assignment]  # see `edited`
         body, call.body = call.body, None
         call.body_bytes = self.request_bytes
-        endpoint = self._user_given(target)
+        endpoint = self._user_given(target, is_rented=True)
         path = request.path if request.path is not None else route.path
         self._sending = self.method, path, self.head.fields, body, request
         may_wait = self.plane.prices.is_any or self._grant.streams  # type: ignore[union-attr]  # admitted
         if not may_wait or self._afford(intent, body, endpoint):
             self._forward(endpoint)
 
-    def _user_given(self, target: Target) -> Endpoint:
+    def _user_given(self, target: Target, is_rented: bool) -> Endpoint:
         origin, timeouts = self.plane.pools.user_given(target.scheme, target.host, target.port), self.plane.timeouts
-        return Endpoint(origin, target.authority.encode(), timeouts.first_byte_s, timeouts.idle_s)
+        endpoint = Endpoint(origin, target.authority.encode(), timeouts.first_byte_s, timeouts.idle_s)
+        endpoint.upstream = RENTED if is_rented else ""
+        return endpoint
 
     def _rented(self) -> Rented | None:
         """Return the caller's machines; None if control must be asked: then `rented` goes on."""

@@ -15,6 +15,7 @@ from gpuproxy.proxy.exchange_state import ADMITTING, DONE
 from gpuproxy.proxy.limits import Slots, unknown_limits
 from gpuproxy.proxy.route import INSTANCE
 from gpuproxy.proxy.sending import Sending
+from gpuproxy.types import RENTED
 
 Step = Callable[[Intent, bytes | None, Endpoint | None], bool]
 
@@ -98,7 +99,7 @@ class Paying(Sending):
 
     def _reserve(self, intent: Intent, body: bytes | None, endpoint: Endpoint | None) -> bool:
         plane = self.plane
-        if not plane.prices.is_any:
+        if not plane.prices.is_any or (endpoint is not None and endpoint.upstream == RENTED):
             return True
         handler = self._handler
         assert handler is not None

@@ -6,10 +6,13 @@ import pytest
 
 from gpuproxy.guard import parse_target
 from gpuproxy.link.messages import Machine
+from gpuproxy.pricing import Price, cost_of
 from gpuproxy.proxy.instances import Rented
+from gpuproxy.types import RENTED
 
 from .conftest import Serve
 from .harness import ENVELOPE, KEY, OK, PREFIX, Gateway, request, until
+from .test_credit import JSON_OK, _open
 
 MINE = PREFIX + b"/instances/gpx1-a/8000"
 
@@ -54,6 +57,24 @@ async def test_a_path_below_a_port_reaches_the_machine(gateway: Gateway, rentals
     await upstream.send(OK)
     assert (await client.answer()).status == 200
     assert rentals.asked == ["user"]
+
+
+@pytest.mark.parametrize("is_envelope", [False, True])
+async def test_calls_to_it_cost_nothing_whatever_its_models_are_called(serve: Serve, is_envelope: bool) -> None:
+    price = Price("m", "", 10**6, 10**6, 10**6, 100)
+    gateway, _ = await _open(serve, 0, price, egress={"allow": ["127.0.0.1/32"]})
+    Rentals(gateway)
+    url = "http://127.0.0.1:8000/v1/chat/completions"
+    wrapped = json.dumps({"protocol": "openinference", "target_url": url, "body": {"model": "m"}}).encode()
+    by_path = request(b"POST " + MINE + b"/v1/chat/completions", body=b'{"model":"m"}')
+    client = await gateway.ask(request(b"POST " + ENVELOPE, body=wrapped) if is_envelope else by_path)
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    await upstream.send(JSON_OK)
+    assert (await client.answer()).status == 200
+    receipt = await gateway.receipt()
+    assert (receipt.model, receipt.upstream, receipt.output_tokens) == ("m", RENTED, 4)
+    assert cost_of(receipt, price) == 0
 
 
 async def test_what_is_known_is_not_asked_again_until_it_has_changed(gateway: Gateway, rentals: Rentals) -> None:
