@@ -42,7 +42,7 @@ def _add(
 
 
 def _settings(block: Provider, environment: Mapping[str, str]) -> ProviderSettings:
-    key = environment.get(block.api_key_env, "") if block.api_key_env else ""
+    key = environment.get(block.api_key_env, "").strip() if block.api_key_env else ""
     return ProviderSettings(key, block.base_url, block.spacing_s, block.timeout_s, block.options)
 
 

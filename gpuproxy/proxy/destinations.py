@@ -148,7 +148,7 @@ class Builder:
     def _fixed_fields(self, upstream: Upstream, target: Target) -> bytes:
         fields = dict(upstream.headers)
         variable = target.api_key_env or upstream.api_key_env
-        key = self._environment.get(variable, "") if variable else ""
+        key = self._environment.get(variable, "").strip() if variable else ""
         if key:
             fields["Authorization"] = f"Bearer {key}"
         return "".join(f"{name}: {value}\r\n" for name, value in fields.items()).encode()

@@ -63,7 +63,7 @@ def test_a_half_made_adapter_is_refused_with_what_it_lacks() -> None:
 
 def test_an_adapter_is_made_from_its_block_with_the_credential_of_the_environment() -> None:
     block = Provider(name="moon", api_key_env="MOON_KEY", base_url="http://127.0.0.1:1", spacing_s=0.0)
-    built = build_providers((block,), registry(kind("moon.gpu", "moon", "moon")), {"MOON_KEY": "hunter2"})
+    built = build_providers((block,), registry(kind("moon.gpu", "moon", "moon")), {"MOON_KEY": "hunter2\n"})
     settings = built["moon.gpu"].settings  # type: ignore[attr-defined]
     assert (settings.api_key, settings.base_url, settings.spacing_s) == ("hunter2", "http://127.0.0.1:1", 0.0)
     assert "hunter2" not in f"{settings!r} {settings}"

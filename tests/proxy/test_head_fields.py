@@ -94,8 +94,11 @@ async def test_the_callers_credential_stays_here(gateway: Gateway, credential: b
     await gateway.receipt()
 
 
-async def test_the_upstreams_own_credential_replaces_the_callers(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAW_KEY", "sk-upstream")
+@pytest.mark.parametrize("held", ["sk-upstream", "sk-upstream\n", " sk-upstream\r\n"])
+async def test_the_upstreams_own_credential_replaces_the_callers(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, held: str
+) -> None:
+    monkeypatch.setenv("RAW_KEY", held)  # a file may have left a newline
     gateway = await serve(raw={"api_key_env": "RAW_KEY", "headers": {"X-Team": "blue"}})
     client = await gateway.ask(
         request(b"GET " + RAW + b"/x", b"X-TEAM: red", b"Authorization: Bearer " + KEY, b"X-A: 1", key=b"")
