@@ -86,6 +86,14 @@ def test_a_redirect_is_not_followed_so_the_key_stays_here(
     assert elsewhere.asked == []
 
 
+def test_a_cookie_of_an_upstream_is_not_kept(gateway: ScriptedGateway) -> None:
+    gateway.script = always(200, b"x", Set_Cookie="a=1; Path=/")
+    with gpuproxy.Client(gateway.url, "gp_key") as client:
+        for _ in range(2):
+            assert b"".join(client.proxy_request("https", "http://x.example", stream=True)) == b"x"
+    assert [headers.get("cookie") for _, _, headers, _ in gateway.asked] == [None, None]
+
+
 @pytest.mark.parametrize("size", [20, REFUSAL_BYTES_MAX + 1])
 def test_an_upstreams_refusal_is_handed_over_whole(call: Caller, gateway: ScriptedGateway, size: int) -> None:
     gateway.script = always(400, b"x" * size)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Literal, Self, overload
 
 import httpx
@@ -75,6 +76,7 @@ class Client:
         self._http = httpx.Client(
             headers={"X-API-Key": self._api_key}, timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         )
+        self._http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))  # they are an upstream's
 
     def __enter__(self) -> Self:
         """Return the client; leaving the block closes it."""
