@@ -54,6 +54,8 @@ class Source:
                     self.is_open = not is_subscription or await self._is_acknowledged()
         if not self.is_open and self._response is not None:
             self._response.close()
+            if self.told.status == 200 and not self.told.response:  # it has said nothing
+                self.told = Told(self.server, 0, CIMultiDict())
         return self
 
     async def _is_acknowledged(self) -> bool:
@@ -61,7 +63,9 @@ class Source:
             for payload in event_payloads(event):
                 message = decode_fields(payload)
                 if text_of(message, "method") != ACKNOWLEDGED:
-                    self.told.body, self.told.response = payload, message
+                    self.told = Told(
+                        self.server, 200, CIMultiDict({"Content-Type": "application/json"}), payload, message
+                    )
                     return False
                 self.acknowledged = message
                 return True

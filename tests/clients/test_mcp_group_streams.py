@@ -22,6 +22,7 @@ from .test_mcp_group import LEGACY, MODERN, initialize, message, text, url_of
 from .test_mcp_group import connected as connected_to
 
 ROOTS = {"jsonrpc": "2.0", "id": 7, "method": "roots/list"}
+FULL = {"jsonrpc": "2.0", "id": 1, "error": {"code": -32603, "message": "Subscription limit reached"}}
 UPDATED = {"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": {"uri": "shelf://a"}}
 
 
@@ -37,6 +38,8 @@ class Shelf:
         self.app.router.add_post("/quiet", self.take)
         self.app.router.add_route("*", "/locked", self.refuse)
         self.app.router.add_route("*", "/busy", self.refuse)
+        self.app.router.add_post("/full", self.fail)
+        self.app.router.add_post("/mute", self.stream)
         self.app.router.add_get("/mcp", self.stream)
 
     async def take(self, request: web.Request) -> web.Response:
@@ -58,6 +61,10 @@ class Shelf:
 
     async def refuse(self, request: web.Request) -> web.Response:
         return web.Response(status=401 if request.path == "/locked" else 429, headers={"WWW-Authenticate": "Bearer"})
+
+    async def fail(self, request: web.Request) -> web.Response:
+        body = f"event: message\ndata: {json.dumps(FULL)}\n\n"
+        return web.Response(text=body, content_type="text/event-stream")
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         self.resumed.append(request.headers.get("Last-Event-ID", ""))
@@ -115,7 +122,7 @@ def group(tmp_path_factory: pytest.TempPathFactory, shelf_thread: LoopThread, de
     with serve_asgi(ToolServer().app()) as tools, serve_asgi(News().app()) as news:
         ports = {"shelf": shelf_thread.port, "tools": tools.port, "news": news.port, "down": dead_port}
         settings = "".join(upstream(name, "mcp", f"http://127.0.0.1:{port}/mcp") for name, port in ports.items())
-        for path in ("quiet", "locked", "busy"):
+        for path in ("quiet", "locked", "busy", "full", "mute"):
             settings += upstream(path, "mcp", f"http://127.0.0.1:{ports['shelf']}/{path}")
         for name, servers in {
             "all": ["tools", "news", "down"],
@@ -123,8 +130,11 @@ def group(tmp_path_factory: pytest.TempPathFactory, shelf_thread: LoopThread, de
             "official": ["tools"],
             "silent": ["quiet"],
             "half": ["locked", "news", "busy"],
+            "refusing": ["full"],
+            "waiting": ["mute"],
         }.items():
-            settings += toml_table("[[mcp_groups]]", {"name": name, "servers": servers})
+            timeout_s = 0.5 if name == "waiting" else 10.0
+            settings += toml_table("[[mcp_groups]]", {"name": name, "servers": servers, "timeout_s": timeout_s})
         with running_gateway(tmp_path_factory.mktemp("group"), settings, {}) as gateway:
             yield gateway
 
@@ -173,6 +183,16 @@ async def test_a_server_that_refuses_the_gateway_is_left_out(group: Gateway, mod
     async with connected_to(group, mode, "half") as client:
         assert client.protocol_version == (LEGACY if mode == "legacy" else MODERN)
         assert [tool.name for tool in (await client.list_tools()).tools] == ["news__change"]
+
+
+@pytest.mark.parametrize(("name", "status", "code"), [("refusing", 200, -32603), ("waiting", 502, -32066)])
+def test_a_subscription_that_no_server_takes_is_an_error(group: Gateway, name: str, status: int, code: int) -> None:
+    headers = {"X-API-Key": group.key, "Accept": "application/json, text/event-stream"}
+    headers |= {"MCP-Protocol-Version": MODERN, "Mcp-Method": "subscriptions/listen"}
+    asked = message("subscriptions/listen", notifications={"toolsListChanged": True})
+    answer = httpx2.post(url_of(group, name), json=asked, headers=headers, timeout=WAIT_S)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.headers["content-type"].startswith("application/json")
 
 
 # -- by hand ----------------------------------------------------------------------------------------------------
