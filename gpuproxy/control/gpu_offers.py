@@ -2,8 +2,10 @@
 
 import math
 import re
+from base64 import b64decode, urlsafe_b64encode
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from gpuproxy.control.gpu_shapes import nanousd, offer_info
@@ -11,10 +13,11 @@ from gpuproxy.control.parts import FLEET, OFFERS
 from gpuproxy.control.query import count_asked
 from gpuproxy.control.respond import answer, success
 from gpuproxy.errors import GatewayError
-from gpuproxy.fleet.offers import OFFERS_MAX, SORTS
+from gpuproxy.fleet.offers import SORTS, Rank
 from gpuproxy.plugin import OfferQuery
 
 ALL = "all"
+Place = tuple[str, float, int, str, str]
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 OFFERS_DEFAULT, OFFERS_SHOWN_MAX = 100, 1_000
 
@@ -41,11 +44,12 @@ async def list_offers(request: web.Request) -> web.Response:
     fleet, offers = request.app[FLEET], request.app[OFFERS]
     names = providers_asked(request, request.query.get("provider", ALL))
     sort, limit = _sort_asked(request), count_asked(request, "limit", OFFERS_DEFAULT, OFFERS_SHOWN_MAX)
-    begin = int(_number(request, "cursor", 0, OFFERS_MAX) or 0)
+    after = _after(request, sort)
     found, providers = await offers.find(names, _query_asked(request), sort)
-    shown = [offer_info(fleet, offers, offer) for offer in found[begin : begin + limit]]
+    rest = found if after is None else [offer for offer in found if offers.rank(offer, sort) > after]
+    shown = [offer_info(fleet, offers, offer) for offer in rest[:limit]]
     fields: dict[str, Any] = {"data": shown, "count": len(shown), "status": "success", "providers": providers}
-    return answer(fields | ({"next_cursor": str(begin + limit)} if begin + limit < len(found) else {}))
+    return answer(fields | ({"next_cursor": _cursor(sort, offers.rank(rest[limit - 1], sort))} if rest[limit:] else {}))
 
 
 async def show_offer(request: web.Request) -> web.Response:
@@ -80,6 +84,25 @@ def _sort_asked(request: web.Request) -> str:
         message = f"sort={sort[:40]!r} is unknown; known: {', '.join(SORTS)}"
         raise GatewayError("UNPROCESSABLE", message, param="sort")
     return sort
+
+
+def _cursor(sort: str, rank: Rank) -> str:
+    """Return what stands for the place after an offer: offers come and go between two pages, so a count would not."""
+    return urlsafe_b64encode(msgspec.json.encode((sort, *rank))).decode().rstrip("=")
+
+
+def _after(request: web.Request, sort: str) -> Rank | None:
+    text = request.query.get("cursor")
+    if text is None:
+        return None
+    try:
+        of, *rank = msgspec.json.decode(b64decode(text + "=" * (-len(text) % 4), b"-_", True), type=Place)
+    except ValueError:
+        of, rank = "", []
+    if of != sort:
+        message = f"cursor={text[:40]!r} belongs to no list in this order; begin anew without it"
+        raise GatewayError("UNPROCESSABLE", message, param="cursor")
+    return tuple(rank)
 
 
 def _number(request: web.Request, name: str, least: float, most: float) -> float | None:

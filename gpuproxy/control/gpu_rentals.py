@@ -17,6 +17,7 @@ from gpuproxy.fleet.states import ENDED
 from gpuproxy.plugin import ProviderError
 
 LINES_DEFAULT, LINES_MAX = 100, 5_000
+LOG_CHARACTERS_MAX = 1 << 20  # however long the lines are
 RENTALS_QUERY = {
     "limit": "how many, 1 to 1000; 100 if left out",
     "cursor": "the next_cursor of the page before",
@@ -50,7 +51,7 @@ async def show_logs(request: web.Request) -> web.Response:
         text = await request.app[FLEET].adapter(rental.provider).logs(rental.native_id, tail)
     except ProviderError as error:
         raise failure_of(error) from error
-    return success(Logs(rental.id, text))
+    return success(Logs(rental.id, text[-LOG_CHARACTERS_MAX:]))
 
 
 async def start(request: web.Request) -> web.Response:

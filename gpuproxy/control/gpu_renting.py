@@ -37,46 +37,70 @@ async def rent_offer(request: web.Request, body: NewInstance) -> web.Response:
     fleet, offers = request.app[FLEET], request.app[OFFERS]
     name = fleet.adapter(request.match_info["provider"]).name
     wish = _wish(request, body, 0)
-    before = await fleet.read(rentals.by_request, wish.request_key) if wish.request_key else None
-    if before is None:  # a repetition needs no offer: it is taken, by us
-        offer = await offers.get(name, request.match_info["id"])
-        most = wish.max_price_nanousd_per_hour
-        others = await offers.like(offer, most) if body.next_best else ()
-        wish = structs.replace(wish, offer=offer, others=others)
-        _check_terms(request, body, offer)
+    if not await _is_repeated(request, wish):
+        wish = await _choose(request, body, wish, await offers.get(name, request.match_info["id"]))
     try:
         rental, is_new = await rent(fleet, wish)
-    finally:
-        offers.take(name, wish.offer.id)
-    offers.take(name, rental.offer_id)
+    except GatewayError as error:
+        if error.code == "CAPACITY_GONE":
+            offers.take(name, wish.offer.id)
+        raise
+    offers.take(name, wish.offer.id, rental.offer_id)
     return await _made(request, body, rental, is_new)
 
 
 async def reserve(request: web.Request, body: Reservation) -> web.Response:
     """Rent the best offers that fit, all or none."""
     fleet, offers = request.app[FLEET], request.app[OFFERS]
-    names = providers_asked(request, body.provider)
-    found, _ = await offers.find(names, _query_of(body), "price")
-    if len(found) < body.count:
-        raise GatewayError("CAPACITY_GONE", f"{len(found)} offers fit, {body.count} are wanted; ask for less")
-    spare = tuple(found[body.count :])
-    chosen = [
-        structs.replace(
-            _wish(request, body, at),
-            offer=offer,
-            others=tuple(each for each in spare if each.provider == offer.provider)[at :: body.count],
-        )
-        for at, offer in enumerate(found[: body.count])
-    ]
+    wishes = [_wish(request, body, at) for at in range(body.count)]
+    if not await _is_repeated(request, wishes[0]):
+        wishes = await _choose_best(request, body, wishes)
     try:
-        got, is_new = await reserve_all(fleet, chosen)
-    finally:
-        for wish in chosen:
-            offers.take(wish.offer.provider, wish.offer.id)
+        got, is_new = await reserve_all(fleet, wishes)
+    except GatewayError as error:
+        if error.code == "CAPACITY_GONE":
+            for wish in wishes:
+                offers.take(wish.offer.provider, wish.offer.id)
+        raise
+    for rental in got:
+        offers.take(rental.provider, rental.offer_id)
     wait_s = _wait_s(body)
     got = list(await asyncio.gather(*(wait_until_running(fleet, rental, wait_s) for rental in got)))
     reserved = Reserved(got[0].group_id, [rental_info(rental) for rental in got])
     return _replayed(success(reserved, 201), is_new)
+
+
+async def _is_repeated(request: web.Request, wish: Wish) -> bool:
+    """Tell whether this was asked for before: then no offer is needed, it is taken, by us."""
+    key = wish.request_key
+    return key is not None and await request.app[FLEET].read(rentals.by_request, key) is not None
+
+
+async def _choose(request: web.Request, body: NewInstance, wish: Wish, offer: Offer) -> Wish:
+    """Wish for an offer and those that may stand in for it, of them only what is not over the most."""
+    offers, most = request.app[OFFERS], wish.max_price_nanousd_per_hour
+    if offer.is_spot != (body.bid is not None):
+        message = "a spot offer needs a bid" if offer.is_spot else "a bid belongs to a spot offer; leave it out"
+        raise GatewayError("UNPROCESSABLE", message, param="bid")
+    fitting = [offer, *(await offers.like(offer, most, body.disk_gb) if body.next_best else ())]
+    price = offers.price(offer)
+    if most is not None and price > most:
+        fitting = fitting[1:]
+    if not fitting:
+        raise GatewayError("CAPACITY_GONE", f"the offer costs {price / NANOUSD} now, over max_price; list offers anew")
+    return structs.replace(wish, offer=fitting[0], others=tuple(fitting[1:]))
+
+
+async def _choose_best(request: web.Request, body: Reservation, wishes: list[Wish]) -> list[Wish]:
+    """Wish for the best offers, each with others of its provider that nobody else gets."""
+    names = providers_asked(request, body.provider)
+    found, _ = await request.app[OFFERS].find(names, _query_of(body), "price")
+    count = len(wishes)
+    if len(found) < count:
+        raise GatewayError("CAPACITY_GONE", f"{len(found)} offers fit, {count} are wanted; ask for less")
+    chosen, spare = found[:count], found[count:]
+    others = [tuple(each for each in spare if each.provider == offer.provider) for offer in chosen]
+    return [structs.replace(wish, offer=chosen[at], others=others[at][at::count]) for at, wish in enumerate(wishes)]
 
 
 async def _made(request: web.Request, body: NewInstance, rental: Rental, is_new: bool) -> web.Response:
@@ -128,16 +152,6 @@ def _request_key(request: web.Request, body: Struct, at: int) -> dict[str, Any]:
     return {"request_key": sha256(name.encode()).hexdigest(), "request_hash": claim.request_hash.hex()}
 
 
-def _check_terms(request: web.Request, body: NewInstance, offer: Offer) -> None:
-    if offer.is_spot != (body.bid is not None):
-        message = "a spot offer needs a bid" if offer.is_spot else "a bid belongs to a spot offer; leave it out"
-        raise GatewayError("UNPROCESSABLE", message, param="bid")
-    price = request.app[OFFERS].price(offer)
-    most = nanousd(body.max_price)
-    if most is not None and price > most and not body.next_best:
-        raise GatewayError("CAPACITY_GONE", f"the offer costs {price / NANOUSD} now, over max_price; list offers anew")
-
-
 def _query_of(body: Reservation) -> OfferQuery:
     return OfferQuery(
         min_vram_gb=body.min_vram,
@@ -148,4 +162,5 @@ def _query_of(body: Reservation) -> OfferQuery:
         min_reliability=body.min_reliability,
         min_cuda=body.cuda,
         is_spot=body.bid is not None,
+        disk_gb=body.disk_gb,
     )

@@ -6,7 +6,7 @@ A provider that fails keeps its last offers until they are too old, and the list
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 
 from msgspec import Struct, structs
@@ -22,13 +22,14 @@ from gpuproxy.pricing import with_markup, without_markup
 
 OFFERS_MAX = 2_000  # kept of one provider and kind, the cheapest
 WAIT_S = 8.0  # what a listing waits for at most
-SORTS = {
-    "price": lambda offer: (offer.price_nanousd_per_hour, offer.provider, offer.id),
-    "-price": lambda offer: (-offer.price_nanousd_per_hour, offer.provider, offer.id),
-    "vram": lambda offer: (-offer.vram_gb, offer.price_nanousd_per_hour, offer.id),
-    "reliability": lambda offer: (-(offer.reliability or 0), offer.price_nanousd_per_hour, offer.id),
-    "gpu_count": lambda offer: (-offer.gpu_count, offer.price_nanousd_per_hour, offer.id),
+SORTS: dict[str, Callable[[Offer, int], float]] = {  # of an offer and its price
+    "price": lambda offer, price: price,
+    "-price": lambda offer, price: -price,
+    "vram": lambda offer, price: -offer.vram_gb,
+    "reliability": lambda offer, price: -(offer.reliability or 0),
+    "gpu_count": lambda offer, price: -offer.gpu_count,
 }
+Rank = tuple[float, int, str, str]
 
 logger = get_logger(__name__)
 
@@ -64,16 +65,17 @@ class Offers:
     async def find(
         self, names: Sequence[str], query: OfferQuery, sort: str
     ) -> tuple[list[Offer], dict[str, ShelfStatus]]:
-        """Return the offers that fit, best first, and how each provider is. Prices are the provider's.
+        """Return the offers that fit, best first, and how each provider is.
 
-        The price in the query is the customer's, markup included.
+        Their prices are the provider's; the query's, and the order, are by the customer's, markup included.
         """
         is_spot = bool(query.is_spot)
         await self._stock(names, is_spot)
         found: list[Offer] = []
         for name in names:
             found += best_offers(self._fresh(name, is_spot), self._for_provider(query, name))
-        return sorted(found, key=SORTS[sort]), {name: self._status(name, is_spot) for name in names}
+        found.sort(key=lambda offer: self.rank(offer, sort))
+        return found, {name: self._status(name, is_spot) for name in names}
 
     async def get(self, name: str, id: str) -> Offer:
         """Return one offer. Raises GatewayError NOT_FOUND for one that is not there (any more)."""
@@ -88,7 +90,7 @@ class Offers:
             raise GatewayError("PROVIDER_FAILED", failing, retry_after_s=5)
         raise GatewayError("NOT_FOUND", f"no offer {id[:100]!r} at {name} any more; list them anew")
 
-    async def like(self, offer: Offer, most_nanousd_per_hour: int | None) -> tuple[Offer, ...]:
+    async def like(self, offer: Offer, most_nanousd_per_hour: int | None, disk_gb: int = DISK_GB) -> tuple[Offer, ...]:
         """Return the offers that may stand in for one, best first: no worse, and no dearer than it or than the most."""
         most = offer.price_nanousd_per_hour
         if most_nanousd_per_hour is not None:
@@ -99,6 +101,7 @@ class Offers:
             min_vram_gb=offer.vram_gb,
             max_price_nanousd_per_hour=most,
             is_spot=offer.is_spot,
+            disk_gb=disk_gb,
         )
         await self._stock([offer.provider], offer.is_spot)
         fitting = best_offers(self._fresh(offer.provider, offer.is_spot), query)
@@ -109,6 +112,11 @@ class Offers:
         for is_spot in (False, True):
             shelf = self._shelf(provider, is_spot)
             shelf.offers = tuple(offer for offer in shelf.offers if offer.id not in offer_ids)
+
+    def rank(self, offer: Offer, sort: str) -> Rank:
+        """Return the place of an offer in an order; no two have the same."""
+        price = self.price(offer)
+        return SORTS[sort](offer, price), price, offer.provider, offer.id
 
     def price(self, offer: Offer) -> int:
         """Return what the customer pays for an offer per hour."""

@@ -14,14 +14,14 @@ from typing import Any
 from uuid import uuid4
 
 from msgspec import Struct, structs
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, select, update
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.care import adopt_instance, advance, destroy, give_up, resolve
 from gpuproxy.fleet.meter import PREPAID
 from gpuproxy.fleet.parts import DISK_GB, Fleet, failure_of
 from gpuproxy.fleet.purse import first_hold, reserve
-from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked, new_id
+from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked, new_id, of_group
 from gpuproxy.fleet.states import LIVING
 from gpuproxy.ledger.transfers import credit_account, lock
 from gpuproxy.observe.logs import get_logger
@@ -74,13 +74,14 @@ async def reserve_all(fleet: Fleet, wishes: Sequence[Wish]) -> tuple[list[Rental
     group_id = uuid4().hex
     grouped = [structs.replace(wish, group_id=group_id) for wish in wishes]
     intended = await _intended(fleet, grouped)
-    if not all(is_new for _, is_new in intended):
-        return [_repeated(rental, wish) for (rental, _), wish in zip(intended, wishes, strict=True)], False
+    if not intended[0][1]:
+        return [_repeated(rental, wishes[0]) for rental, _ in intended], False
     tasks = [_fulfil(fleet, rental, wish) for (rental, _), wish in zip(intended, grouped, strict=True)]
     results = await asyncio.gather(*tasks, return_exceptions=True)
     if failed := [result for result in results if isinstance(result, BaseException)]:
         for rental, _ in intended:
             await destroy(fleet, rental, "not all of the reservation could be had")
+        await fleet.write(_forget_request, rentals.c.group_id == group_id)
         raise failed[0]
     return [result for result in results if isinstance(result, Rental)], True
 
@@ -108,20 +109,24 @@ async def _intended(fleet: Fleet, wishes: Sequence[Wish]) -> list[tuple[Rental, 
 def _intend_all(
     connection: Connection, fleet: Fleet, wishes: Sequence[Wish], now: datetime
 ) -> list[tuple[Rental, bool]]:
+    """Store the intents, or find what an earlier call with their key has stored, all of it and no more."""
     # First of all: of calls with one request key at the same time one stores its intent, the others find that.
     lock(connection, {credit_account(wish.user_id) for wish in wishes})
-    return [_intend(connection, fleet, wish, now) for wish in wishes]
+    if wishes[0].request_key and (before := by_request(connection, wishes[0].request_key)):
+        group = of_group(connection, before.group_id) if before.group_id else [before]
+        return [(rental, False) for rental in group]
+    return [(_intend(connection, fleet, wish, now), True) for wish in wishes]
 
 
-def _intend(connection: Connection, fleet: Fleet, wish: Wish, now: datetime) -> tuple[Rental, bool]:
-    """Store the intent with its first hour held, all hours if they are paid beforehand; or find it stored."""
-    if wish.request_key and (before := by_request(connection, wish.request_key)):
-        return before, False
-    _check_count(connection, fleet, wish.user_id)
+def _intend(connection: Connection, fleet: Fleet, wish: Wish, now: datetime) -> Rental:
+    """Store the intent with its first hour held, all hours if they are paid beforehand."""
+    if not wish.offer.id:
+        raise GatewayError("CONFLICT", "the first call with this Idempotency-Key has just been refused; try again")
     rental_id = new_id(fleet.prefix)
     terms = _terms(fleet, wish, wish.offer)
     hours = terms["committed_hours"] or 1
     hold = first_hold(connection, wish.user_id, wish.key_id, rental_id, terms["price_nanousd_per_hour"] * hours)
+    _check_count(connection, fleet, wish.user_id)  # the account is locked by now
     rental = Rental(
         id=rental_id,
         user_id=wish.user_id,
@@ -141,7 +146,7 @@ def _intend(connection: Connection, fleet: Fleet, wish: Wish, now: datetime) -> 
     )
     is_new = add(connection, rental)
     assert is_new  # its request key names the customer, whose account is locked
-    return rental, True
+    return rental
 
 
 def _expiry(now: datetime, hours: int) -> datetime | None:
@@ -206,8 +211,18 @@ async def _fulfil(fleet: Fleet, rental: Rental, wish: Wish) -> Rental:
                 await _scrap(adapter, error)
     except GatewayError as error:
         refusal = error
-    await fleet.write(give_up, rental.id, fleet.now(), refusal.message)
+    await fleet.write(_refused, rental.id, fleet.now(), refusal.message)
     raise refusal
+
+
+def _refused(connection: Connection, rental_id: str, at: datetime, reason: str) -> None:
+    if not give_up(connection, rental_id, at, reason).native_id:
+        _forget_request(connection, rentals.c.id == rental_id)
+
+
+def _forget_request(connection: Connection, chosen: ColumnElement[bool]) -> None:
+    """Let a repetition with the same key try anew: what was answered is that nothing was rented."""
+    connection.execute(update(rentals).where(chosen).values(request_key=None))
 
 
 async def _create(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, wish: Wish, offer: Offer) -> Rental:

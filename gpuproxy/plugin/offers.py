@@ -39,6 +39,7 @@ def is_fitting(offer: Offer, query: OfferQuery) -> bool:
         and _reaches(offer.reliability, query.min_reliability)
         and _reaches(offer.cuda, query.min_cuda)
         and offer.is_spot == bool(query.is_spot)
+        and (not offer.disk_gb or offer.disk_gb >= query.disk_gb)
     )
 
 

@@ -46,7 +46,8 @@ class OfferQuery(Struct, frozen=True, kw_only=True):
     """What to look for; None asks nothing. A bound on what an offer does not tell excludes the offer.
 
     ``min_vram_gb`` is per GPU, the price is for the whole offer. ``region`` is a country code ("US") or a part of the
-    region's name. ``is_spot`` True asks for interruptible offers, False and None for those that stay.
+    region's name. ``is_spot`` True asks for interruptible offers, False and None for those that stay. An offer fits
+    whose ``disk_gb`` is as much or not told.
     """
 
     min_vram_gb: int | None = None

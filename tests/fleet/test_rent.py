@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from gpuproxy import config
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
 from gpuproxy.fleet.offers import Offers
@@ -122,6 +123,19 @@ async def test_a_repeated_request_gives_the_same_rental(fleet: Fleet, books: Boo
     other = await wish_for(fleet, books.user_id, request_key="k", request_hash="b")
     with pytest.raises(GatewayError, match="another request"):
         await rent(fleet, other)
+
+
+async def test_nobody_rents_more_than_allowed_however_many_calls_there_are_at_once(
+    fleet: Fleet, books: Books, market: Market
+) -> None:
+    await books.give(1_000)
+    fleet.settings = config.Fleet(rentals_max=2)
+    wishes = [await wish_for(fleet, books.user_id, offer=offer) for offer in (await market.offers(OfferQuery()))[:6]]
+    results = await asyncio.gather(*(rent(fleet, wish) for wish in wishes), return_exceptions=True)
+    refused = [each for each in results if isinstance(each, GatewayError)]
+    assert (len(refused), {each.code for each in refused}) == (4, {"CONFLICT"})
+    assert len(await market.there()) == 2
+    assert await verify(books.store) == []
 
 
 async def test_a_reservation_gets_all_or_nothing(fleet: Fleet, books: Books, market: Market) -> None:
