@@ -1,6 +1,7 @@
 """Renting over the API: ``POST /api/v1/gpu/instances/…``. What it does is in `gpuproxy.fleet.rent`."""
 
 import asyncio
+import time
 from hashlib import sha256
 from typing import Any
 
@@ -25,8 +26,7 @@ from gpuproxy.control.respond import success
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import rentals
 from gpuproxy.fleet.rent import Wish, rent, reserve_all, wait_until_running
-from gpuproxy.fleet.rentals import Rental
-from gpuproxy.plugin import InstanceSpec, Offer, OfferQuery
+from gpuproxy.plugin import SHELL, InstanceSpec, Offer, OfferQuery
 
 _encode = msgspec.json.Encoder(order="deterministic").encode
 NO_OFFER = Offer(id="", provider="", gpu_model="", gpu_count=0, vram_gb=0, price_nanousd_per_hour=0)
@@ -34,7 +34,7 @@ NO_OFFER = Offer(id="", provider="", gpu_model="", gpu_count=0, vram_gb=0, price
 
 async def rent_offer(request: web.Request, body: NewInstance) -> web.Response:
     """Rent an offer; the first hour's money is set aside, and nothing is rented twice."""
-    fleet, offers = request.app[FLEET], request.app[OFFERS]
+    fleet, offers, began_s = request.app[FLEET], request.app[OFFERS], time.monotonic()
     name = fleet.adapter(request.match_info["provider"]).name
     wish = _wish(request, body, 0)
     if not await _is_repeated(request, wish):
@@ -46,12 +46,13 @@ async def rent_offer(request: web.Request, body: NewInstance) -> web.Response:
             offers.take(name, wish.offer.id)
         raise
     offers.take(name, wish.offer.id, rental.offer_id)
-    return await _made(request, body, rental, is_new)
+    rental = await wait_until_running(fleet, rental, _wait_s(body, began_s))
+    return _replayed(success(rental_info(rental), 201), is_new)
 
 
 async def reserve(request: web.Request, body: Reservation) -> web.Response:
     """Rent the best offers that fit, all or none."""
-    fleet, offers = request.app[FLEET], request.app[OFFERS]
+    fleet, offers, began_s = request.app[FLEET], request.app[OFFERS], time.monotonic()
     wishes = [_wish(request, body, at) for at in range(body.count)]
     if not await _is_repeated(request, wishes[0]):
         wishes = await _choose_best(request, body, wishes)
@@ -64,7 +65,7 @@ async def reserve(request: web.Request, body: Reservation) -> web.Response:
         raise
     for rental in got:
         offers.take(rental.provider, rental.offer_id)
-    wait_s = _wait_s(body)
+    wait_s = _wait_s(body, began_s)
     got = list(await asyncio.gather(*(wait_until_running(fleet, rental, wait_s) for rental in got)))
     reserved = Reserved(got[0].group_id, [rental_info(rental) for rental in got])
     return _replayed(success(reserved, 201), is_new)
@@ -103,19 +104,15 @@ async def _choose_best(request: web.Request, body: Reservation, wishes: list[Wis
     return [structs.replace(wish, offer=chosen[at], others=others[at][at::count]) for at, wish in enumerate(wishes)]
 
 
-async def _made(request: web.Request, body: NewInstance, rental: Rental, is_new: bool) -> web.Response:
-    rental = await wait_until_running(request.app[FLEET], rental, _wait_s(body))
-    return _replayed(success(rental_info(rental), 201), is_new)
-
-
 def _replayed(response: web.Response, is_new: bool) -> web.Response:
     if not is_new:
         response.headers["Idempotent-Replayed"] = "true"
     return response
 
 
-def _wait_s(body: NewInstance) -> float:
-    return WAIT_S_MAX if body.wait is True else float(body.wait)
+def _wait_s(body: NewInstance, began_s: float) -> float:
+    """Return how long to wait yet; renting takes its part of what a call may take in all."""
+    return max(0.0, (WAIT_S_MAX if body.wait is True else float(body.wait)) - (time.monotonic() - began_s))
 
 
 def _wish(request: web.Request, body: NewInstance, at: int) -> Wish:
@@ -129,7 +126,7 @@ def _wish(request: web.Request, body: NewInstance, at: int) -> Wish:
             image=body.image,
             env=body.env,
             ports=tuple(dict.fromkeys(body.ports)),
-            command=("sh", "-c", body.command) if isinstance(body.command, str) else body.command,
+            command=(*SHELL, body.command) if isinstance(body.command, str) else body.command,
             disk_gb=body.disk_gb,
             ssh_key=body.ssh_key,
             label=body.label,

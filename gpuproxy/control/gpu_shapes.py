@@ -30,7 +30,10 @@ class NewInstance(Struct, forbid_unknown_fields=True):
     image: Annotated[str, Meta(min_length=1, max_length=1_024)] = "nvidia/cuda:12.0.0-base-ubuntu22.04"
     env: Annotated[dict[Name, Word], Meta(max_length=256)] = {}
     ports: Annotated[tuple[Port, ...], Meta(max_length=64)] = (8_000,)
-    command: Annotated[tuple[Word, ...] | Word, Meta(description="words, or one line for a shell")] = ()
+    command: Annotated[
+        tuple[Word, ...] | Word,
+        Meta(description="words for the entrypoint, or a line for a shell in its place"),
+    ] = ()
     disk_gb: Annotated[int, Meta(ge=1, le=100_000)] = 10
     ssh_key: Annotated[str, Meta(max_length=8_192)] = ""
     duration_hours: Hours | None = None

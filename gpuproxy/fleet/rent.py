@@ -25,12 +25,21 @@ from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked
 from gpuproxy.fleet.states import LIVING
 from gpuproxy.ledger.transfers import credit_account, lock
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.plugin import CapacityGone, InstanceSpec, Offer, ProviderAdapter, ProviderError, ProviderInstance
+from gpuproxy.plugin import (
+    CapacityGone,
+    InstanceSpec,
+    Offer,
+    ProviderAdapter,
+    ProviderError,
+    ProviderInstance,
+    RateLimited,
+)
 from gpuproxy.pricing import with_markup, without_markup
 from gpuproxy.store.schema import rentals
 
 OFFERS_TRIED_MAX = 5
 CREATE_S = 150.0  # longer than any adapter's own wait for a create
+TURNS_S = 90.0  # waited for turns within that: a reservation of 16 at vast.ai takes as long, at six seconds each
 LOOKS_S = (0.0, 0.5, 1.0, 2.0)  # waits before each look for a create whose end was not seen
 IN_FLIGHT_S = 240  # CREATE_S, the looks and a margin: before that a pending rental is its call's own affair
 
@@ -229,7 +238,7 @@ async def _create(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, wish: 
     """Create once. Raises CapacityGone for a plain no of that kind, GatewayError for any other."""
     try:
         async with asyncio.timeout(CREATE_S):
-            instance = await adapter.create(offer.id, _provider_spec(fleet, wish, offer), rental.id)
+            instance = await _in_turn(fleet, adapter, rental, wish, offer)
     except TimeoutError:
         return await _look_for(fleet, adapter, rental)
     except ProviderError as error:
@@ -242,6 +251,21 @@ async def _create(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, wish: 
         logger.warning("instance cannot be rented", contract_id=rental.id, error=str(error))
         raise failure_of(error) from error
     return await _adopted(fleet, adapter, rental, instance)
+
+
+async def _in_turn(
+    fleet: Fleet, adapter: ProviderAdapter, rental: Rental, wish: Wish, offer: Offer
+) -> ProviderInstance:
+    """Create, when it is our turn at a provider whose calls are spaced: nothing was sent before."""
+    spec, waited_s = _provider_spec(fleet, wish, offer), 0.0
+    while True:
+        try:
+            return await adapter.create(offer.id, spec, rental.id)
+        except RateLimited as error:
+            waited_s += error.retry_after_s or TURNS_S
+            if error.may_have_worked or waited_s >= TURNS_S:
+                raise
+            await fleet.sleep(error.retry_after_s or 0.0)
 
 
 async def _adopted(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, instance: ProviderInstance) -> Rental:

@@ -37,6 +37,7 @@ from gpuproxy.plugin.protocol import (
     UsageReader,
 )
 from gpuproxy.plugin.provider import (
+    SHELL,
     Basis,
     ChargeKind,
     InstanceSpec,
@@ -73,6 +74,7 @@ __all__ = [
     "EVENT_BYTES_MAX",
     "GROUP",
     "PROXY_PREFIX",
+    "SHELL",
     "TAIL_BYTES",
     "AnswerEditor",
     "Attached",

@@ -85,10 +85,14 @@ class Offer(Struct, frozen=True, kw_only=True):
     details: dict[str, str] = {}
 
 
+SHELL = ("sh", "-c")  # the first words of a command that is one line for a shell
+
+
 class InstanceSpec(Struct, frozen=True, kw_only=True):
     """What to run on a rented machine.
 
-    ``ports`` are the ones inside to open. An empty ``command`` leaves the image's own. ``duration_hours`` is what a
+    ``ports`` are the ones inside to open. ``command`` are arguments of the image's entrypoint, but a line for a shell
+    (`SHELL`, line) takes its place; an empty one leaves the image's own. ``duration_hours`` is what a
     prepaid provider is paid for. ``bid_nanousd_per_hour`` is needed for a spot offer, and only there. A machine dearer
     than ``max_price_nanousd_per_hour`` is not rented. ``label`` is the customer's and stays with us.
     """

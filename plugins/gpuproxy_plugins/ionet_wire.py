@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Raw, Struct
 
-from gpuproxy.plugin import InstanceSpec, InstanceState, Offer, ProviderInstance, short_model
+from gpuproxy.plugin import SHELL, InstanceSpec, InstanceState, Offer, ProviderInstance, short_model
 from gpuproxy_plugins.provider_money import nanousd
 
 NAME = "io.net"
@@ -163,8 +163,11 @@ def deploy_body(spec: InstanceSpec, tag: str, row: Hardware, place: Place) -> di
         "env_variables": {name: value for name, value in spec.env.items() if not SECRET.search(name)},
         "secret_env_variables": {name: value for name, value in spec.env.items() if SECRET.search(name)},
     }
-    if spec.command:
-        container["args"] = [word.replace("$", "$$") for word in spec.command]
+    words = [word.replace("$", "$$") for word in spec.command]
+    if spec.command[:2] == SHELL:
+        container |= {"entrypoint": words[:2], "args": words[2:]}
+    elif words:
+        container["args"] = words
     return {
         "resource_private_name": tag,
         "duration_hours": spec.duration_hours,

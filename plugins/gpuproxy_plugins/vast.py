@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from gpuproxy.plugin import (
+    SHELL,
     Basis,
     CapacityGone,
     InstanceGone,
@@ -299,7 +300,8 @@ class Vast:
 def create_body(spec: InstanceSpec, tag: str, is_spot: bool) -> dict[str, object]:
     """Return the body that rents. Raises SpecRefused for a spot offer without a bid and for a bid on another.
 
-    Without an SSH key the image keeps its entrypoint and gets the command as arguments; with one vast.ai replaces the
+    Without an SSH key the image keeps its entrypoint and gets the command as arguments, unless that is a line for a
+    shell, which takes the place of both; with one vast.ai replaces the
     entrypoint by sshd, so that the command runs from ``onstart``. ``cancel_unavail`` spares us a stopped instance
     that costs storage when nothing can run.
     """
@@ -321,6 +323,8 @@ def create_body(spec: InstanceSpec, tag: str, is_spot: bool) -> dict[str, object
 
 
 def _run(spec: InstanceSpec) -> dict[str, object]:
+    if not spec.ssh_key and spec.command[:2] == SHELL:  # ``onstart`` takes the entrypoint's place
+        return {"runtype": "args", "onstart": "/bin/sh", "args": list(spec.command[1:])}
     if not spec.ssh_key:
         return {"runtype": "args", "args": list(spec.command)}
     key = shlex.quote(spec.ssh_key.strip())

@@ -1,6 +1,7 @@
 """Renting: the intent first, once, whatever the provider's answer is."""
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 
@@ -13,7 +14,7 @@ from gpuproxy.fleet.rent import IN_FLIGHT_S, rent, reserve_all, wait_until_runni
 from gpuproxy.fleet.rentals import Rental, find, in_states, of_group
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.verify import verify
-from gpuproxy.plugin import Offer, OfferQuery
+from gpuproxy.plugin import InstanceSpec, Offer, OfferQuery, ProviderInstance, RateLimited
 
 from .conftest import Books, Clock, Rounds, wish_for
 from .market import Market
@@ -136,6 +137,32 @@ async def test_nobody_rents_more_than_allowed_however_many_calls_there_are_at_on
     assert (len(refused), {each.code for each in refused}) == (4, {"CONFLICT"})
     assert len(await market.there()) == 2
     assert await verify(books.store) == []
+
+
+async def test_who_must_wait_for_a_turn_at_the_provider_waits(
+    fleet: Fleet, books: Books, market: Market, clock: Clock
+) -> None:
+    """Calls are spaced, and those whose turn comes too late are refused before anything is sent."""
+    await books.give(1_000)
+    turns, keep = [clock.now], market.create
+
+    async def spaced(offer_id: str, spec: InstanceSpec, tag: str) -> ProviderInstance:
+        turn = max(clock.now, turns[0])
+        wait_s = (turn - clock.now).total_seconds()
+        if wait_s > 30:
+            raise RateLimited("simulated", "search", "calls are spaced", retry_after_s=wait_s)
+        turns[0] = turn + timedelta(seconds=6)
+        return await keep(offer_id, spec, tag)
+
+    market.create = spaced  # type: ignore[method-assign]
+    found = (await market.offers(OfferQuery()))[:12]
+    rented, _ = await reserve_all(fleet, [await wish_for(fleet, books.user_id, offer=offer) for offer in found])
+    assert {each.state for each in rented} == {"provisioning"}
+    turns[0] = clock.now + timedelta(days=1)
+    before = clock.now
+    with pytest.raises(GatewayError, match="spaced"):
+        await rent(fleet, await wish_for(fleet, books.user_id))
+    assert clock.now == before
 
 
 async def test_a_reservation_gets_all_or_nothing(fleet: Fleet, books: Books, market: Market) -> None:

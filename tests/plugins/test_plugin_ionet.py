@@ -151,6 +151,12 @@ async def test_what_is_sent_to_rent_is_what_the_schema_asks_for(world: IoNetWorl
     }
 
 
+async def test_a_line_for_a_shell_takes_the_place_of_the_entrypoint(world: IoNetWorld) -> None:
+    await world.rented("gp-1", command=("sh", "-c", "exec serve --port $PORT"))
+    container = world.simulator.faults.asked[-1].body["container_config"]
+    assert (container["entrypoint"], container["args"]) == (["sh", "-c"], ["exec serve --port $$PORT"])
+
+
 async def test_hours_are_paid_in_advance_and_end(world: IoNetWorld) -> None:
     before = world.simulator.credit
     made = await world.running(duration_hours=3)

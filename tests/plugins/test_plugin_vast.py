@@ -187,6 +187,12 @@ async def test_what_is_sent_to_rent_is_what_the_vendor_asks_for(world: VastWorld
     assert made.tag == "gp-1"
 
 
+async def test_a_line_for_a_shell_takes_the_place_of_the_entrypoint(world: VastWorld) -> None:
+    await world.rented("gp-1", command=("sh", "-c", "cd /m && exec serve"))
+    body = world.simulator.faults.asked[-1].body
+    assert (body["runtype"], body["onstart"], body["args"]) == ("args", "/bin/sh", ["-c", "cd /m && exec serve"])
+
+
 async def test_an_ssh_key_is_let_in_before_the_command_runs(world: VastWorld) -> None:
     made = await world.running(ssh_key="ssh-ed25519 AAAA it's me", command=("python3", "a b.py"))
     body = world.simulator.market.lives[int(made.id)].body
