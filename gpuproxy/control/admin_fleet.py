@@ -25,13 +25,14 @@ FINDINGS_QUERY = {
 
 
 class Compared(Struct):
-    """Rentals that ended before `until`: what their provider took, and what we had counted."""
+    """Rentals that ended before `until`: what their provider took, and what we had counted; traffic on top of that."""
 
     until: datetime | None
     rental_count: int
     told: Usd
     counted: Usd
     unknown: Usd
+    traffic: Usd
     differing_count: int
 
 
@@ -114,5 +115,6 @@ def _compared(look: Look) -> Compared | None:
         told=usd(told["told_nanousd"]),
         counted=usd(told["counted_nanousd"]),
         unknown=usd(told["unknown_nanousd"]),
+        traffic=usd(told.get("traffic_nanousd", 0)),
         differing_count=told["differing"],
     )

@@ -1,9 +1,11 @@
 """Our count of what providers cost against what they say they took, a day at a time.
 
-The difference is noted and nothing is changed: who is right is for a person to find out. Rentals are compared once they
-have ended, an hour later, when the provider has written up everything.
+The difference is noted and nothing is changed: who is right is for a person to find out. Traffic is no difference:
+nobody but the provider can count it, so it is booked as told. Rentals are compared once they have ended, an hour later,
+when the provider has written up everything.
 """
 
+from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -11,7 +13,9 @@ from msgspec import Struct, structs
 from sqlalchemy import Connection, Row, select
 
 from gpuproxy.fleet.findings import Look, add, looks, note_comparison, note_no_comparison
+from gpuproxy.fleet.meter import owe_traffic
 from gpuproxy.fleet.parts import Fleet
+from gpuproxy.fleet.rentals import locked
 from gpuproxy.ledger.usage import unix_ns
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderError
@@ -40,7 +44,9 @@ class Comparison(Struct, frozen=True):
     told_nanousd: int = 0
     counted_nanousd: int = 0
     unknown_nanousd: int = 0  # taken for machines that are not ours
+    traffic_nanousd: int = 0  # of ours, over what is told; no customer is charged for it
     differing: tuple[Difference, ...] = ()
+    traffic: tuple[tuple[str, int], ...] = ()  # by contract
 
     @property
     def is_off(self) -> bool:
@@ -55,17 +61,19 @@ async def compare(fleet: Fleet, provider: str, since: datetime, until: datetime)
     """
     ended, known = await fleet.read(_ended, provider, since, until)
     begin = min((row.created_at for row in ended), default=since)
-    told: dict[str, int] = {}
+    told, traffic = Counter[str](), Counter[str]()
     for charge in await fleet.providers[provider].charges(unix_ns(begin), unix_ns(fleet.now())):
-        told[charge.instance_id] = told.get(charge.instance_id, 0) + charge.amount_nanousd
-    pairs = [Difference(row.id, told.get(row.native_id, 0), row.cost_posted_nanousd) for row in ended]
+        (traffic if charge.kind == "traffic" else told)[charge.instance_id] += charge.amount_nanousd
+    pairs = [Difference(row.id, told[row.native_id], row.cost_posted_nanousd) for row in ended]
     return Comparison(
         provider,
         len(pairs),
         sum(each.told_nanousd for each in pairs),
         sum(each.counted_nanousd for each in pairs),
-        sum(amount for native, amount in told.items() if native not in known),
+        sum(amount for native, amount in (told + traffic).items() if native not in known),
+        sum(traffic[row.native_id] for row in ended),
         tuple(each for each in pairs if _differs(each.told_nanousd, each.counted_nanousd)),
+        tuple((row.id, traffic[row.native_id]) for row in ended if traffic[row.native_id] > 0),
     )
 
 
@@ -91,6 +99,9 @@ async def report(fleet: Fleet) -> list[Comparison]:
 
 def _note(connection: Connection, comparison: Comparison, until: datetime) -> None:
     facts = {**structs.asdict(comparison), "differing": len(comparison.differing)}
+    del facts["traffic"]
+    for contract_id, amount in comparison.traffic:
+        owe_traffic(connection, locked(connection, contract_id), amount)
     note_comparison(connection, comparison.provider, until, facts)
     for each in comparison.differing:
         detail = {"told_nanousd": each.told_nanousd, "counted_nanousd": each.counted_nanousd}

@@ -125,6 +125,14 @@ def _charge(connection: Connection, rental: Rental, due_nanousd: int) -> tuple[i
     return charged, owed - charged
 
 
+def owe_traffic(connection: Connection, rental: Rental, amount_nanousd: int) -> Rental:
+    """Owe the provider what it took for a rental's traffic, once it has ended."""
+    lock_books(connection, rental)
+    key = f"rental_traffic:{rental.id}"
+    post(connection, [Transfer(PROVIDER_COST, payable(rental.provider), amount_nanousd, "rental_cost", key)])
+    return change(connection, rental, cost_posted_nanousd=rental.cost_posted_nanousd + amount_nanousd)
+
+
 def _owe(connection: Connection, rental: Rental, due_nanousd: int) -> int:
     owed = due_nanousd - rental.cost_posted_nanousd
     if owed > 0:

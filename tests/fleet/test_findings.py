@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from gpuproxy_plugins.vast import Vast
+from msgspec import structs
 from simulators.vast import KEY, VastSimulator
 
 from gpuproxy import config
@@ -14,7 +15,9 @@ from gpuproxy.fleet.findings import Finding, acknowledge
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import Wish, rent, wait_until_running
 from gpuproxy.fleet.rentals import find
-from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderSettings
+from gpuproxy.ledger.book import NANOUSD
+from gpuproxy.ledger.verify import verify
+from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderCharge, ProviderSettings
 
 from .conftest import Books, Clock, Rounds, wish_for
 from .market import Market
@@ -118,6 +121,28 @@ async def test_a_rental_that_cost_other_than_counted_is_noted_once_a_day(
     clock.advance(DAY.total_seconds())
     [compared] = await report(fleet)
     assert compared.rental_count == 0
+
+
+async def test_traffic_is_booked_as_the_provider_tells_it_and_is_no_difference(
+    fleet: Fleet, books: Books, market: Market, clock: Clock
+) -> None:
+    await books.give(100)
+    id = await lived(fleet, books, clock)
+    before = await _now(fleet, id)
+    keep = market.charges
+
+    async def charges(since_ns: int, until_ns: int) -> list[ProviderCharge]:
+        told = list(await keep(since_ns, until_ns))
+        return [*told, *(structs.replace(each, kind="traffic", amount_nanousd=NANOUSD) for each in told[:2])]
+
+    market.charges = charges  # type: ignore[method-assign]
+    clock.advance(LAG.total_seconds() + 1)
+    [compared] = await report(fleet)
+    assert (compared.differing, compared.traffic_nanousd) == ((), 2 * NANOUSD)
+    after = await _now(fleet, id)
+    assert after.cost_posted_nanousd == before.cost_posted_nanousd + 2 * NANOUSD
+    assert after.charged_nanousd == before.charged_nanousd
+    assert await verify(books.store) == []
 
 
 async def test_a_provider_that_does_not_tell_is_asked_again(fleet: Fleet, market: Market) -> None:
