@@ -40,6 +40,7 @@ from gpuproxy.store.schema import rentals
 OFFERS_TRIED_MAX = 5
 CREATE_S = 150.0  # longer than any adapter's own wait for a create
 TURNS_S = 90.0  # waited for turns within that: a reservation of 16 at vast.ai takes as long, at six seconds each
+LOOK_S = 1.0  # between two looks at the store of who waits for a machine
 LOOKS_S = (0.0, 0.5, 1.0, 2.0)  # waits before each look for a create whose end was not seen
 IN_FLIGHT_S = 240  # CREATE_S, the looks and a margin: before that a pending rental is its call's own affair
 
@@ -95,19 +96,28 @@ async def reserve_all(fleet: Fleet, wishes: Sequence[Wish]) -> tuple[list[Rental
     return [result for result in results if isinstance(result, Rental)], True
 
 
-async def wait_until_running(fleet: Fleet, rental: Rental, wait_s: float, poll_s: float = 1.0) -> Rental:
-    """Look after a rental until it runs or ends, for at most `wait_s`; return it as it is then."""
-    deadline = fleet.now() + timedelta(seconds=wait_s)
+async def wait_until_running(fleet: Fleet, rental: Rental, wait_s: float) -> Rental:
+    """Look after a rental until it runs or ends, for at most `wait_s`; return it as it is then.
+
+    The keeper does so too: asked is only for what nobody has seen for a while, or many who wait would take all turns.
+    """
+    deadline, poll_s = fleet.now() + timedelta(seconds=wait_s), fleet.settings.poll_s
     while rental.state in ("pending", "provisioning") and fleet.now() < deadline:
-        await fleet.sleep(poll_s)
-        try:
-            if rental.state == "provisioning":
-                rental = await advance(fleet, rental)
-        except ProviderError as error:
-            logger.info("provider does not say how an instance is", contract_id=rental.id, error=str(error))
+        await fleet.sleep(min(poll_s, LOOK_S))
         found: Rental | None = await fleet.read(find, rental.id)
         rental = found or rental
+        last_seen = rental.seen_at or rental.moved_at
+        if rental.state == "provisioning" and fleet.now() - last_seen >= timedelta(seconds=poll_s):
+            rental = await _advanced(fleet, rental)
     return rental
+
+
+async def _advanced(fleet: Fleet, rental: Rental) -> Rental:
+    try:
+        return await advance(fleet, rental)
+    except ProviderError as error:
+        logger.info("provider does not say how an instance is", contract_id=rental.id, error=str(error))
+        return rental
 
 
 async def _intended(fleet: Fleet, wishes: Sequence[Wish]) -> list[tuple[Rental, bool]]:

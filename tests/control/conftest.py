@@ -94,7 +94,7 @@ class Api:
 async def settings() -> Config:
     """Return the configuration; a test may bring its own."""
     mcp = {"authorization_servers": ["https://login.example.com"]}
-    return build({"rates": {"requests_per_minute": 0}, "mcp": mcp})
+    return build({"rates": {"requests_per_minute": 0}, "fleet": {"poll_s": 0.1}, "mcp": mcp})
 
 
 @pytest.fixture

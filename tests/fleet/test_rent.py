@@ -139,6 +139,26 @@ async def test_nobody_rents_more_than_allowed_however_many_calls_there_are_at_on
     assert await verify(books.store) == []
 
 
+async def test_many_who_wait_ask_for_no_more_than_the_keeper_does(
+    fleet: Fleet, books: Books, market: Market, clock: Clock
+) -> None:
+    await books.give(100)
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    market.shown[rental.native_id] = "pending"
+    for is_kept in (False, True):
+        market.asked.clear()
+
+        async def sleep(seconds: float) -> None:
+            clock.advance(seconds)
+            if is_kept:  # noqa: B023
+                await Rounds(fleet).tend()
+
+        fleet.sleep = sleep
+        await wait_until_running(fleet, rental, 60)
+        assert market.asked.count("get") == (60 if is_kept else 12)
+    assert (await now(fleet, rental)).state == "provisioning"
+
+
 async def test_who_must_wait_for_a_turn_at_the_provider_waits(
     fleet: Fleet, books: Books, market: Market, clock: Clock
 ) -> None:
