@@ -21,13 +21,15 @@ Port = Annotated[int, Meta(ge=1, le=65_535)]
 Usd = Annotated[float, Meta(gt=0, le=1_000_000)]
 Word = Annotated[str, Meta(max_length=4_096)]
 Name = Annotated[str, Meta(min_length=1, max_length=256, pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+Image = Annotated[str, Meta(min_length=1, max_length=1_024, pattern="^[!-~]+$")]
+SshKey = Annotated[str, Meta(max_length=8_192, pattern=r"^\s*((ssh|ecdsa|sk)-|$)")]  # public ones, a line each
 Hours = Annotated[int, Meta(ge=1, le=8_760)]
 
 
 class NewInstance(Struct, forbid_unknown_fields=True):
     """What to run. Prices are dollars an hour; `wait` answers when it runs, or after that many seconds (true: 100)."""
 
-    image: Annotated[str, Meta(min_length=1, max_length=1_024)] = "nvidia/cuda:12.0.0-base-ubuntu22.04"
+    image: Image = "nvidia/cuda:12.0.0-base-ubuntu22.04"
     env: Annotated[dict[Name, Word], Meta(max_length=256)] = {}
     ports: Annotated[tuple[Port, ...], Meta(max_length=64)] = (8_000,)
     command: Annotated[
@@ -35,7 +37,7 @@ class NewInstance(Struct, forbid_unknown_fields=True):
         Meta(description="words for the entrypoint, or a line for a shell in its place"),
     ] = ()
     disk_gb: Annotated[int, Meta(ge=1, le=100_000)] = 10
-    ssh_key: Annotated[str, Meta(max_length=8_192)] = ""
+    ssh_key: SshKey = ""
     duration_hours: Hours | None = None
     max_price: Usd | None = None
     bid: Usd | None = None

@@ -155,8 +155,9 @@ def _refreshed(connection: Connection, rental: Rental, instance: ProviderInstanc
     if rental.state == "running" and "ip" in values and (values["ip"], values["ports"]) != (rental.ip, rental.ports):
         announce(connection, rental.user_id)
     costs = _costs(rental, instance)
-    if costs:
+    if any(abs(new - getattr(rental, name)) > new // 1_000 for name, new in costs.items()):  # more than was rounded
         logger.warning("a provider's price has changed", contract_id=rental.id, **costs)
+    if costs:
         rental = change(connection, meter(connection, rental, proven_until(rental, last_seen)), **costs)
         if rental.state in ("provisioning", "running", "stopping", "stopped"):
             values["cost_rate_nanousd_per_hour"] = rates_in(rental, rental.state)["cost_rate_nanousd_per_hour"]

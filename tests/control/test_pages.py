@@ -84,7 +84,7 @@ async def rented(api: Api, person: Person) -> dict[str, Any]:
     status, made = await api.call("POST", path, body, person.by_key)
     assert status == 201, made
     rental = await api.fleet.read(rentals.named, made["contract_id"], person.id, None)
-    await wait_until_running(api.fleet, rental, 20, 0)
+    await wait_until_running(api.fleet, rental, 20)
     return dict(made)
 
 

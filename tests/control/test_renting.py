@@ -157,6 +157,19 @@ async def test_an_offer_over_the_most_is_passed_over_for_the_next_best(
     assert dear["id"] in [each["id"] for each in (await listed(api, person))["data"]]
 
 
+@pytest.mark.parametrize(
+    "body", [{"image": "a b"}, {"image": "x\ny"}, {"ssh_key": "my key"}, {"ssh_key": "MIIEpAIBAAKCAQEA"}], ids=str
+)
+async def test_what_no_machine_could_use_is_refused_before_it_costs(
+    api: Api, person: Person, market: Market, body: dict[str, str]
+) -> None:
+    id = (await listed(api, person))["data"][0]["id"]
+    status, told = await rent(api, person, id, **body)
+    assert (status, told["error"].partition(":")[0]) == (422, next(iter(body)))
+    status, _ = await rent(api, person, id, ssh_key=" ssh-ed25519 AAAA me\nssh-rsa AAAA you\n")
+    assert status == 201
+
+
 async def test_a_log_is_no_longer_than_its_bound(api: Api, person: Person, market: Market) -> None:
     _, told = await rent(api, person, (await listed(api, person))["data"][0]["id"])
     status, told = await api.call("GET", f"{GPU}/rentals/{told['data']['contract_id']}/logs", headers=person.by_key)

@@ -191,7 +191,7 @@ class World:
             return offer.id
         wish = Wish(user_id=owner.id, offer=offer, spec=InstanceSpec(image="x"))
         rental, _ = await rent(self._api.fleet, wish)
-        return (await wait_until_running(self._api.fleet, rental, 20, 0)).id
+        return (await wait_until_running(self._api.fleet, rental, 20)).id
 
     async def _finding(self) -> str:
         async with self._api.store.writing() as connection:

@@ -3,9 +3,10 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from gpuproxy_plugins.vast import Vast
+from gpuproxy_plugins.vast import SPACING_S, Vast
 from gpuproxy_plugins.vast_wire import InstanceRow, read_instance
 from provider_worlds import VAST_KEY, VastWorld, check_faults, failure
+from simulators.vast import THRESHOLDS_S
 
 from gpuproxy.plugin import (
     CapacityGone,
@@ -107,6 +108,17 @@ async def test_a_page_in_the_place_of_an_answer_is_not_shown(world: VastWorld) -
 async def test_a_limit_says_when_to_come_back(world: VastWorld, kind: str, seconds: float) -> None:
     error = await failure(world, "list", kind, CALLS["list"])
     assert error.retry_after_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [("search", "search"), ("create", "create"), ("list", "list"), ("show", "one"), ("change", "state"),
+     ("destroy", "destroy"), ("charges", "other")],
+)  # fmt: skip
+def test_calls_keep_more_than_the_least_distance_for_they_are_not_all_as_long_on_their_way(
+    operation: str, kind: str
+) -> None:
+    assert SPACING_S[kind] > 1.09 * THRESHOLDS_S[operation]
 
 
 async def test_a_call_after_a_limit_waits_or_is_refused_without_being_sent(world: VastWorld) -> None:
