@@ -22,6 +22,7 @@ from gpuproxy.pricing import with_markup, without_markup
 
 OFFERS_MAX = 2_000  # kept of one provider and kind, the cheapest
 WAIT_S = 8.0  # what a listing waits for at most
+REST_S = 5.0  # between two searches at a provider that fails, however many ask for a list
 SORTS: dict[str, Callable[[Offer, int], float]] = {  # of an offer and its price
     "price": lambda offer, price: price,
     "-price": lambda offer, price: -price,
@@ -140,21 +141,28 @@ class Offers:
         await asyncio.gather(*running, return_exceptions=True)
 
     async def _stock(self, names: Iterable[str], is_spot: bool) -> None:
-        """Have offers on the shelves: refresh old ones in the background, wait only for those that are of no use."""
-        waiting = []
+        """Have offers on the shelves: refresh old ones in the background, wait only for those that are of no use.
+
+        A provider that has failed, or let the last one wait in vain, is asked again but not waited for.
+        """
+        waiting = {}
         for name in names:
-            age_s = self._age_s(name, is_spot)
+            age_s, shelf = self._age_s(name, is_spot), self._shelf(name, is_spot)
             if age_s is None or age_s >= self._fleet.settings.offers_s:
                 task = self._refreshed(name, is_spot)
-                if age_s is None or age_s >= self._fleet.settings.offers_stale_s:
-                    waiting.append(task)
+                if (age_s is None or age_s >= self._fleet.settings.offers_stale_s) and not shelf.error:
+                    waiting[task] = name
         if waiting:
-            await asyncio.wait(waiting, timeout=WAIT_S)
+            _, late = await asyncio.wait(waiting, timeout=WAIT_S)
+            for task in late:
+                self._shelf(waiting[task], is_spot).error = f"{waiting[task]}: no answer within {WAIT_S:g} s yet"
 
     def _refreshed(self, name: str, is_spot: bool) -> "asyncio.Task[None]":
-        """Return the running refresh of a shelf, begun if there is none."""
-        shelf = self._shelf(name, is_spot)
-        if shelf.refreshing is None or shelf.refreshing.done():
+        """Return the running refresh of a shelf, begun if there is none; the last one if it has just failed."""
+        shelf, now = self._shelf(name, is_spot), self._fleet.now()
+        is_resting = shelf.error and shelf.tried_at is not None and now - shelf.tried_at < timedelta(seconds=REST_S)
+        if shelf.refreshing is None or (shelf.refreshing.done() and not is_resting):
+            shelf.tried_at = now
             shelf.refreshing = asyncio.create_task(self._refresh(name, is_spot))
         return shelf.refreshing
 
@@ -193,11 +201,8 @@ class Offers:
 
     def _status(self, name: str, is_spot: bool) -> ShelfStatus:
         shelf, offers = self._shelf(name, is_spot), self._fresh(name, is_spot)
-        error = shelf.error
-        if not offers and not error and shelf.observed_at is None:
-            error = f"{name} has not answered yet; ask again"
-        status = ("stale" if offers else "failed") if error else "ok"
-        return ShelfStatus(status, len(offers), shelf.observed_at, error)
+        status = ("stale" if offers else "failed") if shelf.error else "ok"
+        return ShelfStatus(status, len(offers), shelf.observed_at, shelf.error)
 
     async def _tell_news(self, name: str) -> None:
         """Record for everybody what has changed since the last look; the first one tells nothing."""

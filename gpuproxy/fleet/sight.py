@@ -23,7 +23,8 @@ INTERRUPTED = "interrupted by the provider"
 BOOTS_AGAIN = "boots again at the provider"
 UNSEEN = "the provider has lost sight of it; it is not charged until it is seen again"
 UNSEEN_S = 300.0  # how long that lasts before the owner is told: a heartbeat may be missed
-MISSES_MAX = 2  # complete lists without a machine, each confirmed by asking for it alone, before it is lost
+MISSES_MAX = 2  # how often the provider has to say that there is none, before a machine is lost,
+MISSED_S = 120.0  # and for how long: a new one may not be shown at once
 
 logger = get_logger(__name__)
 
@@ -126,7 +127,7 @@ def miss(connection: Connection, rental_id: str, at: datetime) -> Rental:
     if rental.state == "destroying":
         return end(connection, rental, at)
     count = rental.missing_count + 1
-    if count >= MISSES_MAX:
+    if count >= MISSES_MAX and at - (rental.seen_at or rental.moved_at) >= timedelta(seconds=MISSED_S):
         logger.warning("instance is lost", contract_id=rental.id, instance_id=rental.instance_id)
         return lose(connection, rental, at)
     return change(connection, rental, missing_count=count)

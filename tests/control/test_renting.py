@@ -10,6 +10,7 @@ from msgspec import structs
 
 from gpuproxy import config
 from gpuproxy.control.parts import OFFERS
+from gpuproxy.fleet import offers as fleet_offers
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.ledger.book import credit
@@ -217,3 +218,49 @@ async def test_a_cursor_of_another_order_is_refused(api: Api, person: Person, ma
     for wrong in (f"?sort=price&cursor={cursor}", "?cursor=AAAA", "?cursor=%C3%A9", "?cursor=", f"?cursor={cursor}x"):
         status, told = await api.call("GET", f"{GPU}/instances{wrong}", headers=person.by_key)
         assert (status, told["code"], "cursor" in told["error"]) == (422, "UNPROCESSABLE", True), wrong
+
+
+class Slow(Market):
+    """A market that answers when it is let, or fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+        self.is_down = False
+        self.search_count = 0
+
+    async def offers(self, query: OfferQuery) -> list[Offer]:  # type: ignore[override]
+        self.search_count += 1
+        if self.is_down:
+            raise ProviderUnavailable("simulated", "search", "no connection; try later")
+        await self.answers.wait()
+        return list(await super().offers(query))
+
+
+async def test_a_provider_that_does_not_answer_holds_up_one_listing_and_no_more(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_offers, "WAIT_S", 0.05)
+    slow = Slow()
+    offers = Offers(Fleet(api.store, {"simulated": slow}, api.fleet.settings))
+    _, told = await offers.find(["simulated"], OfferQuery(), "price")
+    assert told["simulated"].error == "simulated: no answer within 0.05 s yet"
+    monkeypatch.setattr(fleet_offers, "WAIT_S", 3_600)
+    async with asyncio.timeout(10):
+        _, told = await offers.find(["simulated"], OfferQuery(), "price")
+        assert (told["simulated"].status, slow.search_count) == ("failed", 1)
+        slow.answers.set()
+        while told["simulated"].error:
+            await asyncio.sleep(0)
+            found, told = await offers.find(["simulated"], OfferQuery(), "price")
+    assert found
+    await offers.close()
+
+
+async def test_a_provider_that_fails_is_not_asked_again_by_every_listing(api: Api) -> None:
+    down = Slow()
+    down.is_down = True
+    offers = Offers(Fleet(api.store, {"simulated": down}, api.fleet.settings))
+    for _ in range(20):
+        _, told = await offers.find(["simulated"], OfferQuery(), "price")
+    assert (told["simulated"].status, down.search_count) == ("failed", 1)

@@ -121,6 +121,25 @@ async def test_a_machine_that_never_comes_up_ends_in_time_and_gives_the_money_ba
     assert await verify(books.store) == []
 
 
+async def test_a_new_machine_that_its_provider_does_not_show_at_once_is_not_lost(
+    fleet: Fleet, books: Books, reconciler: Rounds, clock: Clock, market: Market
+) -> None:
+    await books.give(100)
+
+    async def none(id: str) -> None:
+        return None
+
+    market.get = none  # type: ignore[method-assign]
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    for _ in range(20):
+        clock.advance(5)
+        await reconciler.tend()
+    assert (await now(fleet, rental)).state == "provisioning"
+    del market.get
+    await pass_by(reconciler, clock, 60)
+    assert (await now(fleet, rental)).state == "running"
+
+
 async def test_a_create_nobody_can_be_asked_about_is_given_up_in_time_with_its_reservation(
     fleet: Fleet, books: Books, reconciler: Rounds, clock: Clock, market: Market
 ) -> None:
