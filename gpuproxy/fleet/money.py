@@ -2,17 +2,34 @@
 
 from datetime import datetime
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from gpuproxy.fleet.moves import TIME_IS_OVER, begin_destroy, tell
-from gpuproxy.fleet.purse import Lasting, top_up
-from gpuproxy.fleet.rentals import Rental, change, locked
-from gpuproxy.fleet.states import ENDED
+from gpuproxy.fleet.purse import Lasting, top_up, unposted
+from gpuproxy.fleet.rentals import Rental, change, in_states, locked
+from gpuproxy.fleet.states import ENDED, LIVING
 from gpuproxy.ledger.budgets import refused
+from gpuproxy.pricing import seconds_paid
+from gpuproxy.store.schema import holds, rentals
 
 NO_MONEY = "the account's credit is used up"
 NO_BUDGET = "a budget is used up"
 WARNINGS_S = (900, 300)  # this much money left is told, once each
+CALM_S = 1_000  # a hold over that needs no look: it is filled to AHEAD_S when it comes below
+
+
+def in_need(connection: Connection, now: datetime) -> list[Rental]:
+    """Return the rentals to check: all but those whose hold is well over the first warning, so few of many."""
+    held = select(rentals.c.id, holds.c.remaining_nanousd).join(holds, rentals.c.hold_id == holds.c.id)
+    remaining = {row.id: row.remaining_nanousd for row in connection.execute(held.where(rentals.c.state.in_(LIVING)))}
+    return [each for each in in_states(connection) if not _is_calm(each, remaining.get(each.id, 0), now)]
+
+
+def _is_calm(rental: Rental, remaining_nanousd: int, now: datetime) -> bool:
+    if rental.warned_s or (rental.expires_at is not None and rental.expires_at <= now):
+        return False
+    rate = rental.rate_nanousd_per_hour
+    return seconds_paid(max(0, remaining_nanousd - unposted(rental, now)), rate) > CALM_S
 
 
 def check(connection: Connection, rental_id: str, now: datetime, next_s: float) -> Rental:

@@ -77,6 +77,12 @@ def release(connection: Connection, rental: Rental) -> None:
         holds.void(connection, hold.id)
 
 
+def unposted(rental: Rental, now: datetime) -> int:
+    """Return what will be charged at most for the time since it was last metered or seen."""
+    since = max(rental.metered_at, rental.seen_at or rental.metered_at)
+    return Accrued().after(rental.rate_nanousd_per_hour, microseconds(since, now)).due_nanousd
+
+
 def top_up(connection: Connection, rental: Rental, now: datetime) -> Lasting:
     """Fill the hold to AHEAD_S as far as credit and budgets go; return how long from `now` they last.
 
@@ -85,10 +91,9 @@ def top_up(connection: Connection, rental: Rental, now: datetime) -> Lasting:
     rate = rental.rate_nanousd_per_hour
     if not rate:
         return Lasting(seconds_paid(0, 0))
-    since = max(rental.metered_at, rental.seen_at or rental.metered_at)
-    unposted = Accrued().after(rate, microseconds(since, now)).due_nanousd
-    wanted = unposted + Accrued().after(rate, AHEAD_S * 1_000_000).due_nanousd
-    held_s = seconds_paid(max(0, fill(connection, rental, wanted) - unposted), rate)
+    owed = unposted(rental, now)
+    wanted = owed + Accrued().after(rate, AHEAD_S * 1_000_000).due_nanousd
+    held_s = seconds_paid(max(0, fill(connection, rental, wanted) - owed), rate)
     free = lock(connection, [credit_account(rental.user_id)])[credit_account(rental.user_id)].free_nanousd
     rates = max(rate, sum(each.rate_nanousd_per_hour for each in living_of(connection, rental.user_id)))
     lasting = Lasting(held_s + seconds_paid(free, rates))

@@ -24,7 +24,7 @@ from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import IN_FLIGHT_S
 from gpuproxy.fleet.rentals import Rental, find, in_states
 from gpuproxy.fleet.sight import is_as_expected
-from gpuproxy.fleet.states import ENDED, LIVING, SETTLED, UNDER_WAY
+from gpuproxy.fleet.states import ENDED, SETTLED, UNDER_WAY
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderAdapter, ProviderError, ProviderInstance
 
@@ -55,7 +55,7 @@ class Reconciler:
     async def check_money(self) -> None:
         """Fill holds, warn, and begin to destroy what cannot be paid. Asks no provider, so none can hold it up."""
         now = self._fleet.now()
-        for rental in await self._fleet.read(in_states, LIVING):
+        for rental in await self._fleet.read(money.in_need, now):
             await self._fleet.write(money.check, rental.id, now, self._fleet.settings.reconcile_s)
 
     async def tend(self) -> None:

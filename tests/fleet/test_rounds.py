@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from gpuproxy.fleet import money
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.reconcile import PROOFS_MIN, Reconciler
 from gpuproxy.fleet.rent import rent, wait_until_running
 from gpuproxy.fleet.rentals import Rental, change
+from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import NANOUSD
 from gpuproxy.plugin import OfferQuery
 
@@ -95,6 +97,29 @@ async def test_money_waits_for_no_provider(
     async with asyncio.timeout(5):
         await reconciler.check_money()
     assert (await now(fleet, rental)).state == "destroying"
+
+
+async def test_a_rental_with_money_for_long_is_not_looked_at_and_its_hold_is_filled_in_time(
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[float] = []
+    keep = money.check
+
+    def check(*words: Any) -> Rental:
+        checked.append((clock.now - began).total_seconds())
+        return keep(*words)
+
+    monkeypatch.setattr(money, "check", check)
+    began = clock.now
+    for _ in range(90):
+        clock.advance(60)
+        await reconciler.cycle()
+        rental = await now(fleet, running)
+        hold = await fleet.read(holds.get, rental.hold_id)
+        assert hold.remaining_nanousd * 3_600 >= 900 * rental.price_nanousd_per_hour  # type: ignore[union-attr]
+        assert rental.warned_s == 0
+    assert min(checked) > 3_600 - money.CALM_S - 120  # the first hour is held from the beginning
+    assert len(checked) < 20
 
 
 async def unanswered(*_: Any) -> Any:
