@@ -49,6 +49,8 @@ class Tunnelled(Answer):
         self._collected = None
         self.plane.tunnels[self] = ends
         connection.origin.forget(connection)
+        if downstream.is_write_blocked:
+            ends[0].pause_writing()  # it was told before it was an end, and is not told again
         if held:
             ends[0].data_received(held)
         if connection.tunnel_bytes:

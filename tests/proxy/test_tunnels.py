@@ -206,6 +206,19 @@ async def test_a_side_that_does_not_read_holds_no_closed_tunnel(
     await until(lambda: not transport.get_write_buffer_size(), "the end of the connection")
 
 
+async def test_a_client_that_took_no_more_before_it_was_a_tunnel_gets_nothing_yet(gateway: Gateway) -> None:
+    client = await gateway.ask(request(b"GET " + RAW + b"/ws?x=1", *UPGRADE))
+    await until(lambda: bool(gateway.plane.downstreams), "the connection")
+    (downstream,) = gateway.plane.downstreams
+    downstream.is_write_blocked = True  # so its transport has said, of an answer before; it says so once
+    upstream = await _switched(gateway, client)
+    await upstream.send(b"a frame")
+    await gateway.turn()
+    assert client.is_silent()
+    next(iter(gateway.plane.tunnels.values()))[0].resume_writing()
+    await client.expect(b"a frame")
+
+
 async def test_a_silent_tunnel_ends_after_the_idle_time(gateway: Gateway) -> None:
     client = await gateway.ask(request(b"GET " + RAW + b"/ws?x=1", *UPGRADE))
     upstream = await _switched(gateway, client)
