@@ -10,12 +10,17 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from postgres import Postgres
 from redis_server import RedisServer
 from sqlalchemy.engine import make_url
 
 from gpuproxy.store.engine import Store, open_store
 from gpuproxy.store.migrate import migrate, upgrade
+
+# How long an example takes tells how busy the machine is.
+settings.register_profile("gpuproxy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gpuproxy")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from frames import frame
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuproxy.codec.websocket import BINARY, TEXT, MessageReader, close_frame, unmasked
@@ -53,7 +53,6 @@ def messages(draw: st.DrawFn) -> tuple[bytes, list[bytes], int]:
 
 
 @given(messages(), st.lists(st.integers(0, 40), max_size=40))
-@settings(deadline=None)
 def test_messages_do_not_depend_on_how_their_bytes_come(sent: tuple[bytes, list[bytes], int], sizes: list[int]) -> None:
     stream, told, unread = sent
     for pieces in (cut(stream, sizes), cut(stream, [1] * len(stream)), [stream]):

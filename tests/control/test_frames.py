@@ -33,7 +33,7 @@ def masked(opcode: int, data: bytes, is_final: bool = True, mask: bytes | None =
     return bytes((first, second)) + head[2:] + mask + bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(SIZES), min_size=1, max_size=4), st.integers(1, 70_000))
 def test_messages_are_read_however_they_are_cut(sizes: list[int], step: int) -> None:
     sent = [Message(TEXT, bytes(size)) for size in sizes]

@@ -186,9 +186,7 @@ class Machine(RuleBasedStateMachine):
 
 def test_the_ledger_agrees_with_a_plain_dictionary(books: Books) -> None:
     machine = type("BoundMachine", (Machine,), {"books": books})
-    few = settings(
-        max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), database=None
-    )
+    few = settings(max_examples=25, stateful_step_count=30, suppress_health_check=list(HealthCheck), database=None)
     run_state_machine_as_test(machine, settings=few)
 
 

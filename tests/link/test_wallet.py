@@ -239,7 +239,7 @@ class Market(RuleBasedStateMachine):
 
 
 TestMarket = Market.TestCase
-TestMarket.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMarket.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 @given(st.lists(st.integers(0, 2), min_size=100, max_size=100), st.integers(0, 30))

@@ -92,7 +92,7 @@ pieces = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(stream=st.lists(pieces, max_size=30).map(b"".join), cuts=st.lists(st.integers(0, 200), max_size=8))
 def test_the_result_does_not_depend_on_the_splitting(stream: bytes, cuts: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:

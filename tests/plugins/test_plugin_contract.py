@@ -145,7 +145,7 @@ def test_every_error_is_told_as_a_json_object_with_its_message(handler: Protocol
         assert error.message in told.values() or error.message in told["error"].values()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(call=calls)
 def test_a_call_of_any_bytes_is_understood_or_refused(call: Call) -> None:
     for handler in HANDLERS:
@@ -159,7 +159,7 @@ def test_a_call_of_any_bytes_is_understood_or_refused(call: Call) -> None:
                 assert is_blamed_on_client, error.message  # noqa: PT017 - most calls raise nothing
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(call=calls, chunks=st.lists(arbitrary, max_size=5))
 def test_a_reader_takes_any_bytes(call: Call, chunks: list[bytes]) -> None:
     for handler in HANDLERS:
@@ -173,7 +173,7 @@ def test_a_reader_takes_any_bytes(call: Call, chunks: list[bytes]) -> None:
             assert usage is None or min(usage.input_tokens, usage.cached_tokens, usage.output_tokens) >= 0
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(call=calls, content_type=st.sampled_from(CONTENT_TYPES), body=arbitrary)
 def test_any_answer_can_be_collapsed(call: Call, content_type: bytes, body: bytes) -> None:
     for handler in HANDLERS:

@@ -105,7 +105,7 @@ def test_exactly_the_added_event_is_taken_out(events: list[bytes], left: list[by
     assert stripped([body[at : at + 1] for at in range(len(body))]) == wanted
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.sampled_from(STREAMS), st.sampled_from([b"\n\n", b"\r\n\r\n"]), st.lists(st.integers(0, 900), max_size=9))
 def test_what_is_taken_out_does_not_depend_on_the_splitting(
     case: tuple[list[bytes], list[bytes]], end: bytes, cuts: list[int]

@@ -112,7 +112,7 @@ def test_a_stream_tells_the_same_in_one_piece_byte_by_byte_and_event_by_event(
     assert read(SSE, *[piece + end + end for piece in body.split(end + end)]) == usage
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     events=st.lists(st.sampled_from([*OPENAI, *NULLS, *QUOTED, *ANTHROPIC, *responses("completed")]), max_size=8),
     end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
@@ -168,7 +168,7 @@ def test_what_was_delivered_is_counted_where_the_upstream_tells_no_usage(
     assert read(SSE, *bytewise(body), path=path) == usage
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(end=st.sampled_from([b"\n", b"\r\n", b"\r"]), cuts=st.lists(st.integers(0, 1_500), max_size=12))
 @pytest.mark.parametrize(("path", "events"), [(path, events) for path, events, _ in ESTIMATES])
 def test_what_is_counted_does_not_depend_on_the_splitting(
@@ -309,7 +309,7 @@ def test_the_limit_does_not_depend_on_the_splitting(size_bytes: int) -> None:
     assert read(JSON, body) == read(JSON, *halves) == (Usage(3, 0, 0) if size_bytes <= TAIL_BYTES else None)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(cuts=st.lists(st.integers(0, 200_000), max_size=20), answer=st.sampled_from([one for one, _ in ANSWERS]))
 def test_an_answer_of_any_size_tells_the_same_under_any_splitting(cuts: list[int], answer: Any) -> None:
     body = json.dumps({"pad": "x" * 150_000, "answer": answer, "usage": {"prompt_tokens": 3}}).encode()

@@ -24,7 +24,7 @@ from gpuproxy.plugin import (
 )
 
 ID = "3fa85f64-5717-4562-b3fc-2c963f66afa6"
-QUICK = settings(deadline=None, max_examples=120)
+QUICK = settings(max_examples=120)
 
 
 def adapters(status: int, body: bytes) -> list[ProviderAdapter]:

@@ -8,7 +8,7 @@ from .conftest import Serve
 from .harness import KEY, OK, RAW, Gateway, request, until
 from .wire import Wire
 
-PLAIN = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PLAIN = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 THREE = (
     request(b"POST " + RAW + b"/1", b"X-A: 1", body=b"hello", id=b"t1")

@@ -677,7 +677,7 @@ def _frames(sizes: list[int]) -> list[bytes]:
     pieces=st.lists(st.integers(1, 400), max_size=30),
     cut_at=st.integers(0, 30),
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_client_gets_whole_frames_and_then_the_word(sizes: list[int], pieces: list[int], cut_at: int) -> None:
     frames = _frames(sizes)
     stream = b"".join(frames)

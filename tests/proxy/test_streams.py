@@ -159,7 +159,7 @@ async def test_a_stream_that_is_cut_is_billed_for_what_was_delivered(gateway: Ga
     assert (receipt.outcome, receipt.input_tokens, receipt.output_tokens) == ("upstream_failed", 7, 2)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(1, 600), max_size=12))
 async def test_usage_does_not_depend_on_how_the_stream_is_split(serve: Serve, cuts: list[int]) -> None:
     gateway = serve.last or await serve()
