@@ -1,7 +1,8 @@
 """Names to addresses, on threads of our own: what somebody's name servers do must make no other name wait.
 
 The system's resolver blocks and cannot be cancelled; event loops run it on a few threads (libuv on two at a time), so
-two names whose servers are silent would stop every new connection by name. Each kind of caller has its own `Resolver`.
+two names whose servers are silent would stop every new connection by name. Each kind of caller has its own `Resolver`,
+and a name that hangs takes one of its threads however often it is asked for.
 """
 
 import asyncio
@@ -16,10 +17,11 @@ THREADS_MAX = 32  # made when needed; a name that hangs holds one for as long as
 class Resolver:
     """Looks up names for one kind of caller until it is closed."""
 
-    def __init__(self, thread_name: str) -> None:
-        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix=thread_name)
+    def __init__(self, thread_name: str, threads_max: int = THREADS_MAX) -> None:
+        self._threads = ThreadPoolExecutor(threads_max, thread_name_prefix=thread_name)
+        self._asked: dict[str, asyncio.Future[list[str]]] = {}  # what threads are at
 
-    async def resolve(self, host: str, port: int, within_s: float) -> list[str]:
+    async def resolve(self, host: str, within_s: float) -> list[str]:
         """Return the addresses of a host, each once, in the system's order. An address is its own, at no cost.
 
         Raises TimeoutError after `within_s`, OSError if there is none.
@@ -27,17 +29,30 @@ class Resolver:
         if is_literal(host):
             return [host]
         async with asyncio.timeout(within_s):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, look_up, host, port)
+            return await asyncio.shield(self._asking(host))
+
+    def _asking(self, host: str) -> asyncio.Future[list[str]]:
+        """Return what will be the answer for a name, which a thread may be waiting for already."""
+        asked = self._asked.get(host)
+        if asked is None:
+            asked = self._asked[host] = asyncio.get_running_loop().run_in_executor(self._threads, look_up, host)
+            asked.add_done_callback(lambda done: self._answered(host, done))
+        return asked
+
+    def _answered(self, host: str, asked: asyncio.Future[list[str]]) -> None:
+        del self._asked[host]
+        if not asked.cancelled():
+            asked.exception()  # nobody may be waiting any more, and that is no fault
 
     def close(self) -> None:
         """Leave the threads to themselves."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def look_up(host: str, port: int) -> list[str]:
+def look_up(host: str) -> list[str]:
     """Ask the system. Raises OSError."""
     try:
-        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except UnicodeError:  # a label that is empty or too long
         raise socket.gaierror(socket.EAI_NONAME, "this is no name") from None
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))

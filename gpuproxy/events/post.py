@@ -1,8 +1,7 @@
 """One POST to a URL that a customer gave: its name resolved once, judged, and the judged address dialled.
 
 Redirects are a failure and never followed, of the answer nothing is read but its head, nothing is kept between two
-posts, and all together has a bound. Python's resolver cannot be cancelled, so it has threads of its own, and a name
-that hangs takes one of them however often it is asked for: names that hang must not make other work wait.
+posts, and all together has a bound.
 """
 
 import asyncio
@@ -10,7 +9,6 @@ import socket
 import ssl
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -22,6 +20,7 @@ from gpuproxy.codec.retry_after import seconds_asked
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.deliveries import Outcome
 from gpuproxy.guard import Guard, Target, parse_target
+from gpuproxy.resolver import Resolver
 
 RESOLVER_THREADS = 64  # made when needed; more names than one account has webhooks by default
 ADDRESSES_MAX = 8  # of one DNS answer that are tried
@@ -48,8 +47,7 @@ class Poster:
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
-        self._resolving = ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="webhook-dns")
-        self._asked: dict[tuple[str, int], asyncio.Future[list[str]]] = {}  # what threads are at
+        self._resolver = Resolver("webhook-dns", RESOLVER_THREADS)
         self._tls: ssl.SSLContext | None = None  # made when first needed: 20 ms
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Outcome:
@@ -105,31 +103,16 @@ class Poster:
         redirected = self._bounds.connect_to.get(f"{host}:{port}")
         if redirected is not None:  # the operator's own words
             host, _, port_text = redirected.rpartition(":")
-            host, port = host.strip("[]"), int(port_text)
+            port = int(port_text)
         try:
-            async with asyncio.timeout(self._bounds.dns_s):
-                found = await asyncio.shield(self._asking(host, port))
+            found = await self._resolver.resolve(host.strip("[]"), self._bounds.dns_s)
         except TimeoutError:
             raise GatewayError("UPSTREAM_TIMEOUT", f"{target.host} was not resolved in time") from None
-        except (OSError, UnicodeError):
+        except OSError:
             raise GatewayError("UPSTREAM_UNREACHABLE", f"{target.host} does not resolve") from None
         if redirected is None:
             self._bounds.guard.check(target.host, found, "url")
         return [(address, port) for address in found[:ADDRESSES_MAX]]
-
-    def _asking(self, host: str, port: int) -> asyncio.Future[list[str]]:
-        """Return what will be the answer for a name, which a thread may be waiting for already."""
-        asked = self._asked.get((host, port))
-        if asked is None:
-            loop = asyncio.get_running_loop()
-            asked = self._asked[host, port] = loop.run_in_executor(self._resolving, _resolve, host, port)
-            asked.add_done_callback(lambda done: self._answered(host, port, done))
-        return asked
-
-    def _answered(self, host: str, port: int, asked: asyncio.Future[list[str]]) -> None:
-        del self._asked[host, port]
-        if not asked.cancelled():
-            asked.exception()  # nobody may be waiting any more, and that is no fault
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
@@ -138,7 +121,7 @@ class Poster:
 
     def close(self) -> None:
         """Leave the resolver's threads to themselves."""
-        self._resolving.shutdown(wait=False, cancel_futures=True)
+        self._resolver.close()
 
 
 def rest_asked(status: int, retry_after: str, now_s: float) -> int:
@@ -185,11 +168,6 @@ def _only(addresses: Iterable[tuple[str, int]]) -> Any:
         return socket.socket(family, kind, protocol)
 
     return make
-
-
-def _resolve(host: str, port: int) -> list[str]:
-    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
 def _told(failure: Exception) -> str:

@@ -155,7 +155,7 @@ class Origin:
             port = int(port_text)
         resolver = self._policy.guarded_resolver if key.is_guarded else self._policy.resolver
         try:
-            found = await resolver.resolve(host.strip("[]"), port, self._policy.dns_s)
+            found = await resolver.resolve(host.strip("[]"), self._policy.dns_s)
         except TimeoutError:
             raise GatewayError("UPSTREAM_TIMEOUT", f"{self.label}: its name was not resolved in time") from None
         except OSError:

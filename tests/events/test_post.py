@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from clients.tls import Authority
 
-from gpuproxy.events import post
+from gpuproxy import resolver
 from gpuproxy.events.post import RESOLVER_THREADS, Bounds, Poster
 from gpuproxy.guard import Guard
 
@@ -80,13 +80,13 @@ async def test_a_name_that_hangs_holds_one_thread_however_often_it_is_asked_for(
 ) -> None:
     end, asked = threading.Event(), []
 
-    def resolve(host: str, port: int) -> list[str]:
+    def look_up(host: str) -> list[str]:
         asked.append(host)
         if host.startswith("hangs"):
             end.wait(WAIT_S)
         return ["127.0.0.1"]
 
-    monkeypatch.setattr(post, "_resolve", resolve)
+    monkeypatch.setattr(resolver, "look_up", look_up)
     try:
         async with receiver(None) as port, posting(dns_s=0.05) as poster:
             urls = [f"http://hangs-{n % 3}.example:{port}/" for n in range(2 * RESOLVER_THREADS)]

@@ -14,10 +14,10 @@ from sqlalchemy import func, select, update
 from standardwebhooks import Webhook, WebhookVerificationError
 from yarl import URL
 
+from gpuproxy import resolver
 from gpuproxy.access.accounts import create_user
 from gpuproxy.access.keyring import fresh_keyring
 from gpuproxy.config import Webhooks
-from gpuproxy.events import post
 from gpuproxy.events.deliveries import MOVES, WAITS_S, Outcome, after, claim, settle, wait_after
 from gpuproxy.events.outbox import DATA_BYTES_MAX, record
 from gpuproxy.events.post import REST_S_MAX, Bounds, Poster, rest_asked
@@ -401,11 +401,11 @@ async def test_each_attempt_judges_the_name_anew_and_dials_what_it_judged(
     asked: list[str] = []
     answers = iter([["127.0.0.1"], ["127.0.0.1", "10.0.0.1"], ["169.254.169.254"], ["::1"]])
 
-    def resolve(host: str, port: int) -> list[str]:
+    def look_up(host: str) -> list[str]:
         asked.append(host)
         return next(answers)
 
-    monkeypatch.setattr(post, "_resolve", resolve)
+    monkeypatch.setattr(resolver, "look_up", look_up)
     await world.webhook(f"http://hooks.example:{world.receiver.url.rpartition(':')[2]}/fail1")
     await world.happen()
     for attempt in range(1, 5):

@@ -164,9 +164,9 @@ async def test_a_connection_its_caller_did_not_wait_for_may_be_stale_too(
 ) -> None:
     ask, may_go = resolver.look_up, threading.Event()
 
-    def look_up(host: str, port: int) -> list[str]:
+    def look_up(host: str) -> list[str]:
         may_go.wait()
-        return ask(host, port)
+        return ask(host)
 
     monkeypatch.setattr(resolver, "look_up", look_up)
     listener = Listener()

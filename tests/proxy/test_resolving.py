@@ -24,8 +24,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
     said: dict[str, list[list[str]]] = {}
     ask = resolver.look_up
 
-    def look_up(host: str, port: int) -> list[str]:
-        return said[host].pop(0) if host in said else ask(host, port)
+    def look_up(host: str) -> list[str]:
+        return said[host].pop(0) if host in said else ask(host)
 
     monkeypatch.setattr(resolver, "look_up", look_up)
     return said
@@ -36,10 +36,10 @@ def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Name servers of *.silent that do not answer."""
     ask, end = resolver.look_up, threading.Event()
 
-    def look_up(host: str, port: int) -> list[str]:
+    def look_up(host: str) -> list[str]:
         if host.endswith(".silent"):
             end.wait()
-        return ask(host, port)
+        return ask(host)
 
     monkeypatch.setattr(resolver, "look_up", look_up)
     yield
