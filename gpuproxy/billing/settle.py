@@ -67,7 +67,8 @@ def fail(connection: Connection, payment: Payment, reason: str) -> Payment:
     if payment.state != "pending":
         return payment
     payment = move(connection, payment, "failed", reason=reason[:REASON_CHARACTERS_MAX], due_at=None)
-    record(connection, "payment.failed", payment.user_id, {**told(payment, payment.amount_nanousd), "reason": reason})
+    data = {**told(payment, payment.amount_nanousd), "reason": payment.reason}
+    record(connection, "payment.failed", payment.user_id, data)
     if payment.kind == "renewal":
         renewals.note_failure(connection, payment)
     return payment

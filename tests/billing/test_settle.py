@@ -93,6 +93,13 @@ async def test_a_success_after_a_failure_counts(book: Book) -> None:
     assert await book.told() == ["payment.failed", "credits.added", "payment.completed"]
 
 
+async def test_a_failure_is_told_however_long_its_reason(book: Book) -> None:
+    payment = await book.pay()
+    assert await book.tell(PaymentEvent("evt_0", "failed", payment.id, reason="no " * 10_000))
+    assert await book.state(payment) == ("failed", 0, 0)
+    assert await book.told() == ["payment.failed"]
+
+
 async def test_a_failure_after_the_success_changes_nothing(book: Book) -> None:
     payment = await book.pay()
     await book.tell(paid(payment))
