@@ -79,9 +79,9 @@ async def test_an_unknown_account_takes_as_long_as_a_known_one(hasher: Hasher) -
     taken: dict[str | None, list[float]] = {stored: [], None: []}
     for _ in range(15):
         for held, times in taken.items():
-            began_s = time.perf_counter()
+            began_s = time.process_time()  # other work on the machine does not matter
             await hasher.is_right(held, "wrong password")
-            times.append(time.perf_counter() - began_s)
+            times.append(time.process_time() - began_s)
     known_s, unknown_s = (statistics.median(times) for times in taken.values())
     assert 0.5 < known_s / unknown_s < 2
 
