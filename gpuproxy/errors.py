@@ -48,7 +48,7 @@ CODES: dict[str, Code] = {
     "PROVIDER_FAILED": Code(502, "upstream", True, "the GPU provider did not answer, or not as it should"),
     "UNAVAILABLE": Code(503, "gateway", True, "a part the call needs is away for the moment"),
     "UPSTREAM_BUSY": Code(503, "gateway", True, "all connections allowed to this upstream are in use"),
-    "JOURNAL_FULL": Code(503, "gateway", True, "the journal is at its limit; no billable call is taken"),
+    "JOURNAL_FULL": Code(503, "gateway", True, "the journal is at its limit, or its disk fails; no call is taken"),
     "UPSTREAM_TIMEOUT": Code(504, "upstream", True, "the upstream did not answer within the time limit"),
     "HTTP_VERSION": Code(505, "client", False, "only HTTP/1.0 and HTTP/1.1 are served"),
     "LOOP_DETECTED": Code(508, "client", False, "the request has passed this gateway too often"),

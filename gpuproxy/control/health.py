@@ -92,8 +92,10 @@ async def ready(request: web.Request) -> web.Response:
 
 
 def has_room(app: web.Application) -> bool:
-    """Tell whether workers can write receipts."""
+    """Tell whether workers can write receipts, and what they wrote is on disk."""
     settings = app[CONFIG]
+    if INGEST in app and not app[INGEST].is_on_disk():
+        return False
     with suppress(OSError):  # without the directory there is nobody who writes
         if shutil.disk_usage(settings.server.data_dir).free == 0:
             return False

@@ -99,6 +99,10 @@ class Ingest:
             finally:
                 syncer.stop()
 
+    def is_on_disk(self) -> bool:
+        """Tell whether no sync has failed of a segment that is not yet all in the store."""
+        return all(segment.is_on_disk() for segment in self._segments.values())
+
     def stop(self) -> None:
         """Let `run` end after the pass it is in."""
         self._stopping.set()

@@ -7,6 +7,7 @@ it writes no more, so whoever gets the lock knows that the writer is done or dea
 
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,10 @@ class Segment:
     def size(self) -> int:
         """Return the bytes in the file now."""
         return os.fstat(self._fd).st_size
+
+    def is_on_disk(self) -> bool:
+        """Tell whether no sync of the file has failed, see `syncer`."""
+        return bool(os.fstat(self._fd).st_mode & stat.S_IWUSR)
 
     def has_more(self) -> bool:
         """Tell whether there are bytes to read, or the last word whether the writer is gone."""

@@ -2,13 +2,15 @@
 
 A segment is a series of frames: payload length and CRC-32 of the payload (4 bytes each, little endian), then
 the payload, a MessagePack array of Receipts. The worker holds an exclusive flock on the segment it may still write;
-control reads along, and deletes the segment once the lock is free and everything in it is committed.
+control reads along, and deletes the segment once the lock is free and everything in it is committed. One that it could
+not bring to disk it makes read-only: what is in it may be lost with the power until it is committed.
 
 `Outbox` flushes it before it writes to sockets: see there why.
 """
 
 import fcntl
 import os
+import stat
 import time
 import zlib
 from pathlib import Path
@@ -79,19 +81,26 @@ class Journal:
             self._go_on()
 
     def measure(self) -> None:
-        """Compare the backlog of all workers with its bound; called now and then, not per call."""
+        """Compare the backlog of all workers with its bound, and look for segments that are not on disk.
+
+        Called now and then, not per call.
+        """
         self.flush()
-        backlog_bytes = 0
+        backlog_bytes, is_safe = 0, True
         for entry in os.scandir(self._directory):
             try:
-                backlog_bytes += entry.stat().st_size
+                found = entry.stat()
             except FileNotFoundError:  # control deleted it meanwhile
                 continue
-        is_full = backlog_bytes > self._config.bytes_max or bool(self._unwritten)
+            backlog_bytes += found.st_size
+            is_safe &= bool(found.st_mode & stat.S_IWUSR) or not entry.name.endswith(".log")
+        is_full = backlog_bytes > self._config.bytes_max or bool(self._unwritten) or not is_safe
         if is_full and self._size and not self._unwritten:
             self._go_on()  # a closed segment can be deleted once it is stored: room, even in a live one
         if is_full != self.is_full:
-            event = "journal full" if is_full else "journal takes receipts again"
+            event = "journal takes receipts again"
+            if is_full:
+                event = "journal full" if is_safe else "journal is not on disk, no call is taken until it is stored"
             _log.warning(event, backlog_bytes=backlog_bytes, refusals_dropped=self.refusals_dropped)
         self.is_full = is_full
 

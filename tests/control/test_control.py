@@ -173,6 +173,17 @@ async def test_without_a_free_block_on_the_disk_too(client: Client, monkeypatch:
     await refuses_calls(client)
 
 
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_while_what_the_disk_refused_is_not_stored_too(store: Store, client: Client, tmp_path: Path) -> None:
+    ingest = Ingest(store, tmp_path)
+    with pytest.warns(DeprecationWarning, match="Changing state"):
+        client.app[INGEST] = ingest
+    (tmp_path / "a-1.log").touch(0o400)
+    ingest._discover()
+    await refuses_calls(client)
+    ingest.close()
+
+
 async def refuses_calls(client: Client) -> None:
     answer = await client.get("/health")
     body = await answer.json()

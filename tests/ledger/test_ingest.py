@@ -287,3 +287,15 @@ async def test_the_loop_syncs_what_it_reads_and_ends(store: Store, ingest: Inges
             await asyncio.sleep(0.001)
         ingest.stop()
         await running
+
+
+async def test_what_could_not_be_synced_is_unsafe_until_it_is_stored(store: Store, ingest: Ingest, hire: Hire) -> None:
+    worker = hire()
+    worker.write(frames(0, 2))
+    worker.path.chmod(0o400)  # as `Syncer` does
+    await ingest.ingest_once()
+    assert not ingest.is_on_disk()
+    worker.leaves()
+    await ingest.ingest_once()
+    assert ingest.is_on_disk()
+    assert await stored(store) == ids(0, 2)

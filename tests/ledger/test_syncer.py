@@ -1,5 +1,8 @@
 """What workers wrote is brought to disk soon, each byte once."""
 
+import errno
+import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from journals import Hire, frames, hiring, open_files
+from structlog.testing import capture_logs
 
 from gpuproxy.ledger.syncer import Syncer
 
@@ -57,6 +61,29 @@ def test_other_files_and_a_missing_directory_are_nothing_to_sync(tmp_path: Path)
     (tmp_path / "a.damaged").write_bytes(b"x")
     assert Syncer(tmp_path).sync_once() == 0
     assert Syncer(tmp_path / "none").sync_once() == 0
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "fsync"])  # of the segment, of the directory
+def test_a_segment_whose_sync_failed_is_never_synced_again(
+    syncer: Syncer, hire: Hire, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    worker = hire("a")
+    worker.write(frames(0, 1))
+    with monkeypatch.context() as disk, capture_logs() as logs:
+        disk.setattr(f"os.{call}", _fails)
+        syncer.sync_once()
+    assert [line["segments"] for line in logs] == [[worker.path.name]]
+    worker.write(frames(1, 2))
+    successor = Syncer(worker.path.parent)
+    assert [syncer.sync_once(), successor.sync_once()] == [0, 0]
+    successor.close()
+    assert not worker.path.stat().st_mode & stat.S_IWUSR
+    hire("b").write(frames(2, 3))
+    assert syncer.sync_once() == 1
+
+
+def _fails(descriptor: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_it_runs_until_it_is_stopped_and_leaves_no_file_open(tmp_path: Path, hire: Hire) -> None:

@@ -1,4 +1,4 @@
-"""A journal at its bound: no billable call is taken, nothing is lost, and it heals by itself."""
+"""A journal at its bound: no call is taken, nothing is lost, and it heals by itself."""
 
 import asyncio
 import signal

@@ -78,6 +78,26 @@ def test_what_a_full_disk_does_not_take_is_written_when_it_does(directory: Path)
     assert [line["event"] for line in logs] == ["journal cannot be written"]
 
 
+def test_no_call_is_taken_until_a_segment_that_is_not_on_disk_is_stored(directory: Path) -> None:
+    journal = Journal(directory, "000-1", config.Journal())
+    journal.append(receipt("a"))
+    journal.flush()
+    given_up = directory / "000-1-000001.log"
+    given_up.chmod(0o400)
+    with capture_logs() as logs:
+        journal.measure()
+        journal.append(receipt("b"))
+        journal.measure()
+        assert journal.is_full
+        assert [row[0] for row in cut(given_up.read_bytes(), 9).rows] == ["a"], "it goes on in a new segment"
+        given_up.rename(given_up.with_suffix(".damaged"))  # or gone: control puts it away once it has read it
+        journal.measure()
+    assert not journal.is_full
+    journal.close()
+    assert written(directory) == ["a", "b"]
+    assert [line["log_level"] for line in logs] == ["warning", "warning"]
+
+
 def test_checkpoints_do_not_pile_up_while_the_disk_takes_nothing(directory: Path) -> None:
     journal = Journal(directory, "000-1", config.Journal())
     with full_disk(), capture_logs():
