@@ -28,8 +28,29 @@ _encode = msgspec.msgpack.Encoder().encode
 
 def frame(receipts: list[Receipt]) -> bytes:
     """Return one frame with these receipts."""
-    payload = _encode(receipts)
+    try:
+        payload = _encode(receipts)
+    except (ValueError, TypeError, OverflowError):  # a text or number that a plugin has given
+        payload = _encode([_writable(receipt) for receipt in receipts])
     return len(payload).to_bytes(4, "little") + zlib.crc32(payload).to_bytes(4, "little") + payload
+
+
+def _writable(receipt: Receipt) -> Receipt:
+    """Return it without the texts and numbers that cannot be written: they must not keep back what others used."""
+    values = msgspec.structs.asdict(receipt)
+    faults = [name for name, value in values.items() if not _is_writable(value)]
+    if not faults:
+        return receipt
+    _log.error("plugin gave what cannot be written, left out", protocol=repr(receipt.protocol), fields=faults)
+    return msgspec.structs.replace(receipt, **{name: "" if isinstance(values[name], str) else -1 for name in faults})
+
+
+def _is_writable(value: object) -> bool:
+    try:
+        _encode(value)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
 
 
 class Journal:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from structlog.testing import capture_logs
 
 from gpuproxy import config
@@ -42,6 +43,19 @@ def full_disk(file_bytes: int = 0) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_cannot_be_written_of_one_receipt_keeps_no_other_back(directory: Path) -> None:
+    journal = Journal(directory, "000-1", config.Journal())
+    odd = structs.replace(receipt("b"), protocol="words", model="\udcff", rpc_name="tool", attempts=1 << 64)
+    for each in (receipt("a"), odd, receipt("c")):
+        journal.append(each)
+    with capture_logs() as logs:
+        journal.close()
+    assert [(line["protocol"], line["fields"]) for line in logs] == [("'words'", ["model", "attempts"])]
+    a, b, c = cut((directory / "000-1-000001.log").read_bytes(), 9).rows
+    assert Receipt(*b) == structs.replace(odd, model="", attempts=-1)
+    assert (Receipt(*a), Receipt(*c)) == (receipt("a"), receipt("c"))
 
 
 @pytest.mark.parametrize("settings", [TINY, config.Journal(bytes_max=1)], ids=["a segment is full", "the journal is"])
