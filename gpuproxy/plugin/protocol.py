@@ -121,12 +121,13 @@ class Sequel(Protocol):
 class UsageReader(Protocol):
     """Reads usage from an answer's body as it passes. Sans-I/O, fed after the client was written to.
 
-    The result must not depend on how the body was split. A reader may have a property ``is_terminal`` that tells
-    whether the answer's own end marker has passed: a client that leaves then has had everything; and one
-    ``rpc_outcome`` that tells how a JSON-RPC call ended (see `Receipt`). Once finished it may have a
-    ``response_model``: the model that the answer says it is of. It may have a method
-    ``so_far() -> Usage`` that tells, at any time, what was delivered by then and never more than that: a stream without
-    it is neither stopped when what it reserved is used up nor billed for its tokens when it breaks off.
+    The result must not depend on how the body was split. Counts are whole numbers, -1 if not known; a reader that fails
+    or tells others has told nothing. A reader may have a property ``is_terminal`` that tells whether the answer's own
+    end marker has passed: a client that leaves then has had everything; and one ``rpc_outcome`` that tells how a
+    JSON-RPC call ended (see `Receipt`). Once finished it may have a ``response_model``: the model that the answer says
+    it is of. It may have a method ``so_far() -> Usage`` that tells, at any time, what was delivered by then and never
+    more than that: a stream without it is neither stopped when what it reserved is used up nor billed for its tokens
+    when it breaks off.
 
     Of a WebSocket `feed` gets each text message of the upstream, whole, but for those over 1 MiB. The reader may have a
     property ``is_amid`` that tells whether an answer is under way, for limits of tokens are looked at between them; and

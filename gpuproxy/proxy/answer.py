@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.proxy import envelope as envelopes
-from gpuproxy.proxy.credit import Bill, unknown_credit, used_by_now
+from gpuproxy.proxy.counts import NO_USAGE, used_by_now, used_in_all
+from gpuproxy.proxy.credit import Bill, unknown_credit
 from gpuproxy.proxy.exchange_state import ATTEMPTS, DONE, JOINED_BYTES_MAX, TIME_AHEAD_US
 from gpuproxy.proxy.heads import AnswerHead
 from gpuproxy.proxy.pins import edited
@@ -294,7 +295,8 @@ class Answer(Refusing):
         usage = None
         if reader is not None:
             reader.feed(body)
-            usage = reader.finish()
+            told = used_in_all(reader, handler.name)
+            usage = None if told is NO_USAGE else told
         content_type, body = handler.collapse(call, content_type, body)
         fields = envelopes.combined(head.fields)
         if self.sent_method == b"HEAD" and connection.content_length >= 0:

@@ -15,10 +15,10 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.link.client import LinkClient
 from gpuproxy.link.messages import HELD_AT_ONCE, HeldCredit, Leased, Recall, Return
 from gpuproxy.link.wallet import Outcome, Wallet
-from gpuproxy.plugin import Intent, UsageReader
+from gpuproxy.plugin import Intent
 from gpuproxy.pricing import Price, marked_up, upper_bound
 from gpuproxy.proxy.endpoint import Endpoint
-from gpuproxy.types import Grant, Usage
+from gpuproxy.types import Grant
 
 CALLS_AHEAD = 64  # a lease is asked for so many calls; control gives less the less is left
 NOTHING_LEFT = -1  # as an amount given back: see `Return`
@@ -168,9 +168,3 @@ def price_for(grant: Grant, price: Price) -> Price | None:
 def unknown_credit() -> GatewayError:
     """Return the error for a call whose account cannot be asked about."""
     return GatewayError("UNAVAILABLE", "credit cannot be checked at the moment; try again", 1)
-
-
-def used_by_now(reader: UsageReader | None) -> Usage | None:
-    """Return what has been delivered by now, None if the reader cannot tell."""
-    so_far: Callable[[], Usage] | None = getattr(reader, "so_far", None)
-    return None if so_far is None else so_far()

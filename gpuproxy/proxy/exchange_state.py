@@ -16,7 +16,7 @@ from gpuproxy.proxy.headers import Field
 from gpuproxy.proxy.heads import AnswerHead, RequestHead
 from gpuproxy.proxy.limits import Purse, Slots
 from gpuproxy.proxy.route import Route
-from gpuproxy.types import Grant, Usage
+from gpuproxy.types import Grant
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.breaker import Replica
@@ -186,4 +186,3 @@ NO_PLACE = _NoPlace()
 NO_GRANT = Grant("", "")
 NO_HEAD = AnswerHead()
 NO_INTENT = Intent()
-NO_USAGE = Usage(-1, -1, -1, "none")

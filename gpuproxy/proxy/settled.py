@@ -6,14 +6,14 @@ Whatever happens, `_finish` runs exactly once for each exchange that was started
 import time
 
 from gpuproxy.pricing import FREE, Price, cost_of
-from gpuproxy.proxy.credit import price_for, used_by_now
+from gpuproxy.proxy.counts import NO_USAGE, used_by_now, used_in_all
+from gpuproxy.proxy.credit import price_for
 from gpuproxy.proxy.exchange_state import (
     CHECKPOINT_NS,
     DONE,
     NO_GRANT,
     NO_INTENT,
     NO_PLACE,
-    NO_USAGE,
     SENT,
     WAITING,
     ExchangeState,
@@ -46,7 +46,7 @@ class Settled(ExchangeState):
         if route.kind != CONTROL:
             plane = self.plane
             reader = self._reader
-            usage = (reader.finish() if reader is not None else None) or NO_USAGE
+            usage = NO_USAGE if reader is None else used_in_all(reader, self._handler.name)  # type: ignore[union-attr]  # its own
             receipt = self._receipt(outcome, usage, time.monotonic_ns())
             bill = self._bill
             if bill is not None:

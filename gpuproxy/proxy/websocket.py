@@ -26,7 +26,8 @@ from gpuproxy.errors import CODES, GatewayError
 from gpuproxy.link.wallet import Outcome
 from gpuproxy.plugin import UsageReader
 from gpuproxy.proxy import tunnel
-from gpuproxy.proxy.credit import Bill, unknown_credit, used_by_now
+from gpuproxy.proxy.counts import used_by_now
+from gpuproxy.proxy.credit import Bill, unknown_credit
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.tunnelled import Tunnelled

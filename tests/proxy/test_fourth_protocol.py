@@ -1,8 +1,10 @@
 """A protocol written outside the package enters by the same door and works the same way."""
 
 import json
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from gpuproxy.plugin import (
     Call,
@@ -15,9 +17,11 @@ from gpuproxy.plugin import (
     UsageReader,
     load_plugins,
 )
+from gpuproxy.pricing import Price
 
 from .conftest import Serve
-from .harness import ENVELOPE, KEY, PREFIX, Gateway, request
+from .harness import ENVELOPE, KEY, PREFIX, Gateway, request, until
+from .test_credit import Bank
 from .test_tunnels import SWITCH, UPGRADE
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/x-words\r\nContent-Length: 13\r\n\r\none two three"
@@ -67,6 +71,32 @@ class Words:
 
 
 _: type[ProtocolHandler] = Words
+
+
+class Miscounting(Words):
+    """Tells of answers what cannot be; fails to, if that is an exception."""
+
+    def __init__(self, told: Any) -> None:
+        self._told = told
+
+    def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
+        return Miscounter(self._told)
+
+
+class Miscounter(WordCounter):
+    """Its reader."""
+
+    def __init__(self, told: Any) -> None:
+        super().__init__()
+        self._told = told
+
+    def so_far(self) -> Usage:
+        if isinstance(self._told, Exception):
+            raise self._told
+        return Usage(1, 0, self._told)
+
+    def finish(self) -> Usage | None:
+        return self.so_far()
 
 
 class Broken(Words):
@@ -128,6 +158,28 @@ async def test_a_fault_in_it_ends_its_call_and_nothing_else(serve: Serve, is_kno
     answer = await client.answer()
     assert (answer.status, answer.json()) == (500, {"oops": "INTERNAL"})
     assert (await gateway.receipt()).error == "INTERNAL"
+
+
+@pytest.mark.parametrize("told", [1 << 70, -(1 << 70), 12.5, "many", None, ZeroDivisionError()], ids=repr)
+@pytest.mark.parametrize("is_wrapped", [False, True], ids=["as it is", "in an envelope"])
+async def test_what_it_tells_that_cannot_be_harms_no_other_call(serve: Serve, told: Any, is_wrapped: bool) -> None:
+    gateway = await _serve(serve, Miscounting(told))
+    gateway.link_server.lessor = bank = Bank(10**9)
+    gateway.link_server.publish([Price("*", "raw", 1, 1, 10**6)])
+    await until(lambda: gateway.plane.prices.is_any, "the price")
+    target = f'{{"protocol":"words","target_url":"http://127.0.0.1:{gateway.raw.port}/x"}}'.encode()
+    wrapped = request(b"POST " + ENVELOPE, body=target)
+    client = await gateway.ask(wrapped if is_wrapped else request(b"POST " + PREFIX + b"/words/x", body=b"raw data"))
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    with capture_logs() as logs:
+        await upstream.send(ANSWER)
+        assert (await client.answer()).status == 200
+    assert [line["protocol"] for line in logs if line["log_level"] == "error"] == ["words"]
+    receipt = await gateway.receipt()
+    assert (receipt.outcome, receipt.output_tokens, receipt.usage_source) == ("ok", -1, "none")
+    gateway.plane.credit.close()
+    await until(lambda: bank.rest == 10**9, "what was reserved")
 
 
 async def test_a_fault_before_a_tunnel_leaves_nothing_open(serve: Serve) -> None:
