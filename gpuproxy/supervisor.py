@@ -335,11 +335,9 @@ def notify(state: str) -> None:
         unix.sendto(message.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
-def serve(config_path: Path | None) -> int:
-    """Run a gateway from a configuration file; return the exit code. Raises ConfigError."""
-    config = load(config_path, os.environ)
+def serve(config_path: Path | None, config: Config) -> int:
+    """Run a gateway by a checked configuration, and by what becomes of its file; return the exit code."""
     configure_logs(config.log)
-    check_plugins(config, os.environ)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     directory = Path(config.server.data_dir)
     try:

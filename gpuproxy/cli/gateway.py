@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gpuproxy import __version__
-from gpuproxy.cli.common import checked, config_of, config_path_of, on_store, print_json, show, with_config, with_json
+from gpuproxy.cli.common import checked, config_path_of, on_store, print_json, show, with_config, with_json
 from gpuproxy.errors import ConfigError
 
 
@@ -17,16 +17,16 @@ def serve(config_path: Path | None) -> None:
     """Run the gateway until SIGTERM or Ctrl-C."""
     path = config_path_of(config_path)
     try:
-        checked(path)
-        from gpuproxy import supervisor
-
-        sys.exit(supervisor.serve(path))
+        config = checked(path)
     except ConfigError as error:
         from gpuproxy.observe.logs import log_faults
 
         if not log_faults(error.faults):
             raise
         sys.exit(2)
+    from gpuproxy import supervisor
+
+    sys.exit(supervisor.serve(path, config))
 
 
 @click.command()
@@ -67,12 +67,9 @@ def reload(config_path: Path | None, as_json: bool) -> None:
     """Check the configuration, then let the running gateway take it without a dropped call."""
     import signal
 
-    from gpuproxy.plugin import check_plugins
     from gpuproxy.process import running_supervisor
 
-    config = config_of(config_path)
-    check_plugins(config, os.environ)
-    directory = Path(config.server.data_dir)
+    directory = Path(checked(config_path_of(config_path)).server.data_dir)
     supervisor = running_supervisor(directory)
     if not supervisor:
         raise click.ClickException(f"no gateway runs on {directory}; start one with gpuproxy serve")

@@ -1,5 +1,6 @@
 """Names of targets: looked up for each connection, judged whole, and nobody waits for the names of others: R4, R6."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -114,6 +115,26 @@ async def test_names_that_hang_make_no_configured_upstream_wait(serve: Serve, si
         assert (answer.status, answer.json()["code"]) == (504, "UPSTREAM_TIMEOUT")
         assert "not resolved in time" in answer.json()["error"]
     upstream.close()
+
+
+async def test_names_nobody_waits_for_any_more_take_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there were: else who names a thousand that hang lets the names of others wait for minutes."""
+    asked, may_go = list[str](), threading.Event()
+
+    def look_up(host: str) -> list[str]:
+        asked.append(host)
+        may_go.wait(10)
+        return ["192.0.2.1"]
+
+    monkeypatch.setattr(resolver, "look_up", look_up)
+    resolving = resolver.Resolver("test", threads_max=1)
+    first = asyncio.ensure_future(resolving.resolve("first", 10))
+    late = await asyncio.gather(*(resolving.resolve(f"n{n}", 0.01) for n in range(50)), return_exceptions=True)
+    assert {type(each) for each in late} == {TimeoutError}
+    may_go.set()
+    assert await first == await resolving.resolve("last", 10) == ["192.0.2.1"]
+    assert asked == ["first", "last"]
+    resolving.close()
 
 
 def test_a_lost_question_is_asked_again_in_time() -> None:
