@@ -7,6 +7,7 @@ and a name that hangs takes one of its threads however often it is asked for.
 
 import asyncio
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from gpuproxy.guard import is_literal
@@ -29,13 +30,14 @@ class Resolver:
         if is_literal(host):
             return [host]
         async with asyncio.timeout(within_s):
-            return await asyncio.shield(self._asking(host))
+            return await asyncio.shield(self._asking(host, within_s))
 
-    def _asking(self, host: str) -> asyncio.Future[list[str]]:
+    def _asking(self, host: str, within_s: float) -> asyncio.Future[list[str]]:
         """Return what will be the answer for a name, which a thread may be waiting for already."""
         asked = self._asked.get(host)
         if asked is None:
-            asked = self._asked[host] = asyncio.get_running_loop().run_in_executor(self._threads, look_up, host)
+            loop, give_up_s = asyncio.get_running_loop(), time.monotonic() + within_s
+            asked = self._asked[host] = loop.run_in_executor(self._threads, _look_up_by, give_up_s, host)
             asked.add_done_callback(lambda done: self._answered(host, done))
         return asked
 
@@ -47,6 +49,13 @@ class Resolver:
     def close(self) -> None:
         """Leave the threads to themselves."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _look_up_by(give_up_s: float, host: str) -> list[str]:
+    """Look a name up, unless nobody waits any more: threads are not taken by what had to wait for one too long."""
+    if time.monotonic() > give_up_s:
+        raise TimeoutError
+    return look_up(host)
 
 
 def look_up(host: str) -> list[str]:
