@@ -1,4 +1,4 @@
-"""check-config looks at plugins and providers too."""
+"""check-config and reload look at plugins and providers too."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from gpuproxy.cli import cli
+from gpuproxy.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,6 @@ def test_what_plugins_cannot_do_is_a_fault_with_its_line(
     assert result.exit_code == 2
     (told,) = json.loads(result.stdout)["faults"]
     assert told.startswith(fault if line is None else f"{path}:{line}: {fault}")
+    with pytest.raises(ConfigError) as refused:
+        CliRunner().invoke(cli, ["reload", "-c", str(path)], catch_exceptions=False)
+    assert refused.value.faults == [told]
