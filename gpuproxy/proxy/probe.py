@@ -5,7 +5,7 @@ it is over before the next is due. What it finds is told to the endpoint's break
 """
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.proxy.endpoint import Endpoint
@@ -13,7 +13,6 @@ from gpuproxy.proxy.heads import AnswerHead, RequestHead
 from gpuproxy.proxy.route import joined_path
 
 if TYPE_CHECKING:
-    from gpuproxy.proxy.exchange import Exchange
     from gpuproxy.proxy.upstream import UpstreamConnection
     from gpuproxy.proxy.worker import Plane
 
@@ -22,19 +21,20 @@ class Probe:
     """One question to an endpoint; takes the place of an exchange on its connection."""
 
     has_sent_head = False
-    method = b"GET"
+    is_received = True
+    sent_method = b"GET"
 
     def __init__(self, plane: "Plane", endpoint: Endpoint, path: bytes) -> None:
         self.plane = plane
         self.head = RequestHead(path)
-        self.head.method = self.method
+        self.head.method = self.sent_method
         self._endpoint = endpoint
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def ask(self) -> bool:
         """Tell whether the endpoint answers with 2xx. Raises GatewayError when it cannot be connected to."""
         connection = await self._endpoint.origin.connect(self._endpoint.connect_s)
-        connection.exchange = cast("Exchange", self)
+        connection.exchange = self
         connection.transport.write(
             b"GET %b HTTP/1.1\r\nHost: %b\r\n%bUser-Agent: gpuproxy-probe\r\n\r\n"
             % (
@@ -60,6 +60,9 @@ class Probe:
 
     def relay_interim(self, head: AnswerHead) -> None:
         """Wait on."""
+
+    def switch_protocols(self, connection: "UpstreamConnection") -> None:
+        """Never: nothing asks for it."""
 
     def upstream_lost(self, connection: "UpstreamConnection") -> None:
         """It closed."""

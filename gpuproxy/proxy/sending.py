@@ -153,7 +153,7 @@ class Sending(Attempts):
         outbox = plane.outbox
         self.state = SENT
         self.upstream = connection
-        connection.exchange = self  # type: ignore[assignment]  # it is a whole exchange
+        connection.exchange = self
         connection.chosen_turn = outbox.turn
         if self._is_body_whole:
             body = self.held_body[0]

@@ -11,7 +11,7 @@ chose it, was sent by the upstream unasked: such a connection is dropped and the
 import asyncio
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import httptools
 
@@ -26,12 +26,12 @@ from gpuproxy.proxy.headers import (
     classify_response,
     response_rules,
 )
-from gpuproxy.proxy.heads import AnswerHead, Memory
+from gpuproxy.proxy.heads import AnswerHead, Memory, RequestHead
 from gpuproxy.proxy.tunnel import reset
 
 if TYPE_CHECKING:
-    from gpuproxy.proxy.exchange import Exchange
     from gpuproxy.proxy.pool import Origin
+    from gpuproxy.proxy.worker import Plane
 
 FIELDS_MAX = 256  # of an answer's head
 HEAD_BYTES_MAX = 262_144  # of an answer's head; of chunk extensions and trailers, which the parser gathers
@@ -41,6 +41,37 @@ INTERIM_MAX = 16  # 1xx answers before the final one
 
 class UpstreamFaultError(Exception):
     """The upstream's bytes are not an answer we can pass on; the message says why."""
+
+
+class Asker(Protocol):
+    """Who waits for an answer: an exchange, or a probe."""
+
+    plane: "Plane"
+    head: RequestHead
+    has_sent_head: bool
+    is_received: bool  # all that is sent upstream is there
+    sent_method: bytes
+
+    def relay(self, connection: "UpstreamConnection") -> None:
+        """Take what one read brought: head, body bytes, the end."""
+
+    def relay_interim(self, head: AnswerHead) -> None:
+        """Take a 1xx answer."""
+
+    def switch_protocols(self, connection: "UpstreamConnection") -> None:
+        """Take the connection: what follows is no HTTP."""
+
+    def upstream_lost(self, connection: "UpstreamConnection") -> None:
+        """Be told that the connection is gone before the end of the answer."""
+
+    def upstream_faulted(self, connection: "UpstreamConnection", reason: str) -> None:
+        """Be told that what came is no answer."""
+
+    def block_upload(self) -> None:
+        """Send no more for now."""
+
+    def unblock_upload(self) -> None:
+        """Go on sending."""
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -72,7 +103,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def __init__(self, origin: "Origin") -> None:
         self.origin = origin
-        self.exchange: Exchange | None = None
+        self.exchange: Asker | None = None
         self.idle_until_s = 0.0
         self.is_reused = False
         self.chosen_turn = -1
@@ -195,7 +226,7 @@ class UpstreamConnection(asyncio.Protocol):
         elif self.has_head and not exchange.has_sent_head:
             exchange.relay(self)
 
-    def _take_whole(self, exchange: "Exchange", body: bytes) -> None:
+    def _take_whole(self, exchange: Asker, body: bytes) -> None:
         # one whole answer with a head that was parsed before
         memory = self._memory
         self.head = memory.head  # type: ignore[assignment]  # learned here
@@ -205,7 +236,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.parts.append(body)
         exchange.relay(self)
 
-    def _learn(self, exchange: "Exchange", data: bytes) -> None:
+    def _learn(self, exchange: Asker, data: bytes) -> None:
         head = self.head
         is_plain = head.keeps_alive and 200 <= head.status < 300 and not self._interim_count and not self.is_babbling
         if is_plain and self.content_length > 0 and len(data) <= LEARNED_BYTES_MAX and exchange.sent_method != b"HEAD":

@@ -183,6 +183,7 @@ def _receipt(user_id: str) -> Receipt:
 def test_a_secret_that_can_be_guessed_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "jwt.key").write_text("secret")
+    (tmp_path / "data" / "jwt.key").chmod(0o600)
     started = Control(tmp_path)
     assert started.process.wait(WAIT_S) == 1
     assert not started.was_ready
