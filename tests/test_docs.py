@@ -36,12 +36,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def commands(group: click.Group, prefix: str = "") -> list[str]:
-    """Return the full names of all commands."""
-    found = []
+def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    """Return all commands by their full names."""
+    found = {}
     for name, command in group.commands.items():
         is_group = isinstance(command, click.Group)
-        found += commands(command, f"{prefix}{name} ") if is_group else [prefix + name]
+        found |= commands(command, f"{prefix}{name} ") if is_group else {prefix + name: command}
     return found
 
 
@@ -79,6 +79,13 @@ def test_the_readme_lists_every_error_as_the_table_has_it() -> None:
 def test_the_readme_names_every_command() -> None:
     for command in commands(cli):
         assert re.search(rf"`[^`]*\b{command}\b[^`]*`", README), command
+
+
+@pytest.mark.parametrize("command", [pytest.param(each, id=name) for name, each in commands(cli).items()])
+def test_the_readme_names_every_option(command: click.Command) -> None:
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert any(re.search(rf"[ `]{each}[ `]", README) for each in option.opts), option.opts
 
 
 def test_the_readme_names_every_path_of_the_control_plane() -> None:
