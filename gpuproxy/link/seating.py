@@ -45,6 +45,12 @@ class Seating:
         for place in list(self._pools):
             self._settle(place)
 
+    def linked(self, epoch: str) -> None:
+        """Forget what a worker wanted that is linked anew: it asks again once it has told what it holds."""
+        for pool in self._pools.values():
+            pool.line.pop(epoch, None)
+            pool.ahead.pop(epoch, None)
+
     def hold(self, epoch: str, place: SeatPlace, count: int) -> None:
         """Note what a worker holds, whoever gave it; it has heard of nothing yet."""
         pool = self._pools.setdefault(place, _Pool(place[2]))

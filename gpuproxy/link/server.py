@@ -229,6 +229,7 @@ class LinkServer:
         """Let a worker's new link stand for the one it had; hand out seats a while after the first one is linked."""
         for link in self.links - {newest}:
             link.epoch = link.epoch if link.epoch != newest.epoch else ""
+        self.seating.linked(newest.epoch)
         if self.seating_after_s:
             asyncio.get_running_loop().call_later(self.seating_after_s, self.seating.open)
             self.seating_after_s = 0.0

@@ -11,6 +11,7 @@ from gpuproxy.link.messages import (
     Authorized,
     BreakerMove,
     FreeSeats,
+    GiveSeats,
     HoldSeats,
     SeatPlace,
     Seats,
@@ -51,6 +52,22 @@ async def test_a_worker_that_is_linked_anew_is_told_by_its_new_link(site: Site) 
     assert await after.hear() == Seats(PLACE, 2)
     for worker in before:
         await settled(worker)
+
+
+async def test_a_worker_that_is_linked_anew_gets_none_before_it_has_told_what_it_holds(site: Site) -> None:
+    """They would be in its hands, and not in what it is just telling."""
+    site.server.seating.open()
+    worker, other = await site.worker("one"), await site.worker("two")
+    other.say(HoldSeats(PLACE, 2))
+    await settled(other)
+    worker.say(HoldSeats(PLACE, 0), WantSeats(PLACE, 1, is_urgent=True))
+    assert await other.hear() == FreeSeats(PLACE, "always")
+    again = await site.worker("one")
+    other.say(GiveSeats(PLACE, 1))
+    assert await other.hear() == FreeSeats(PLACE, "no more")
+    again.say(HoldSeats(PLACE, 0), WantSeats(PLACE, 1, is_urgent=True))
+    assert await again.hear() == Seats(PLACE, 1)
+    await settled(again)
 
 
 async def test_a_worker_that_is_gone_for_good_leaves_its_seats(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
