@@ -269,10 +269,7 @@ def _postgresql_engine(url: URL, ssl_mode: str) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=BUSY_TIMEOUT_MS / 1_000,
         hide_parameters=True,
-        connect_args={
-            "ssl": ssl_mode,
-            "timeout": BUSY_TIMEOUT_MS / 1_000,
-        },
+        connect_args={"ssl": ssl_mode, "timeout": BUSY_TIMEOUT_MS / 1_000},
     )
     event.listen(engine.sync_engine, "connect", _prepare_postgresql)
     return engine
