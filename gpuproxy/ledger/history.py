@@ -100,5 +100,5 @@ def _day_use(row: Any) -> Use:
 
 def _rental_use(row: Any) -> Use:
     cost_nanousd = row.charged_nanousd + row.written_off_nanousd
-    told = (row.gpu_model, "", row.running_at, row.ended_at, row.running_us, cost_nanousd)
+    told = (row.gpu_model, row.key_id, row.running_at, row.ended_at, row.running_us, cost_nanousd)
     return Use(row.id, "rental", row.provider, row.instance_id, *told)

@@ -4,6 +4,7 @@ import asyncio
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import text
 
 from gpuproxy import config
 from gpuproxy.errors import GatewayError
@@ -13,6 +14,7 @@ from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import IN_FLIGHT_S, rent, reserve_all, wait_until_running
 from gpuproxy.fleet.rentals import Rental, find, in_states, of_group
 from gpuproxy.ledger.book import NANOUSD, balance
+from gpuproxy.ledger.history import use_pages
 from gpuproxy.ledger.verify import verify
 from gpuproxy.plugin import InstanceSpec, Offer, OfferQuery, ProviderInstance, RateLimited
 
@@ -36,6 +38,17 @@ async def test_a_rental_holds_its_first_hour_and_runs(fleet: Fleet, books: Books
     rental = await wait_until_running(fleet, rental, 60)
     assert (rental.state, rental.ip, list(rental.ports)) == ("running", (await market.there())[0].ip, ["8000"])
     assert [instance.tag for instance in await market.there()] == [rental.id]
+
+
+async def test_the_use_of_a_rental_names_its_key(fleet: Fleet, books: Books) -> None:
+    await books.give(10)
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id, key_id="k1"))
+    rental = await wait_until_running(fleet, rental, 60)
+    async with books.store.reading() as connection:
+        shown = (await connection.execute(text("SELECT id, kind, key_id FROM gpu_usage"))).all()
+    assert [tuple(row) for row in shown] == [(rental.id, "rental", "k1")]
+    [[use]] = [page async for page in use_pages(books.store, books.user_id)]
+    assert (use.id, use.key_id) == (rental.id, "k1")
 
 
 async def test_who_has_not_the_first_hour_rents_nothing(fleet: Fleet, books: Books, market: Market) -> None:
