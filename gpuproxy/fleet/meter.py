@@ -126,9 +126,13 @@ def _charge(connection: Connection, rental: Rental, due_nanousd: int) -> tuple[i
 
 
 def owe_traffic(connection: Connection, rental: Rental, amount_nanousd: int) -> Rental:
-    """Owe the provider what it took for a rental's traffic, once it has ended; no customer's account is locked."""
+    """Owe the provider what it took for a rental's traffic, once it has ended; no customer's account is locked.
+
+    Again changes nothing. Raises GatewayError CONFLICT for another amount.
+    """
     key = f"rental_traffic:{rental.id}"
-    post(connection, [Transfer(PROVIDER_COST, payable(rental.provider), amount_nanousd, "rental_cost", key)])
+    if not post(connection, [Transfer(PROVIDER_COST, payable(rental.provider), amount_nanousd, "rental_cost", key)]):
+        return rental
     return change(connection, rental, cost_posted_nanousd=rental.cost_posted_nanousd + amount_nanousd)
 
 

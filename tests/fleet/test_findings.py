@@ -12,6 +12,7 @@ from gpuproxy.access.paging import Page
 from gpuproxy.fleet import care, findings
 from gpuproxy.fleet.charges import DAY, LAG, report
 from gpuproxy.fleet.findings import Finding, acknowledge
+from gpuproxy.fleet.meter import owe_traffic
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import Wish, rent, wait_until_running
 from gpuproxy.fleet.rentals import find
@@ -142,6 +143,8 @@ async def test_traffic_is_booked_as_the_provider_tells_it_and_is_no_difference(
     after = await _now(fleet, id)
     assert after.cost_posted_nanousd == before.cost_posted_nanousd + 2 * NANOUSD
     assert after.charged_nanousd == before.charged_nanousd
+    await books.do(owe_traffic, after, 2 * NANOUSD)  # as a second leader would
+    assert await _now(fleet, id) == after
     assert await verify(books.store) == []
 
 
