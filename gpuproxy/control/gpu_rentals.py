@@ -14,6 +14,7 @@ from gpuproxy.fleet import care, rentals
 from gpuproxy.fleet.parts import failure_of
 from gpuproxy.fleet.rentals import Rental
 from gpuproxy.fleet.states import ENDED
+from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderError
 
 LINES_DEFAULT, LINES_MAX = 100, 5_000
@@ -24,6 +25,8 @@ RENTALS_QUERY = {
     "living": "true: without those that have ended",
 }
 LOGS_QUERY = {"tail": f"how many of the last lines, 1 to {LINES_MAX}; {LINES_DEFAULT} if left out"}
+
+logger = get_logger(__name__)
 
 
 async def list_rentals(request: web.Request) -> web.Response:
@@ -50,6 +53,7 @@ async def show_logs(request: web.Request) -> web.Response:
     try:
         text = await request.app[FLEET].adapter(rental.provider).logs(rental.native_id, tail)
     except ProviderError as error:
+        logger.warning("provider shows no log", contract_id=rental.id, error=str(error))
         raise failure_of(error) from error
     return success(Logs(rental.id, text[-LOG_CHARACTERS_MAX:]))
 

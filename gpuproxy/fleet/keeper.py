@@ -56,6 +56,8 @@ class Keeper:
             began_s = monotonic()
             if await self._leads():
                 await work()
+            else:
+                self._offers.forget_news()
 
         def rest_s() -> float:
             return max(period_s / 10, period_s - (monotonic() - began_s))

@@ -15,9 +15,17 @@ from sqlalchemy import Connection
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.outbox import record
 from gpuproxy.fleet.news import Cheapest, cheapest, news
-from gpuproxy.fleet.parts import DISK_GB, Fleet, native_id, shown_id
+from gpuproxy.fleet.parts import DISK_GB, Fleet, failure_of, fault_told, native_id, shown_id
 from gpuproxy.observe.logs import get_logger
-from gpuproxy.plugin import Offer, OfferQuery, ProviderError, best_offers, is_same_model
+from gpuproxy.plugin import (
+    InvalidAnswer,
+    Offer,
+    OfferQuery,
+    ProviderError,
+    ProviderUnavailable,
+    best_offers,
+    is_same_model,
+)
 from gpuproxy.pricing import with_markup, without_markup
 
 OFFERS_MAX = 2_000  # kept of one provider and kind, the cheapest
@@ -42,12 +50,15 @@ class Shelf:
         self.offers: tuple[Offer, ...] = ()
         self.observed_at: datetime | None = None
         self.tried_at: datetime | None = None
-        self.error = ""
+        self.error: ProviderError | None = None
         self.refreshing: asyncio.Task[None] | None = None
 
 
 class ShelfStatus(Struct):
-    """How a provider's part of a listing is: ``ok``, ``stale`` (its last answer failed) or ``failed`` (none there)."""
+    """How a provider's part of a listing is: ``ok``, ``stale`` (its last answer failed) or ``failed`` (none there).
+
+    `error` tells customers what is wrong; what the provider says itself is for admins, see `Offers.faults`.
+    """
 
     status: str
     count: int = 0
@@ -86,9 +97,9 @@ class Offers:
             for offer in self._fresh(name, is_spot):
                 if offer.id == wanted:
                     return offer
-        failing = next((error for is_spot in (False, True) if (error := self._shelf(name, is_spot).error)), "")
-        if failing:
-            raise GatewayError("PROVIDER_FAILED", failing, retry_after_s=5)
+        for is_spot in (False, True):
+            if (error := self._shelf(name, is_spot).error) is not None:
+                raise failure_of(error)
         raise GatewayError("NOT_FOUND", f"no offer {id[:100]!r} at {name} any more; list them anew")
 
     async def like(self, offer: Offer, most_nanousd_per_hour: int | None, disk_gb: int = DISK_GB) -> tuple[Offer, ...]:
@@ -130,8 +141,12 @@ class Offers:
             await self._tell_news(name)
 
     def faults(self) -> dict[str, str]:
-        """Return what is wrong with each provider, nothing for one that is well or was not asked yet."""
-        return {name: self._shelf(name, False).error for name in self._fleet.providers}
+        """Return what is wrong with each provider by its own words, "" for one that is well or was not asked yet."""
+        return {name: str(self._shelf(name, False).error or "")[:500] for name in self._fleet.providers}
+
+    def forget_news(self) -> None:
+        """Let the next look be the first: what has changed since the last one, another node tells."""
+        self._told.clear()
 
     async def close(self) -> None:
         """End what is being refreshed."""
@@ -155,7 +170,8 @@ class Offers:
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=WAIT_S)
             for task in late:
-                self._shelf(waiting[task], is_spot).error = f"{waiting[task]}: no answer within {WAIT_S:g} s yet"
+                message = f"no answer within {WAIT_S:g} s yet"
+                self._shelf(waiting[task], is_spot).error = ProviderUnavailable(waiting[task], "search", message)
 
     def _refreshed(self, name: str, is_spot: bool) -> "asyncio.Task[None]":
         """Return the running refresh of a shelf, begun if there is none; the last one if it has just failed."""
@@ -174,12 +190,12 @@ class Offers:
         except ProviderError as error:
             if not shelf.error:
                 logger.warning("provider tells no offers", provider=name, error=str(error))
-            shelf.error = str(error)[:500]
+            shelf.error = error
         except Exception as error:  # an adapter's own fault must not leave the shelf without a word
             logger.exception("provider's adapter failed", provider=name)
-            shelf.error = f"{name}: its adapter failed: {type(error).__name__}"
+            shelf.error = InvalidAnswer(name, "search", f"its adapter failed: {type(error).__name__}")
         else:
-            shelf.offers, shelf.observed_at, shelf.error = tuple(found), at, ""
+            shelf.offers, shelf.observed_at, shelf.error = tuple(found), at, None
 
     def _shelf(self, name: str, is_spot: bool) -> Shelf:
         return self._shelves.setdefault((name, is_spot), Shelf())
@@ -202,7 +218,8 @@ class Offers:
     def _status(self, name: str, is_spot: bool) -> ShelfStatus:
         shelf, offers = self._shelf(name, is_spot), self._fresh(name, is_spot)
         status = ("stale" if offers else "failed") if shelf.error else "ok"
-        return ShelfStatus(status, len(offers), shelf.observed_at, shelf.error)
+        error = "" if shelf.error is None else fault_told(shelf.error)
+        return ShelfStatus(status, len(offers), shelf.observed_at, error)
 
     async def _tell_news(self, name: str) -> None:
         """Record for everybody what has changed since the last look; the first one tells nothing."""

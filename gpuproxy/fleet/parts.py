@@ -12,11 +12,15 @@ from gpuproxy.fleet.rentals import prefix_of
 from gpuproxy.ledger.budgets import refused
 from gpuproxy.plugin import (
     CapacityGone,
+    InsufficientFunds,
+    InvalidAnswer,
     NotSupported,
     ProviderAdapter,
     ProviderError,
+    ProviderUnavailable,
     RateLimited,
     SpecRefused,
+    Unauthorized,
 )
 from gpuproxy.pricing import markup_of
 from gpuproxy.store.engine import Store
@@ -95,13 +99,29 @@ def shown_id(adapter: ProviderAdapter, native: str) -> str:
     return f"{adapter.id_prefix}-{native}"
 
 
+def fault_told(error: ProviderError) -> str:
+    """Say which provider fails and how. Its own words may name inner things: they are for admins and the log."""
+    match error:
+        case ProviderUnavailable():
+            how = "is not available at the moment"
+        case RateLimited():
+            how = "takes no more calls at the moment"
+        case InvalidAnswer():
+            how = "gives an answer that cannot be understood"
+        case Unauthorized() | InsufficientFunds():
+            how = "does not serve this gateway; its operator has to see to that"
+        case _:
+            how = "has failed"
+    return f"{error.provider} {how}"
+
+
 def failure_of(error: ProviderError) -> GatewayError:
-    """Return what a caller is told when a provider fails."""
-    message = str(error)[:500]
+    """Return what a caller is told when a provider fails: in its words only if they are about what was asked for."""
     if isinstance(error, CapacityGone):
-        return GatewayError("CAPACITY_GONE", message)
+        return GatewayError("CAPACITY_GONE", str(error)[:500])
     if isinstance(error, SpecRefused | NotSupported):
-        return GatewayError("UNPROCESSABLE", message)
+        return GatewayError("UNPROCESSABLE", str(error)[:500])
+    message = fault_told(error)
     if isinstance(error, RateLimited):
         return GatewayError("PROVIDER_FAILED", message, retry_after_s=max(1, round(error.retry_after_s or RETRY_S)))
     return GatewayError("PROVIDER_FAILED", message, retry_after_s=RETRY_S if error.is_retryable else None)

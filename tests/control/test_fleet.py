@@ -9,6 +9,7 @@ import pytest
 from gpuproxy_plugins.simulated import Simulated
 
 from gpuproxy.control.parts import OFFERS
+from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.ledger.book import credit
@@ -278,7 +279,8 @@ async def test_a_provider_that_limits_calls_says_when_to_come_back(api: Api, per
     path = f"{GPU}/instances/simulated/{id}"
     async with api.client.post(path, json={"image": "x"}, headers=person.by_key) as answer:
         assert (answer.status, answer.headers["Retry-After"]) == (502, "3600")
-        assert (await answer.json())["code"] == "PROVIDER_FAILED"
+        told = await answer.json()
+        assert (told["code"], told["error"]) == ("PROVIDER_FAILED", "simulated takes no more calls at the moment")
 
 
 async def test_a_reservation_gets_so_many(api: Api, person: Person) -> None:
@@ -322,13 +324,17 @@ class Slow(Simulated):
 
     async def offers(self, query: OfferQuery) -> list[Offer]:  # type: ignore[override]
         await asyncio.sleep(self._answers_s)
-        raise ProviderUnavailable("slow", "search", "does not answer")
+        raise ProviderUnavailable("slow", "search", "no connection to https://inner:8443")
 
 
 async def test_a_provider_that_fails_is_told_and_the_others_are_listed(api: Api) -> None:
     quick = Simulated(ProviderSettings())
     fleet = Fleet(api.store, {"simulated": quick, "slow": Slow(0.05)}, api.fleet.settings)
-    found, providers = await Offers(fleet).find(["simulated", "slow"], OfferQuery(), "price")
+    shelves = Offers(fleet)
+    found, providers = await shelves.find(["simulated", "slow"], OfferQuery(), "price")
     assert found
     assert (providers["simulated"].status, providers["slow"].status) == ("ok", "failed")
-    assert providers["slow"].error == "slow: does not answer"
+    assert providers["slow"].error == "slow is not available at the moment"
+    assert shelves.faults() == {"simulated": "", "slow": "slow: no connection to https://inner:8443"}
+    with pytest.raises(GatewayError, match="slow is not available at the moment"):
+        await shelves.get("slow", "1")

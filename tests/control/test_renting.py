@@ -244,7 +244,8 @@ async def test_a_provider_that_does_not_answer_holds_up_one_listing_and_no_more(
     slow = Slow()
     offers = Offers(Fleet(api.store, {"simulated": slow}, api.fleet.settings))
     _, told = await offers.find(["simulated"], OfferQuery(), "price")
-    assert told["simulated"].error == "simulated: no answer within 0.05 s yet"
+    assert told["simulated"].error == "simulated is not available at the moment"
+    assert offers.faults() == {"simulated": "simulated: no answer within 0.05 s yet"}
     monkeypatch.setattr(fleet_offers, "WAIT_S", 3_600)
     async with asyncio.timeout(10):
         _, told = await offers.find(["simulated"], OfferQuery(), "price")

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from gpuproxy import config
 from gpuproxy.fleet.keeper import Keeper
@@ -13,9 +14,9 @@ from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import rent
 from gpuproxy.fleet.rentals import in_states
-from gpuproxy.plugin import ProviderInstance
+from gpuproxy.plugin import Offer, OfferQuery, ProviderInstance
 
-from .conftest import Books, Clock, wish_for
+from .conftest import Books, Clock, names, wish_for
 from .market import Market
 
 QUICK = config.Fleet(reconcile_s=0.01, poll_s=0.01, offers_s=0.01)
@@ -66,6 +67,32 @@ async def test_only_the_node_that_leads_looks_after_rentals(fleet: Fleet, market
         assert market.asked == []
         node.is_leader = True
         await until(lambda: {"list", "offers"} <= set(market.asked))
+
+
+async def test_who_leads_again_tells_nothing_of_what_another_has_told(fleet: Fleet, market: Market) -> None:
+    node, keep, factor = Node(fleet), market.offers, 1
+
+    async def offers(query: OfferQuery) -> list[Offer]:
+        found = await keep(query)
+        return [structs.replace(each, price_nanousd_per_hour=factor * each.price_nanousd_per_hour) for each in found]
+
+    async def looked() -> None:
+        asked_count = market.asked.count("offers")
+        await until(lambda: market.asked.count("offers") > asked_count + 2)
+
+    market.offers = offers  # type: ignore[method-assign]
+    node.is_leader = True
+    async with node.running():
+        await looked()
+        node.is_leader, passed_count = False, node.asked_count
+        await until(lambda: node.asked_count > passed_count + 20)
+        factor = 2
+        node.is_leader = True
+        await looked()
+        assert "gpu.price_changed" not in await names(fleet)
+        factor = 3
+        await looked()
+        assert "gpu.price_changed" in await names(fleet)
 
 
 async def test_a_rental_is_brought_to_run_without_anybody_asking(fleet: Fleet, books: Books, clock: Clock) -> None:

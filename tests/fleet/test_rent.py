@@ -193,7 +193,7 @@ async def test_who_must_wait_for_a_turn_at_the_provider_waits(
     assert {each.state for each in rented} == {"provisioning"}
     turns[0] = clock.now + timedelta(days=1)
     before = clock.now
-    with pytest.raises(GatewayError, match="spaced"):
+    with pytest.raises(GatewayError, match="takes no more calls"):
         await rent(fleet, await wish_for(fleet, books.user_id))
     assert clock.now == before
 
