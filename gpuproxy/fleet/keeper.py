@@ -36,17 +36,23 @@ class Keeper:
             return
         settings = self._fleet.settings
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._every(settings.reconcile_s, self._reconciler.cycle, stopping))
-            group.create_task(self._every(settings.reconcile_s / 2, self._reconciler.check_money, stopping))
-            group.create_task(self._every(settings.poll_s, self._reconciler.tend, stopping))
-            group.create_task(self._every(settings.offers_s, self._offers.refresh_all, stopping))
-            group.create_task(self._every(HOUR_S, self._compare, stopping, HOUR_S / 60))
+            group.create_task(self._every(settings.reconcile_s, stopping, self._reconciler.cycle))
+            group.create_task(self._every(settings.reconcile_s / 2, stopping, self._reconciler.check_money))
+            for name in self._fleet.providers:  # each by itself: one that does not answer takes its time with each call
+                group.create_task(self._every(settings.poll_s, stopping, self._reconciler.tend, name))
+            group.create_task(self._every(settings.offers_s, stopping, self._offers.refresh_all))
+            group.create_task(self._every(HOUR_S, stopping, self._compare, first_s=HOUR_S / 60))
 
     async def _compare(self) -> None:
         await charges.report(self._fleet)
 
     async def _every(
-        self, period_s: float, work: Callable[[], Awaitable[None]], stopping: asyncio.Event, first_s: float = 0.0
+        self,
+        period_s: float,
+        stopping: asyncio.Event,
+        work: Callable[..., Awaitable[None]],
+        *words: str,
+        first_s: float = 0.0,
     ) -> None:
         """Begin the work once in a period; what takes longer rests for a tenth of it."""
         began_s = 0.0
@@ -55,7 +61,7 @@ class Keeper:
             nonlocal began_s
             began_s = monotonic()
             if await self._leads():
-                await work()
+                await work(*words)
             else:
                 self._offers.forget_news()
 

@@ -58,13 +58,13 @@ class Reconciler:
         for rental in await self._fleet.read(money.in_need, now):
             await self._fleet.write(money.check, rental.id, now, self._fleet.settings.reconcile_s)
 
-    async def tend(self) -> None:
-        """Do the next step of everything that is under way."""
+    async def tend(self, *names: str) -> None:
+        """Do the next step of everything that is under way at these providers; at all, if none is named."""
         rows = await self._fleet.read(in_states, UNDER_WAY)
         now = self._fleet.now()
         due = [row for row in rows if row.native_id or now - row.created_at >= timedelta(seconds=IN_FLIGHT_S)]
-        by_provider = {name: [row for row in due if row.provider == name] for name in self._fleet.providers}
-        await asyncio.gather(*(self._advance_all(each) for each in by_provider.values()))
+        works = [[row for row in due if row.provider == name] for name in names or self._fleet.providers]
+        await asyncio.gather(*(self._advance_all(each) for each in works))
 
     async def _advance_all(self, rows: Iterable[Rental]) -> None:
         for rental in rows:

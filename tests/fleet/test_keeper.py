@@ -16,7 +16,7 @@ from gpuproxy.fleet.rent import rent
 from gpuproxy.fleet.rentals import in_states
 from gpuproxy.plugin import Offer, OfferQuery, ProviderInstance
 
-from .conftest import Books, Clock, names, wish_for
+from .conftest import Books, Clock, names, now, wish_for
 from .market import Market
 
 QUICK = config.Fleet(reconcile_s=0.01, poll_s=0.01, offers_s=0.01)
@@ -104,6 +104,41 @@ async def test_a_rental_is_brought_to_run_without_anybody_asking(fleet: Fleet, b
     async with node.running(), asyncio.timeout(10):
         while [each.state for each in await fleet.read(in_states)] != ["running"]:
             await asyncio.sleep(0.01)
+
+
+class Hanging(Market):
+    """A market that does not say how a machine is."""
+
+    name = "hanging"
+
+    async def get(self, id: str) -> ProviderInstance | None:
+        self.asked.append("get")
+        await asyncio.Event().wait()
+        return None
+
+
+async def test_a_provider_that_does_not_answer_holds_up_no_rental_of_another(
+    fleet: Fleet, books: Books, market: Market, clock: Clock
+) -> None:
+    hanging = Hanging(clock)
+    fleet.providers = {"hanging": hanging, "simulated": market}
+    await books.give(100)
+    wish = await wish_for(fleet, books.user_id)
+    await books.rental(provider="hanging", native_id="1", state="provisioning")
+    node = Node(fleet)
+    node.is_leader = True
+    working = asyncio.create_task(node.keeper.run(asyncio.Event()))
+    try:
+        await until(lambda: "get" in hanging.asked)
+        rental, _ = await rent(fleet, wish)
+        clock.advance(20)
+        async with asyncio.timeout(10):
+            while (await now(fleet, rental)).state != "running":
+                await asyncio.sleep(0.01)
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        await node.offers.close()
 
 
 async def test_a_fault_of_an_adapter_ends_nothing(fleet: Fleet, market: Market) -> None:
