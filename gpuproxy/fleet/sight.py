@@ -79,10 +79,10 @@ def see(connection: Connection, rental_id: str, instance: ProviderInstance, at: 
             return prove(connection, rental, at, last_seen)
         case "stopping", "stopped":
             return move(connection, rental, "stopped", at)
-        case "stopped", "running" if rental.reason == INTERRUPTED:
+        case "stopped", "running" if rental.reason == INTERRUPTED and instance.is_reachable:
             rental = move(connection, rental, "provisioning", at, reason="")
             return move(connection, rental, "running", at)
-        case "stopped", "running":
+        case "stopped", "running" if rental.reason != INTERRUPTED:
             logger.warning("a stopped instance runs, is stopped again", contract_id=rental.id)
             return move(connection, rental, "stopping", at)
         case "running", "running" if instance.is_reachable:
@@ -90,7 +90,7 @@ def see(connection: Connection, rental_id: str, instance: ProviderInstance, at: 
         case "running", "pending":
             return prove(connection, move(connection, rental, "provisioning", at, reason=BOOTS_AGAIN), at, last_seen)
         case "running", _:
-            return _unseen(connection, rental, at)
+            return _unseen(connection, rental, at, last_seen)
         case "provisioning", _ if is_overdue(rental, at, provision_s):
             return overdue(connection, rental, at, provision_s)
     return prove(connection, rental, at, last_seen) if instance.is_reachable else rental
@@ -110,9 +110,13 @@ def _proven(connection: Connection, rental: Rental, at: datetime, last_seen: dat
     return rental
 
 
-def _unseen(connection: Connection, rental: Rental, at: datetime) -> Rental:
-    """Pass over one that its provider has lost sight of: there is no proof that it runs. Tell when that lasts."""
-    if rental.reason == UNSEEN or at - rental.metered_at < timedelta(seconds=UNSEEN_S):
+def _unseen(connection: Connection, rental: Rental, at: datetime, last_seen: datetime) -> Rental:
+    """Pass over one that its provider has lost sight of: there is no proof that it runs. Tell when that lasts.
+
+    Where proofs are far apart one missed heartbeat would seem to last: it has to be out of sight twice in turn.
+    """
+    is_first = last_seen <= rental.metered_at
+    if rental.reason == UNSEEN or is_first or at - rental.metered_at < timedelta(seconds=UNSEEN_S):
         return rental
     rental = change(connection, rental, reason=UNSEEN)
     tell(connection, "instance.unreachable", rental)

@@ -182,6 +182,30 @@ async def test_one_that_is_out_of_sight_says_so_and_is_told_once(
     assert (await names(fleet))[-2:] == ["instance.unreachable", "instance.running"]
 
 
+async def test_one_look_that_does_not_see_it_tells_nothing_however_late_it_comes(
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, market: Market
+) -> None:
+    await pass_by(reconciler, clock, 60)
+    market.shown[running.native_id] = "lost"
+    await pass_by(reconciler, clock, 2 * UNSEEN_S, 2 * UNSEEN_S)
+    market.shown.clear()
+    await pass_by(reconciler, clock, 60)
+    assert "instance.unreachable" not in await names(fleet)
+
+
+async def test_an_interrupted_machine_does_not_run_again_while_it_is_out_of_sight(
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, market: Market
+) -> None:
+    market.shown[running.native_id] = "stopped"
+    await pass_by(reconciler, clock, 60)
+    market.shown[running.native_id] = "lost"
+    await pass_by(reconciler, clock, 120)
+    assert (await now(fleet, running)).state == "stopped"
+    market.shown.clear()
+    await pass_by(reconciler, clock, 60)
+    assert (await now(fleet, running)).state == "running"
+
+
 async def test_a_stopped_machine_that_is_out_of_sight_costs_nothing(
     fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, market: Market
 ) -> None:
