@@ -13,9 +13,14 @@ def seconds_asked(text: str, now_s: float) -> int | None:
     text = text.strip()
     if text.isascii() and text.isdigit():
         return int(text[:10])
+    until_s = unix_time(text)
+    return None if until_s is None else max(0, math.ceil(until_s - now_s))
+
+
+def unix_time(date: str) -> float | None:
+    """Return an HTTP date in seconds since 1970, None if it is none."""
     try:
-        when = parsedate_to_datetime(text)
-        until_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        when = parsedate_to_datetime(date)
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return None
-    return max(0, math.ceil(until_s - now_s))

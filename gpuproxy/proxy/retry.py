@@ -7,9 +7,8 @@ answer passes as it is. A budget holds the extra load below a part of the calls.
 """
 
 import time
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 
+from gpuproxy.codec.retry_after import seconds_asked, unix_time
 from gpuproxy.proxy.heads import AnswerHead
 
 RESERVE = 10  # repetitions a model may have at once, earned before they are needed
@@ -41,26 +40,12 @@ class Budget:
 
 
 def wait_told(head: AnswerHead) -> int:
-    """Return the seconds that an answer's Retry-After asks for, 0 if it asks for none (RFC 9110 §10.2.3)."""
-    if head.status in WAITING_STATUSES:
-        for name, value in head.fields:
-            if len(name) == 11 and name.lower() == b"retry-after":
-                return min(int(value[:9]), WAIT_MAX_S) if value.isdigit() else _until(value, head)
-    return 0
+    """Return the seconds that an answer's Retry-After asks for, 0 if it asks for none.
 
-
-def _until(date: bytes, head: AnswerHead) -> int:
-    """Return the seconds until a date: from the answer's own Date, for its clock need not be ours; 0 for no date."""
-    until_s = _seconds(date)
-    told = [_seconds(value) for name, value in head.fields if len(name) == 4 and name.lower() == b"date"]
-    now_s = (told and told[0]) or int(time.time())
-    return min(max(0, until_s - now_s), WAIT_MAX_S)
-
-
-def _seconds(date: bytes) -> int:
-    """Return an HTTP date in seconds since 1970, 0 if it is none."""
-    try:
-        when = parsedate_to_datetime(date.decode("ascii"))
-        return int((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp())
-    except (ValueError, OverflowError):
+    A date is compared with the answer's own Date, for its clock need not be ours.
+    """
+    if head.status not in WAITING_STATUSES:
         return 0
+    told = {name.lower(): value.decode("latin-1") for name, value in head.fields if len(name) in (4, 11)}
+    now_s = unix_time(told.get(b"date", "")) or time.time()
+    return min(seconds_asked(told.get(b"retry-after", ""), now_s) or 0, WAIT_MAX_S)
