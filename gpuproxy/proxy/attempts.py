@@ -73,6 +73,8 @@ class Attempts(Tunnelled):
             self._forward(endpoint)
         except GatewayError as error:
             self.refuse(error)
+        except Exception:  # a plugin's: whose end has made room, or who tells of it, must not fail by it
+            self._fail()
 
     def move_to(self, destination: "Destination | None") -> None:
         """The configuration has changed while this call waits: it waits there from now on."""

@@ -123,5 +123,5 @@ class Endpoint:
     def whole(self) -> "Endpoint":
         """Return the same endpoint for paths that are not below its base path."""
         copy = self.at_root(None)
-        copy.upstream, copy.destination = self.upstream, self.destination
+        copy.destination = self.destination
         return copy

@@ -23,6 +23,7 @@ from .conftest import Serve
 from .harness import ENVELOPE, KEY, PREFIX, Gateway, request, until
 from .test_credit import Bank
 from .test_tunnels import SWITCH, UPGRADE
+from .wire import Listener
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/x-words\r\nContent-Length: 13\r\n\r\none two three"
 
@@ -71,6 +72,18 @@ class Words:
 
 
 _: type[ProtocolHandler] = Words
+
+
+class Renaming(Words):
+    """Fails to rename what it is told to."""
+
+    def inspect(self, call: Call) -> Intent:
+        return Intent(model="m1")
+
+    def rename(self, call: Call, path: bytes, body: bytes | None, model: str) -> tuple[bytes, bytes | None]:
+        if body == b"fail":
+            raise ZeroDivisionError
+        return path, body
 
 
 class Miscounting(Words):
@@ -180,6 +193,31 @@ async def test_what_it_tells_that_cannot_be_harms_no_other_call(serve: Serve, to
     assert (receipt.outcome, receipt.output_tokens, receipt.usage_source) == ("ok", -1, "none")
     gateway.plane.credit.close()
     await until(lambda: bank.rest == 10**9, "what was reserved")
+
+
+async def test_a_fault_in_it_in_a_call_that_waited_ends_that_call_alone(serve: Serve) -> None:
+    registry = load_plugins(("https", "mcp", "openinference"))
+    registry.run("words", lambda registry: registry.protocol(Renaming()))
+    upstream = Listener()
+    gateway = await serve(
+        registry,
+        upstreams=[{"name": "a", "protocol": "words", "urls": [upstream.url]}],
+        models=[{"name": "m1", "targets": [{"upstream": "a", "as": "m2", "concurrency_max": 1}]}],
+        server={"workers": 1},
+    )
+    gateway.may_fail = True
+    first = await gateway.ask(request(b"POST " + PREFIX + b"/words/x", body=b"a"))
+    wire = await upstream.accept()
+    await wire.read_head()
+    second = await gateway.ask(request(b"POST " + PREFIX + b"/words/x", body=b"fail", id=b"t2"))
+    place = gateway.plane.router.models["m1"]
+    await until(lambda: len(place.waiting) == 1, "the call to wait")
+    await wire.send(ANSWER)
+    assert (await first.answer()).body == b"one two three"
+    answer = await second.answer()
+    assert (answer.status, answer.json()) == (500, {"oops": "INTERNAL"})
+    assert [(each.request_id, each.outcome) for each in gateway.receipts()] == [("t2", "refused"), ("t1", "ok")]
+    upstream.close()
 
 
 async def test_a_fault_before_a_tunnel_leaves_nothing_open(serve: Serve) -> None:
