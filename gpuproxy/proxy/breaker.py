@@ -180,7 +180,7 @@ class Replica:
 
     def rest(self, endpoint: "Endpoint", wait_s: float) -> None:
         """Leave this endpoint alone, but not others here: it said 429."""
-        if endpoint in self.endpoints:
+        if endpoint in self.endpoints and endpoint not in self.resting:  # else each limited call would be told
             registry = self._registry
             wait_s = min(wait_s, registry.config.open_max_s)
             registry.resting.add(endpoint, registry.now_s + wait_s)

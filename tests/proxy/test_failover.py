@@ -424,6 +424,28 @@ async def test_a_limit_of_requests_is_one_of_the_model_and_not_of_the_server(ser
     assert all(endpoint.is_listed for endpoint in gateway.plane.router.models["another"].endpoints)
 
 
+async def test_a_limit_that_many_calls_meet_is_told_once(serve: Serve, pair: Pair) -> None:
+    """The only endpoint is never given up: each of its calls may be limited."""
+    tree = blocks(pair)
+    tree["models"] = [{"name": "two", "targets": [{"upstream": "a"}]}]
+    gateway = await serve(**tree)
+    told_others: list[BreakerMove] = []
+    gateway.plane.replicas.tell = told_others.append
+    client = await ask(gateway)
+    limited = await take(pair[0])
+    for number in range(3):
+        await limited.send(LIMITED)
+        assert (await client.answer()).status == 429
+        await client.send(request(b"POST " + CHAT, body=BODY, id=b"n%d" % number))
+        await limited.read_head()
+        await limited.expect(BODY)
+    assert [move.what for move in told_others] == ["resting"]
+    gateway.passes(7)
+    await limited.send(LIMITED)
+    assert (await client.answer()).status == 429
+    assert [move.what for move in told_others] == ["resting"] * 2
+
+
 async def test_retry_after_is_obeyed_towards_the_one_that_said_it(serve: Serve, pair: Pair) -> None:
     gateway = await serve(**blocks(pair))
     client = await ask(gateway)
