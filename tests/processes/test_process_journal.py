@@ -1,4 +1,4 @@
-"""A journal at its bound: no call is taken, nothing is lost, and it heals by itself."""
+"""A journal at its bound, or not on disk: no call is taken, nothing is lost, and it heals by itself."""
 
 import asyncio
 import signal
@@ -44,6 +44,28 @@ async def test_a_full_journal_refuses_calls_until_control_is_back(
     assert sorted(told) == sorted(served)
     assert "journal full" in here.log.read_text()
     assert "journal takes receipts again" in here.log.read_text()
+
+
+async def test_after_a_failed_sync_calls_are_refused_until_all_is_stored(
+    place: MakePlace, new_caller: MakeCaller
+) -> None:
+    here = place(server={"workers": 1})
+    with running(here) as gateway:
+        caller = new_caller(gateway)
+        answers = [await caller.post()]
+        control = gateway.control()
+        kill(control, signal.SIGSTOP)
+        try:
+            for segment in here.journal.glob("*.log"):
+                segment.chmod(0o400)  # so control tells
+            assert (await until_status(caller, 503, answers)).code == "JOURNAL_FULL"
+        finally:
+            kill(control, signal.SIGCONT)
+        await until_status(caller, 200, answers)
+        served = {answer.request_id for answer in answers if answer.status == 200}
+        await until(lambda: served <= stored(here), 5, "every call that was served is stored")
+        assert gateway.stop() == 0
+    assert "journal is not on disk" in here.log.read_text()
 
 
 def stored(here: Any) -> set[str]:
