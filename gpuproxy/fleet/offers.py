@@ -227,12 +227,11 @@ class Offers:
         if shelf.error or shelf.observed_at is None:
             return
         now = cheapest(shelf.offers)
-        before, self._told[name] = self._told.get(name), now
-        found = (
-            [] if before is None else [(event, self._facts(event, offer, before)) for event, offer in news(before, now)]
-        )
+        before = self._told.get(name, now)
+        found = [(event, self._facts(event, offer, before)) for event, offer in news(before, now)]
         if found:
             await self._fleet.write(_record_news, found)
+        self._told[name] = now  # what could not be stored is told at the next look
 
     def _facts(self, event: str, offer: Offer, before: Cheapest) -> dict[str, object]:
         if event != "gpu.price_changed":

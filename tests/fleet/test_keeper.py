@@ -69,28 +69,60 @@ async def test_only_the_node_that_leads_looks_after_rentals(fleet: Fleet, market
         await until(lambda: {"list", "offers"} <= set(market.asked))
 
 
-async def test_who_leads_again_tells_nothing_of_what_another_has_told(fleet: Fleet, market: Market) -> None:
-    node, keep, factor = Node(fleet), market.offers, 1
+class Dear(Market):
+    """A market whose prices are so many times as high."""
 
-    async def offers(query: OfferQuery) -> list[Offer]:
-        found = await keep(query)
-        return [structs.replace(each, price_nanousd_per_hour=factor * each.price_nanousd_per_hour) for each in found]
+    factor = 1
+
+    async def offers(self, query: OfferQuery) -> list[Offer]:
+        found = await super().offers(query)
+        return [
+            structs.replace(each, price_nanousd_per_hour=self.factor * each.price_nanousd_per_hour) for each in found
+        ]
+
+
+async def test_news_that_cannot_be_stored_are_told_at_the_next_look(
+    fleet: Fleet, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dear = Dear(clock)
+    fleet.providers = {"simulated": dear}
+    offers = Offers(fleet)
+    await offers.refresh_all()
+    dear.factor = 2
+
+    async def away(*_: object) -> None:
+        raise OSError("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet, "write", away)
+        with pytest.raises(OSError, match="away"):
+            await offers.refresh_all()
+    assert "gpu.price_changed" not in await names(fleet)
+    await offers.refresh_all()
+    told = (await names(fleet)).count("gpu.price_changed")
+    await offers.refresh_all()
+    assert told == (await names(fleet)).count("gpu.price_changed") > 0
+
+
+async def test_who_leads_again_tells_nothing_of_what_another_has_told(fleet: Fleet, clock: Clock) -> None:
+    market = Dear(clock)
+    fleet.providers = {"simulated": market}
+    node = Node(fleet)
 
     async def looked() -> None:
         asked_count = market.asked.count("offers")
         await until(lambda: market.asked.count("offers") > asked_count + 2)
 
-    market.offers = offers  # type: ignore[method-assign]
     node.is_leader = True
     async with node.running():
         await looked()
         node.is_leader, passed_count = False, node.asked_count
         await until(lambda: node.asked_count > passed_count + 20)
-        factor = 2
+        market.factor = 2
         node.is_leader = True
         await looked()
         assert "gpu.price_changed" not in await names(fleet)
-        factor = 3
+        market.factor = 3
         await looked()
         assert "gpu.price_changed" in await names(fleet)
 
