@@ -46,7 +46,7 @@ class Owner(Protocol):
         """Write on: the client has read."""
 
     def leave(self) -> None:
-        """Forget the client, which has left."""
+        """Forget the client, which has left. Again does nothing."""
 
 
 class WebSocket(asyncio.Protocol):
@@ -176,6 +176,8 @@ class WebSocket(asyncio.Protocol):
         if error is not None and not isinstance(error, ConnectionError):
             logger.error("a message at /ws failed", error=f"{type(error).__name__}")
         self._is_busy = False
+        if self._is_lost:
+            self.owner.leave()  # again: the message was at work when the client left
         self._next()
         if not self._is_busy:
             self._read_on()

@@ -19,7 +19,7 @@ from gpuproxy.config import Config, build
 from gpuproxy.control import events as control_events
 from gpuproxy.control.events import watch_once
 from gpuproxy.control.listener import CHANNELS_MAX, MESSAGES_PER_SECOND_MAX
-from gpuproxy.control.parts import KEYRING, LISTENERS, STREAM
+from gpuproxy.control.parts import HUB, KEYRING, LISTENERS, STREAM
 from gpuproxy.events.outbox import record
 from gpuproxy.events.stream import BEGINNING, READ_MAX, Stream
 from gpuproxy.store.schema import events, sessions, tickets
@@ -265,6 +265,26 @@ async def test_an_event_that_is_kept_no_more_is_told_and_the_present_goes_on(api
             assert (await socket.hear())["payload"]["code"] == "NOT_FOUND"
         await happen(api, "payment.failed", ann.id)
         assert (await socket.hear())["type"] == "payment_failed"
+
+
+async def test_who_leaves_while_its_message_is_at_work_is_forgotten(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    ann, asked, answers = await api.person(), asyncio.Event(), asyncio.Event()
+
+    async def place_of(*_: object) -> None:
+        asked.set()
+        await answers.wait()
+
+    monkeypatch.setattr(api.client.app[STREAM], "place_of", place_of)
+    async with asyncio.timeout(WAIT_S), connected(api, headers=ann.by_key) as socket:
+        await socket.say(type="subscribe", channels=["gpu_updates"], last_event_id="evt_1")
+        await asked.wait()
+        (listener,) = api.client.app[LISTENERS]
+        listener.socket._transport.abort()
+        await listener.socket.closed()
+        answers.set()
+        while listener.socket._is_busy:
+            await asyncio.sleep(0)
+    assert not api.client.app[HUB]._by_channel
 
 
 async def test_who_reads_too_slowly_is_cut_off_with_1013_and_nobody_waits_for_it(api: Api) -> None:
