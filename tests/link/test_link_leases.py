@@ -2,21 +2,10 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from pathlib import Path
 
-import pytest
 from links import Site, Worker
 
 from gpuproxy.link.messages import HeldCredit, HeldStreams, Hello, Lease, Leased, Recall, Return, Unavailable
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    made = Site(tmp_path / "link.sock")
-    await made.start()
-    yield made
-    await made.stop()
 
 
 class Purse:

@@ -1,8 +1,5 @@
 """Seats and moves of breakers over a real Unix socket: handed out, passed on, and never to a link that is no more."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import pytest
 from links import DIGEST, Site, Worker
 
@@ -20,14 +17,6 @@ from gpuproxy.link.messages import (
 
 PLACE: SeatPlace = ("up", "http://a", 2)
 OPENED = BreakerMove("up", "http://a", "opened", 60.0, 5.0)
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    made = Site(tmp_path / "link.sock")
-    await made.start()
-    yield made
-    await made.stop()
 
 
 async def settled(worker: Worker) -> None:

@@ -1,8 +1,6 @@
 """Control's end of the link, spoken to over a real Unix socket as a worker does."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from links import DIGEST, GRANT, Site
@@ -18,14 +16,6 @@ from gpuproxy.link.messages import (
 from gpuproxy.link.server import PRICES_AT_ONCE, QUESTIONS_MAX, REVOKE_KEYS_MAX, LinkServer
 from gpuproxy.pricing import Price
 from gpuproxy.types import Grant
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    made = Site(tmp_path / "link.sock")
-    await made.start()
-    yield made
-    await made.stop()
 
 
 async def test_a_question_is_answered_with_its_number_and_digest(site: Site) -> None:
