@@ -17,7 +17,8 @@ from zlib import crc32
 import msgspec
 from msgspec import Struct
 
-from gpuproxy.types import Receipt
+from gpuproxy.observe.logs import get_logger
+from gpuproxy.types import Receipt, UsageSource
 
 CHUNK_BYTES = 1 << 20  # about 4,000 receipts
 FRAME_BYTES_MAX = 1 << 26  # a worker writes a frame per turn of its loop; anything near this is damage
@@ -25,9 +26,13 @@ TORN_BYTES_MAX = 1 << 20  # more than this behind the last whole frame is kept f
 
 Row = tuple[Any, ...]
 
+_log = get_logger("gpuproxy.journal")
+
 _HEAD = struct.Struct("<II")
 _decode = msgspec.msgpack.Decoder(list[Receipt]).decode
+_decode_values = msgspec.msgpack.Decoder(list[list[Any]]).decode
 _row: Callable[[Receipt], Row] = msgspec.structs.astuple
+_BLANKS: dict[Any, object] = {str: "", int: -1, bool: False, UsageSource: "none"}
 
 
 class Cut(Struct):
@@ -67,10 +72,34 @@ def _take(found: Cut, payload: memoryview, check: int) -> str:
     if crc32(payload) != check:
         return "checksum does not match"
     try:
-        found.rows += map(_row, _decode(payload))
+        found.rows += map(_row, _readable(payload))
     except msgspec.MsgspecError as error:
         return str(error)
     return ""
+
+
+def _readable(payload: memoryview) -> list[Receipt]:
+    """Decode receipts. What is no text or number where one must be, as a plugin may have given, is left out: it must
+    not keep back what others used. Raises MsgspecError for what is worse.
+    """
+    try:
+        return _decode(payload)
+    except msgspec.ValidationError:
+        return [_mended(values) for values in _decode_values(payload)]
+
+
+def _mended(values: list[Any]) -> Receipt:
+    faults = []
+    for at, (field, value) in enumerate(zip(msgspec.structs.fields(Receipt), values, strict=False)):
+        try:
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError:
+            values[at] = _BLANKS.get(field.type)
+            faults.append(field.name)
+    receipt = msgspec.convert(values, Receipt)
+    if faults:
+        _log.error("plugin gave values of a wrong kind, left out", protocol=receipt.protocol, fields=faults)
+    return receipt
 
 
 def epoch_of(name: str) -> str:

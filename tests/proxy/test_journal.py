@@ -5,6 +5,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec import structs
@@ -12,7 +13,7 @@ from structlog.testing import capture_logs
 
 from gpuproxy import config
 from gpuproxy.ledger.segment import cut
-from gpuproxy.proxy.journal import Journal
+from gpuproxy.proxy.journal import Journal, frame
 from gpuproxy.types import Outcome, Receipt
 
 TINY = config.Journal(segment_bytes=1)  # every write ends a segment
@@ -56,6 +57,21 @@ def test_what_cannot_be_written_of_one_receipt_keeps_no_other_back(directory: Pa
     a, b, c = cut((directory / "000-1-000001.log").read_bytes(), 9).rows
     assert Receipt(*b) == structs.replace(odd, model="", attempts=-1)
     assert (Receipt(*a), Receipt(*c)) == (receipt("a"), receipt("c"))
+
+
+@pytest.mark.parametrize("odd", [5, None, ["m"], 1.5], ids=repr)
+def test_what_cannot_be_read_of_one_receipt_keeps_no_other_back(odd: Any) -> None:
+    wrong = structs.replace(receipt("b"), model=odd, protocol="words", attempts=2.5, usage_source="guess")
+    with capture_logs() as logs:
+        found = cut(frame([receipt("a"), wrong, receipt("c")]), 9)
+    assert not found.damage
+    assert [Receipt(*row) for row in found.rows] == [
+        receipt("a"),
+        structs.replace(wrong, model="", attempts=-1, usage_source="none"),
+        receipt("c"),
+    ]
+    (told,) = logs
+    assert (told["protocol"], told["fields"]) == ("words", ["model", "usage_source", "attempts"])
 
 
 @pytest.mark.parametrize("settings", [TINY, config.Journal(bytes_max=1)], ids=["a segment is full", "the journal is"])
