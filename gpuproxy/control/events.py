@@ -89,7 +89,8 @@ async def watch_once(app: web.Application) -> None:
     session_ids = {holder.session_id for _, holder in holders if holder.session_id}
     keys, sessions = await invalid_credentials(app[STORE], key_ids, session_ids)
     for listener, holder in holders:
-        if holder.key_id in keys or holder.session_id in sessions:
+        is_shown = listener.holder is holder  # or it has shown another meanwhile
+        if is_shown and (holder.key_id in keys or holder.session_id in sessions):
             listener.revoke()
 
 

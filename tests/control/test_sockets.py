@@ -202,6 +202,26 @@ async def test_a_token_whose_time_is_over_ends_the_stream_unless_a_newer_one_cam
         assert await socket.code() == 1008
 
 
+async def test_who_shows_another_credential_while_the_old_one_is_found_revoked_stays(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, keep = await api.person(), control_events.invalid_credentials
+    async with connected(api, headers=ann.by_key) as socket:
+
+        async def invalid_credentials(*words: Any) -> Any:
+            found = await keep(*words)
+            await socket.say(type="auth", token=ann.access_token)
+            assert (await socket.hear())["type"] == "authenticated"
+            return found
+
+        await socket.subscribe("billing_events")
+        await revoke_key(api.store, ann.key_id)
+        monkeypatch.setattr(control_events, "invalid_credentials", invalid_credentials)
+        await watch_once(api.client.app)
+        await happen(api, "payment.completed", ann.id)
+        assert (await socket.hear())["type"] == "payment_completed"
+
+
 async def test_who_comes_back_hears_what_was_missed_once_and_in_order(api: Api) -> None:
     ann, bob = await api.person(), await api.person()
     first = await happen(api, "payment.completed", ann.id, n=0)
