@@ -50,6 +50,7 @@ class Destination:
     """One model or upstream. `only` is the endpoint of those that have no choice to make."""
 
     __slots__ = (
+        "_is_serving",
         "_turn",
         "affinity_header",
         "budget",
@@ -91,6 +92,7 @@ class Destination:
         self.stands_in_for: tuple[Destination, ...] = ()  # whose fallbacks have this one among them
         self.waiting: OrderedDict[Attempts, None] = OrderedDict()
         self._turn = 0
+        self._is_serving = False
         self.levels = tuple(_levels(self.endpoints, terms.strategy, replicas, cost))
         for level in self.levels:
             for endpoint in level.endpoints:
@@ -202,6 +204,15 @@ class Destination:
 
     def serve_waiting(self) -> None:
         """Let those who wait go on, first come first served, as long as there is room."""
+        if self._is_serving or not self.waiting:  # one that failed at once has made room: the loop goes on
+            return
+        self._is_serving = True
+        try:
+            self._serve_in_turn()
+        finally:
+            self._is_serving = False
+
+    def _serve_in_turn(self) -> None:
         while self.waiting:
             exchange = next(iter(self.waiting))
             endpoint = self.only or exchange.choose_from(self)

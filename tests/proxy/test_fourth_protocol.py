@@ -220,6 +220,31 @@ async def test_a_fault_in_it_in_a_call_that_waited_ends_that_call_alone(serve: S
     upstream.close()
 
 
+async def test_many_that_waited_and_fail_at_once_are_each_answered(serve: Serve) -> None:
+    """Each makes room for the next when it has failed: not within one another, for there may be thousands."""
+    registry = load_plugins(("https", "mcp", "openinference"))
+    registry.run("words", lambda registry: registry.protocol(Renaming()))
+    upstream = Listener()
+    gateway = await serve(
+        registry,
+        upstreams=[{"name": "a", "protocol": "words", "urls": [upstream.url]}],
+        models=[{"name": "m1", "targets": [{"upstream": "a", "as": "m2", "concurrency_max": 1}]}],
+        server={"workers": 1},
+    )
+    gateway.may_fail = True
+    first = await gateway.ask(request(b"POST " + PREFIX + b"/words/x", body=b"a"))
+    wire = await upstream.accept()
+    await wire.read_head()
+    call = PREFIX + b"/words/x"
+    others = [await gateway.ask(request(b"POST " + call, body=b"fail", id=b"n%d" % number)) for number in range(150)]
+    place = gateway.plane.router.models["m1"]
+    await until(lambda: len(place.waiting) == len(others), "the calls to wait")
+    await wire.send(ANSWER)
+    assert (await first.answer()).status == 200
+    assert {(await other.answer()).status for other in others} == {500}
+    upstream.close()
+
+
 async def test_a_fault_before_a_tunnel_leaves_nothing_open(serve: Serve) -> None:
     gateway = await _serve(serve, Unreadable())
     client = await gateway.ask(request(b"GET " + PREFIX + b"/upstreams/raw/x", *UPGRADE))
