@@ -7,6 +7,7 @@ and nothing else of gpuproxy. A wrong one stops the start with its name and the 
 
 from gpuproxy.codec import mcp as mcp_codec
 from gpuproxy.codec.events import EventCutter, with_data
+from gpuproxy.codec.paths import has_dot_segments
 from gpuproxy.codec.seal import Seal
 from gpuproxy.codec.sse import EVENT_BYTES_MAX, TAIL_BYTES, EventFilter, event_payloads
 from gpuproxy.codec.tools import may_use
@@ -137,6 +138,7 @@ __all__ = [
     "build_providers",
     "check_plugins",
     "event_payloads",
+    "has_dot_segments",
     "is_fitting",
     "is_same_model",
     "load_plugins",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from gpuproxy.codec.paths import has_dot_segments
 from gpuproxy.config import Config
 from gpuproxy.errors import GatewayError
 from gpuproxy.plugin import PROXY_PREFIX, Intent, ModelOffer, Pin, ProtocolHandler, Registry
@@ -227,9 +228,7 @@ def _names(known: "Mapping[str, object] | list[str]") -> str:
 
 
 def _refuse_climbing(path: bytes) -> None:
-    # WHATWG's URL, of Node and browsers, reads "\" as "/"; servlet containers end a segment's name at ";"
-    plain = path.partition(b"?")[0].lower().replace(b"\\", b"/").replace(b"%2e", b".").replace(b"%2f", b"/")
-    if any(segment.partition(b";")[0] in (b"..", b".") for segment in plain.split(b"/")):
+    if has_dot_segments(path):
         raise GatewayError("BAD_REQUEST", "the path has dot segments; this upstream serves only what is below its URL")
 
 
@@ -241,7 +240,7 @@ def joined_path(base_path: bytes, path: bytes) -> bytes:
     """
     if not base_path:
         return path if path.startswith(b"/") else b"/" + path
-    if b"/." in path or b"%2" in path or b"\\" in path:
+    if b"/." in path or b"%" in path or b"\\" in path:
         _refuse_climbing(path)
     if base_path.endswith(b"/v1") and path.startswith((b"/v1/", b"/v1?")):
         path = path[3:]

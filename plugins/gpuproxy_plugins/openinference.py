@@ -170,7 +170,7 @@ def _kind_of(content_type: bytes) -> int:
 @lru_cache(_PATHS_MAX)
 def _checked(path: bytes) -> bool:
     """Tell whether what is posted there names its model in the body. Raises BAD_REQUEST for dot segments."""
-    if path.find(b"/.") >= 0 or path.find(b"%") >= 0:
+    if path.find(b"/.") >= 0 or path.find(b"%") >= 0 or path.find(b"\\") >= 0:
         refuse_dot_segments(path)
     return path.startswith(b"/v1/")
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 from msgspec import Raw, Struct
 
-from gpuproxy.plugin import Call, GatewayError, Intent
+from gpuproxy.plugin import Call, GatewayError, Intent, has_dot_segments
 from gpuproxy_plugins.multipart import form_fields, is_form
 from gpuproxy_plugins.openinference_media import FORM_TOKENS_MAX, LONG_BODY_BYTES, input_tokens_max
 from gpuproxy_plugins.openinference_realtime import is_socket, model_of_query
@@ -189,13 +189,12 @@ def _model(name: bytes) -> str:
 
 
 def refuse_dot_segments(path: bytes) -> None:
-    """Raise BAD_REQUEST for ``.`` and ``..`` segments, escaped or not.
+    """Raise BAD_REQUEST for ``.`` and ``..`` segments, however they are written.
 
     An upstream that resolves them would serve another path, so another model, than the one checked here.
     """
-    for segment in path.partition(b"?")[0].split(b"/"):
-        if unquote_to_bytes(segment) in (b".", b".."):
-            raise GatewayError("BAD_REQUEST", "the path has a dot segment; send the path it stands for")
+    if has_dot_segments(path):
+        raise GatewayError("BAD_REQUEST", "the path has a dot segment; send the path it stands for")
 
 
 def description(call: Call) -> Intent:

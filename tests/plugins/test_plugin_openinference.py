@@ -194,6 +194,10 @@ def test_the_path_names_the_model_or_any_upstream_will_do(method: bytes, path: b
     [
         b"/v2/models/cheap/../dear/infer",
         b"/v2/models/cheap/%2e%2E/dear/infer",
+        b"/v2/models/cheap/..;/dear/infer",
+        b"/v2/models/cheap/..%2fdear/infer",
+        b"/v2/models/cheap/x\\..\\..\\dear/infer",
+        b"/v2/models/cheap/x%5c..%5C..%5cdear/infer",
         b"/v1/./models",
         b"/v2/models//infer",
         b"/v1/realtime?model=a&model=b",

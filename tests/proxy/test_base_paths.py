@@ -39,6 +39,7 @@ def test_a_path_is_put_below_the_base(base_path: bytes, path: bytes, target: byt
         b"/a\\..\\x",
         b"\\..",
         b"/%2e%2e;/x",
+        b"/a%5c..%5Cx",
     ],
 )
 def test_a_path_must_not_climb_out_of_its_base(path: bytes) -> None:
