@@ -37,6 +37,11 @@ def used_by_now(reader: UsageReader | None) -> Usage | None:
 def _checked(usage: Usage) -> Usage:
     """Return it. Raises TypeError and ValueError for what are no counts. About 50 ns."""
     counts = usage.input_tokens | usage.cached_tokens | usage.output_tokens
-    if type(counts) is int and -1 <= counts <= COUNT_MAX:
+    if type(counts) is int and (0 <= counts <= COUNT_MAX or (counts == -1 and _are_counts(usage))):
         return usage
     raise ValueError(f"{usage} has counts that are not whole numbers from -1 to {COUNT_MAX}")
+
+
+def _are_counts(usage: Usage) -> bool:
+    """Tell it of each: combined with one that is not known, -1, all are -1."""
+    return all(-1 <= count <= COUNT_MAX for count in (usage.input_tokens, usage.cached_tokens, usage.output_tokens))

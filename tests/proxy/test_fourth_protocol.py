@@ -106,7 +106,7 @@ class Miscounter(WordCounter):
     def so_far(self) -> Usage:
         if isinstance(self._told, Exception):
             raise self._told
-        return Usage(1, 0, self._told)
+        return Usage(-1, 0, self._told)
 
     def finish(self) -> Usage | None:
         return self.so_far()
