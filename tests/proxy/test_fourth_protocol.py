@@ -83,6 +83,8 @@ class Renaming(Words):
     def rename(self, call: Call, path: bytes, body: bytes | None, model: str) -> tuple[bytes, bytes | None]:
         if body == b"fail":
             raise ZeroDivisionError
+        if body == b"refuse":
+            raise GatewayError("BAD_REQUEST", "no other name for it")
         return path, body
 
 
@@ -231,17 +233,17 @@ async def test_many_that_waited_and_fail_at_once_are_each_answered(serve: Serve)
         models=[{"name": "m1", "targets": [{"upstream": "a", "as": "m2", "concurrency_max": 1}]}],
         server={"workers": 1},
     )
-    gateway.may_fail = True
     first = await gateway.ask(request(b"POST " + PREFIX + b"/words/x", body=b"a"))
     wire = await upstream.accept()
     await wire.read_head()
     call = PREFIX + b"/words/x"
-    others = [await gateway.ask(request(b"POST " + call, body=b"fail", id=b"n%d" % number)) for number in range(150)]
+    refused = [request(b"POST " + call, body=b"refuse", id=b"n%d" % number) for number in range(150)]
+    others = [await gateway.ask(each) for each in refused]
     place = gateway.plane.router.models["m1"]
     await until(lambda: len(place.waiting) == len(others), "the calls to wait")
     await wire.send(ANSWER)
     assert (await first.answer()).status == 200
-    assert {(await other.answer()).status for other in others} == {500}
+    assert {(await other.answer()).status for other in others} == {400}
     upstream.close()
 
 
