@@ -96,10 +96,7 @@ class Sending(Attempts):
         # the lines of the upstream's head that do not change from one call with this head to the next
         head = self.head
         if self._call is not None and self._call.is_envelope:
-            fields = replace_fields(fields, request.headers)
-            if b"Authorization: " in self._endpoint.fixed_fields:  # type: ignore[union-attr]  # chosen
-                fields = [field for field in fields if field[0].lower() != b"authorization"]
-            return b"%bVia: 1.1 gpuproxy\r\n" % join_fields(fields)
+            return b"%bVia: 1.1 gpuproxy\r\n" % join_fields(replace_fields(fields, request.headers))
         if head.connection:
             fields = without_nominated(fields, head.connection)
         if request.headers:
