@@ -8,10 +8,12 @@ and a name that hangs takes one of its threads however often it is asked for.
 import asyncio
 import socket
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from gpuproxy.guard import is_literal
+from gpuproxy.guard import Guard, is_literal
 
+ADDRESSES_MAX = 8  # of one answer that are tried, in order
 THREADS_MAX = 32  # made when needed; a name that hangs holds one for as long as `resolv_options` lets it
 
 
@@ -21,6 +23,29 @@ class Resolver:
     def __init__(self, thread_name: str, threads_max: int = THREADS_MAX) -> None:
         self._threads = ThreadPoolExecutor(threads_max, thread_name_prefix=thread_name)
         self._asked: dict[str, asyncio.Future[list[str]]] = {}  # what threads are at
+
+    async def places(
+        self,
+        host: str,
+        port: int,
+        within_s: float,
+        connect_to: Mapping[str, str],
+        guard: Guard | None,
+        param: str = "target_url",
+    ) -> list[tuple[str, int]]:
+        """Return the addresses and port to connect to, in the order to try: all judged by the guard, if there is one.
+
+        Where the operator's own words (`connect_to`) lead is not judged again. Raises as `resolve`, and GatewayError
+        TARGET_FORBIDDEN that names `param`.
+        """
+        redirected = connect_to.get(f"{host}:{port}")
+        if redirected is not None:
+            host, _, port_text = redirected.rpartition(":")
+            port = int(port_text)
+        found = await self.resolve(host.strip("[]"), within_s)
+        if guard is not None and redirected is None:
+            guard.check(host, found, param)
+        return [(address, port) for address in found[:ADDRESSES_MAX]]
 
     async def resolve(self, host: str, within_s: float) -> list[str]:
         """Return the addresses of a host, each once, in the system's order. An address is its own, at no cost.

@@ -23,7 +23,6 @@ from gpuproxy.guard import Guard, Target, parse_target
 from gpuproxy.resolver import Resolver
 
 RESOLVER_THREADS = 64  # made when needed; more names than one account has webhooks by default
-ADDRESSES_MAX = 8  # of one DNS answer that are tried
 HEAD_BYTES_MAX = 8_190
 READ_BYTES = 4_096  # what is taken from the socket before it is closed
 ERROR_CHARACTERS_MAX = 200
@@ -99,20 +98,13 @@ class Poster:
             return response.status, rest_asked(response.status, response.headers.get("Retry-After", ""), time.time())
 
     async def _addresses(self, target: Target) -> list[tuple[str, int]]:
-        host, port = target.host, target.port
-        redirected = self._bounds.connect_to.get(f"{host}:{port}")
-        if redirected is not None:  # the operator's own words
-            host, _, port_text = redirected.rpartition(":")
-            port = int(port_text)
+        host, bounds = target.host, self._bounds
         try:
-            found = await self._resolver.resolve(host.strip("[]"), self._bounds.dns_s)
+            return await self._resolver.places(host, target.port, bounds.dns_s, bounds.connect_to, bounds.guard, "url")
         except TimeoutError:
-            raise GatewayError("UPSTREAM_TIMEOUT", f"{target.host} was not resolved in time") from None
+            raise GatewayError("UPSTREAM_TIMEOUT", f"{host} was not resolved in time") from None
         except OSError:
-            raise GatewayError("UPSTREAM_UNREACHABLE", f"{target.host} does not resolve") from None
-        if redirected is None:
-            self._bounds.guard.check(target.host, found, "url")
-        return [(address, port) for address in found[:ADDRESSES_MAX]]
+            raise GatewayError("UPSTREAM_UNREACHABLE", f"{host} does not resolve") from None
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:

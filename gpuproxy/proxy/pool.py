@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _log = get_logger("gpuproxy.pool")
 
-ADDRESSES_MAX = 8  # of one DNS answer that are tried, in order
 ORIGINS_MAX = 4096  # user-given origins remembered; beyond it idle ones are forgotten
 
 
@@ -147,22 +146,15 @@ class Origin:
         raise failure
 
     async def _addresses(self) -> list[tuple[str, int]]:
-        key = self.key
-        redirected = self._policy.connect_to.get(f"{key.host}:{key.port}")
-        host, port = key.host, key.port
-        if redirected is not None:  # the operator's own words: judged by whoever wrote the config
-            host, _, port_text = redirected.rpartition(":")
-            port = int(port_text)
-        resolver = self._policy.guarded_resolver if key.is_guarded else self._policy.resolver
+        key, policy = self.key, self._policy
+        resolver = policy.guarded_resolver if key.is_guarded else policy.resolver
+        guard = policy.guard if key.is_guarded else None
         try:
-            found = await resolver.resolve(host.strip("[]"), self._policy.dns_s)
+            return await resolver.places(key.host, key.port, policy.dns_s, policy.connect_to, guard)
         except TimeoutError:
             raise GatewayError("UPSTREAM_TIMEOUT", f"{self.label}: its name was not resolved in time") from None
         except OSError:
             raise GatewayError("UPSTREAM_UNREACHABLE", f"{self.label}: its name does not resolve") from None
-        if key.is_guarded and redirected is None:
-            self._policy.guard.check(key.host, found)
-        return [(address, port) for address in found[:ADDRESSES_MAX]]
 
     def _mapped(self, error: BaseException, connect_s: float) -> BaseException:
         if isinstance(error, TimeoutError):
