@@ -7,6 +7,7 @@ import re
 from base64 import b64encode
 from binascii import Error as Base64Error
 from binascii import a2b_base64
+from collections.abc import Iterable
 
 import msgspec
 from msgspec import Raw
@@ -19,6 +20,7 @@ Fields = dict[str, Raw]
 
 encode = msgspec.json.Encoder().encode
 decode_fields = msgspec.json.Decoder(Fields).decode
+is_revision = re.compile(r"\d{4}-\d\d-\d\d").fullmatch
 _decode_text = msgspec.json.Decoder(str).decode
 _ENCODED = re.compile(r"=\?base64\?([A-Za-z0-9+/]*={0,2})\?=")
 
@@ -51,6 +53,11 @@ def response_in(payload: bytes) -> Fields | None:
     except UNREADABLE:
         return None
     return message if "method" not in message and ("result" in message or "error" in message) else None
+
+
+def first_response(payloads: Iterable[bytes]) -> Fields:
+    """Return the fields of the first JSON-RPC response among messages, empty if there is none."""
+    return next((found for payload in payloads if (found := response_in(payload)) is not None), {})
 
 
 def mirrored_name(name: str) -> str:

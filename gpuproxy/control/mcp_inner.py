@@ -12,7 +12,7 @@ from aiohttp import web
 from msgspec import Raw, Struct
 from multidict import CIMultiDict
 
-from gpuproxy.codec.mcp import Fields, object_of, response_in, text_of
+from gpuproxy.codec.mcp import Fields, first_response, object_of, text_of
 from gpuproxy.codec.sse import event_payloads
 
 MCP = "/api/v1/gpu/proxy/mcp"
@@ -140,7 +140,8 @@ async def told_by(server: str, response: aiohttp.ClientResponse) -> Told:
     """Return the whole of a server's answer. Raises aiohttp.ClientError."""
     told = Told(server, response.status, passed_fields(response))
     told.body = await read_bounded(response.content, ANSWER_BYTES_MAX)
-    told.response = _response_in(response.content_type, told.body)
+    payloads = event_payloads(told.body) if response.content_type == "text/event-stream" else (told.body,)
+    told.response = first_response(payloads)
     if session := response.headers.get("Mcp-Session-Id"):
         told.headers["Mcp-Session-Id"] = session
     return told
@@ -156,8 +157,3 @@ async def read_bounded(stream: aiohttp.StreamReader, bytes_max: int) -> bytes:
             raise aiohttp.ClientPayloadError(f"over {bytes_max} bytes")
         parts.append(part)
     return b"".join(parts)
-
-
-def _response_in(content_type: str, body: bytes) -> Fields:
-    payloads = event_payloads(body) if content_type == "text/event-stream" else (body,)
-    return next((found for payload in payloads if (found := response_in(payload)) is not None), {})

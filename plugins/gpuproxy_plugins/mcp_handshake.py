@@ -5,7 +5,6 @@ clients ask it (MCP 2026-07-28, Versioning): to begin a session, to hear that it
 Nothing was done when it refused, so the call is done once.
 """
 
-import re
 from collections.abc import Callable
 
 import msgspec
@@ -18,10 +17,7 @@ REFUSING = (400, 404)
 # way would not help.
 UNDERSTOOD = frozenset((-32700, -32601, -32602, -32603, *range(-32039, -32019)))
 
-_VERSION = re.compile(r"\d{4}-\d\d-\d\d")
-
 Step = Callable[[int, HeaderList, bytes], UpstreamRequest | None]
-
 
 _decode_code = msgspec.json.Decoder(int).decode
 
@@ -48,7 +44,7 @@ class Handshake:
 
     def _agree(self, status: int, fields: HeaderList, body: bytes) -> UpstreamRequest | None:
         version = mcp_codec.text_of(mcp_codec.object_of(_response(body), "result"), "protocolVersion")
-        if status >= 300 or not _VERSION.fullmatch(version):
+        if status >= 300 or not mcp_codec.is_revision(version):
             return None
         session = next((value for name, value in fields if name.lower() == b"mcp-session-id"), b"")
         self._headers = [*self._headers, (b"MCP-Protocol-Version", version.encode())]
@@ -70,8 +66,7 @@ class Handshake:
 
 
 def _response(body: bytes) -> mcp_codec.Fields:
-    payloads = [body] if body.lstrip()[:1] == b"{" else event_payloads(body)
-    return next((found for each in payloads if (found := mcp_codec.response_in(each)) is not None), {})
+    return mcp_codec.first_response([body] if body.lstrip()[:1] == b"{" else event_payloads(body))
 
 
 def _fault_of(body: bytes) -> int:

@@ -9,7 +9,6 @@ What became of it stands in the one JSON-RPC response of the answer, be it JSON 
 depend on how the answer was split, and no more than ANSWER_BYTES_MAX of it are held.
 """
 
-import re
 from typing import Any
 
 import msgspec
@@ -38,7 +37,6 @@ TAIL_BYTES = 8_192  # of a longer answer; `isError` stands at its end
 
 BACKSLASH = 0x5C
 _MIRRORED = (b"mcp-protocol-version", b"mcp-method", b"mcp-name")
-_VERSION = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 class RpcError(GatewayError):
@@ -161,7 +159,7 @@ def mirrored(fields: HeaderList) -> Rpc | None:
                 return None  # servers differ in which of two they read
             found[lower] = value.decode("latin-1")
     version, method = found.get(b"mcp-protocol-version", ""), found.get(b"mcp-method", "")
-    if not method or not _VERSION.fullmatch(version) or version < mcp_codec.STATELESS_SINCE:
+    if not method or not mcp_codec.is_revision(version) or version < mcp_codec.STATELESS_SINCE:
         return None
     name = mcp_codec.unmirrored_name(found.get(b"mcp-name", ""))
     if name is None or (method in NAME_FIELDS and not name):
