@@ -197,7 +197,8 @@ async def test_what_it_tells_that_cannot_be_harms_no_other_call(serve: Serve, to
     await until(lambda: bank.rest == 10**9, "what was reserved")
 
 
-async def test_a_fault_in_it_in_a_call_that_waited_ends_that_call_alone(serve: Serve) -> None:
+async def _one_at_once(serve: Serve) -> tuple[Gateway, Listener]:
+    """Return a gateway whose model takes one call at once, and has another name at its upstream."""
     registry = load_plugins(("https", "mcp", "openinference"))
     registry.run("words", lambda registry: registry.protocol(Renaming()))
     upstream = Listener()
@@ -207,6 +208,11 @@ async def test_a_fault_in_it_in_a_call_that_waited_ends_that_call_alone(serve: S
         models=[{"name": "m1", "targets": [{"upstream": "a", "as": "m2", "concurrency_max": 1}]}],
         server={"workers": 1},
     )
+    return gateway, upstream
+
+
+async def test_a_fault_in_it_in_a_call_that_waited_ends_that_call_alone(serve: Serve) -> None:
+    gateway, upstream = await _one_at_once(serve)
     gateway.may_fail = True
     first = await gateway.ask(request(b"POST " + PREFIX + b"/words/x", body=b"a"))
     wire = await upstream.accept()
@@ -224,15 +230,7 @@ async def test_a_fault_in_it_in_a_call_that_waited_ends_that_call_alone(serve: S
 
 async def test_many_that_waited_and_fail_at_once_are_each_answered(serve: Serve) -> None:
     """Each makes room for the next when it has failed: not within one another, for there may be thousands."""
-    registry = load_plugins(("https", "mcp", "openinference"))
-    registry.run("words", lambda registry: registry.protocol(Renaming()))
-    upstream = Listener()
-    gateway = await serve(
-        registry,
-        upstreams=[{"name": "a", "protocol": "words", "urls": [upstream.url]}],
-        models=[{"name": "m1", "targets": [{"upstream": "a", "as": "m2", "concurrency_max": 1}]}],
-        server={"workers": 1},
-    )
+    gateway, upstream = await _one_at_once(serve)
     first = await gateway.ask(request(b"POST " + PREFIX + b"/words/x", body=b"a"))
     wire = await upstream.accept()
     await wire.read_head()
