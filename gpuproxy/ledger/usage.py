@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import BigInteger, ColumnElement, Connection, case, cast, func, select
+from sqlalchemy import BigInteger, ColumnElement, Row, case, cast, func, select, union_all
 
 from gpuproxy.ledger.settle import DAY_NS
 from gpuproxy.pricing import NEVER_NS
@@ -78,9 +78,12 @@ async def usage_summary(
     called, as ``server/tool``. Tokens of answers that told no usage count as 0. A day whose receipts have gone, see
     `retention`, counts whole if it begins in that time.
     """
-    async with store.reading() as connection:
-        by_model = await connection.run_sync(_summed, user_id, since, until, "model")
-        groups = await connection.run_sync(_summed, user_id, since, until, group_by) if group_by else {}
+    by_model: dict[Any, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
+    for row in await _summed(store, user_id, since, until, group_by or "model"):
+        _add(by_model, row.model, row[3:])
+        if group_by != "tool" or row.is_tool_call:
+            _add(groups, row.value, row[3:])
     total = [sum(column) for column in zip([0] * len(SUMS), *by_model.values(), strict=True)]
     answer: dict[str, Any] = dict(zip(SUMS, total, strict=True))
     answer["by_model"] = _shown("model", by_model)
@@ -89,18 +92,25 @@ async def usage_summary(
     return answer
 
 
-def _summed(
-    connection: Connection, user_id: str, since: datetime | None, until: datetime | None, group_by: GroupBy
-) -> dict[Any, list[int]]:
-    """Return the sums by the value that calls are grouped by."""
-    found: dict[Any, list[int]] = {}
+async def _summed(
+    store: Store, user_id: str, since: datetime | None, until: datetime | None, group_by: GroupBy
+) -> Sequence[Row[Any]]:
+    """Return rows of the model, the value that calls are grouped by, whether they are tool calls, and the sums.
+
+    It is one statement: on PostgreSQL two would see two states, and calls whose receipts go between them twice.
+    """
+    parts = []
     for source in _SOURCES:
-        query = select(source.groups[group_by], *source.sums).where(*_chosen(source, user_id, since, until))
-        if group_by == "tool":
-            query = query.where(source.is_tool_call)
-        for value, *sums in connection.execute(query.group_by(source.groups[group_by])):
-            found[value] = [a + b for a, b in zip(found.get(value, [0] * len(SUMS)), sums, strict=True)]
-    return found
+        keys = {"model": source.groups["model"], "value": source.groups[group_by], "is_tool_call": source.is_tool_call}
+        named = (column.label(name) for name, column in keys.items())
+        query = select(*named, *source.sums).where(*_chosen(source, user_id, since, until))
+        parts.append(query.group_by(*keys.values()))
+    async with store.reading() as connection:
+        return (await connection.execute(union_all(*parts))).all()
+
+
+def _add(groups: dict[Any, list[int]], value: Any, sums: Sequence[int]) -> None:
+    groups[value] = [a + b for a, b in zip(groups.get(value, [0] * len(SUMS)), sums, strict=True)]
 
 
 def _shown(group_by: GroupBy, groups: dict[Any, list[int]]) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ import pytest
 from alembic import command
 from alembic.config import Config
 from journals import DAY_NS, START_NS, frame, receipt
-from sqlalchemy import Connection, func, insert, select, text
+from sqlalchemy import Connection, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.util import await_only
 
 import gpuproxy.store
 from gpuproxy.access.accounts import create_user
@@ -148,6 +149,24 @@ async def test_a_step_takes_no_more_than_its_bound(kept: Kept, monkeypatch: pyte
     steps = [earlier - later for earlier, later in pairwise(counts)]
     assert max(steps) == 7
     assert sum(steps) == (DAYS - 2) * CALLS
+
+
+async def test_a_summary_is_of_one_moment_while_receipts_go(kept: Kept, store_url: str) -> None:
+    await kept.fill(TODAY)
+    before = await usage_summary(kept.store, kept.user_id, group_by="day")
+    other = Kept(open_store(store_url), Path())
+    tender = other.retention(2, kept.today)
+    went: list[bool] = []
+
+    def after_each_statement(*_: object) -> None:
+        went.append(await_only(tender.step()))
+
+    event.listen(kept.store.engine.sync_engine, "after_cursor_execute", after_each_statement)
+    for _ in range(DAYS):
+        assert await usage_summary(kept.store, kept.user_id, group_by="day") == before
+    event.remove(kept.store.engine.sync_engine, "after_cursor_execute", after_each_statement)
+    await other.store.close()
+    assert went.count(True) == DAYS - 3
 
 
 async def test_a_receipt_of_a_day_that_has_gone_is_taken_and_goes_too(filled: Kept) -> None:
