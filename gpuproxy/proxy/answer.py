@@ -10,6 +10,7 @@ from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy.counts import NO_USAGE, used_by_now, used_in_all
 from gpuproxy.proxy.credit import Bill, unknown_credit
+from gpuproxy.proxy.encoded import reader_of_encoded
 from gpuproxy.proxy.exchange_state import ATTEMPTS, DONE, JOINED_BYTES_MAX, TIME_AHEAD_US
 from gpuproxy.proxy.heads import AnswerHead
 from gpuproxy.proxy.pins import edited
@@ -141,8 +142,10 @@ class Answer(Refusing):
         else:
             framing = b"Transfer-Encoding: chunked\r\n"
             self._is_answer_chunked = True
-        if self._call is not None and not head.is_encoded:
+        if self._call is not None:
             self._reader = self._handler.reader(self._call, status, head.kind)  # type: ignore[union-attr]
+            if head.coding:
+                self._reader = reader_of_encoded(self._reader, head.coding)
             bill = self._bill
             if bill is not None and bill.price.output_nanousd_per_million and hasattr(self._reader, "so_far"):
                 self._look_at_bytes = bill.output_max
@@ -291,7 +294,9 @@ class Answer(Refusing):
             self._goes_on(connection, following)
             return
         content_type = head.content_type
-        reader = None if head.is_encoded else handler.reader(call, head.status, head.kind)
+        reader = handler.reader(call, head.status, head.kind)
+        if head.coding:
+            reader = reader_of_encoded(reader, head.coding)
         usage = None
         if reader is not None:
             reader.feed(body)

@@ -98,12 +98,12 @@ class AnswerHead:
     """What the head of an answer says. Not changed after it is parsed: answers may share one."""
 
     __slots__ = (
+        "coding",
         "connection",
         "content_type",
         "fields",
         "has_buffering_field",
         "is_chunked",
-        "is_encoded",
         "keeps_alive",
         "kind",
         "lines",
@@ -116,10 +116,10 @@ class AnswerHead:
         self.status = 0
         self.fields: list[Field] = []
         self.connection = b""
+        self.coding = b""  # of the content, empty if it has none
         self.content_type = b""
         self.upgrade = b""
         self.is_chunked = False
-        self.is_encoded = False
         self.has_buffering_field = False
         self.keeps_alive = False
         # made by `finish`

@@ -62,7 +62,7 @@ def edited(
             start = status_line(head.status) + join_fields(fields)
     else:
         follower = editor
-    if follower is not None and (head.status != 200 or head.is_encoded or not _is_edited(follower, head.kind)):
+    if follower is not None and (head.status != 200 or head.coding or not _is_edited(follower, head.kind)):
         follower = None
     return start, follower
 

@@ -78,7 +78,7 @@ class Refusing(Settled):
             return
         head = self.upstream.head if self.upstream is not None else NO_HEAD
         handler = self._handler
-        is_events = head.kind.startswith(b"text/event-stream") and not head.is_encoded
+        is_events = head.kind.startswith(b"text/event-stream") and not head.coding
         if is_events and handler is not None and (self._is_answer_chunked or self._is_answer_until_close):
             told = handler.refuse(self.route.path, error, self.request_id).replace(b"\n", b" ")
             event = b"\n\nevent: error\ndata: %b\n\n" % told

@@ -36,7 +36,7 @@ def is_refusal(editor: AnswerEditor, connection: "UpstreamConnection", body: byt
     """Tell whether an answer refuses the question; None if that cannot be told before more of it has come."""
     was_refused = getattr(editor, "was_refused", None)
     head = connection.head
-    if was_refused is None or head.status not in REFUSING or head.is_encoded or len(body) > REFUSAL_BYTES_MAX:
+    if was_refused is None or head.status not in REFUSING or head.coding or len(body) > REFUSAL_BYTES_MAX:
         return False
     if not connection.is_complete:
         return None if connection.content_length <= REFUSAL_BYTES_MAX else False

@@ -281,7 +281,8 @@ class UpstreamConnection(asyncio.Protocol):
         elif rule == CONNECTION:
             head.connection = head.connection + b"," + value if head.connection else value
         elif rule == ENCODING:
-            head.is_encoded = value.lower() != b"identity"
+            if value.lower() != b"identity":
+                head.coding = b"%b, %b" % (head.coding, value) if head.coding else value
             head.fields.append((name, value))
         elif rule == BUFFERING:
             head.has_buffering_field = True
