@@ -21,7 +21,7 @@ from sqlalchemy import BigInteger, ColumnElement, Connection, and_, cast, delete
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.outbox import record
 from gpuproxy.ledger.book import format_usd
-from gpuproxy.ledger.transfers import credit_account, insert_new
+from gpuproxy.ledger.transfers import credit_account, insert_new, lock
 from gpuproxy.store.schema import api_keys, budgets, holds
 
 WINDOW_S_MIN = 300
@@ -140,8 +140,10 @@ def rooms(connection: Connection, user_id: str, key_id: str, now_s: float | None
 def refused(connection: Connection, budget: Budget, now_s: float | None = None) -> None:
     """Note that something was refused for want of budget: told once in a window."""
     now_s = time.time() if now_s is None else now_s
-    if budget.told(now_s) < 100:
-        _tell(connection, budget, budget.spent(now_s), 100, now_s)
+    lock(connection, [credit_account(budget.user_id)])
+    for found in _budgets(connection, _column.id == budget.id):  # anew: more may be spent by now, or it is removed
+        if found.told(now_s) < 100:
+            _tell(connection, found, found.spent(now_s), 100, now_s)
 
 
 def spend(connection: Connection, charged: Mapping[tuple[str, str], int], now_s: float | None = None) -> None:

@@ -12,7 +12,7 @@ from gpuproxy.access.accounts import create_key, create_user
 from gpuproxy.errors import GatewayError
 from gpuproxy.ledger import budgets
 from gpuproxy.ledger.book import credit
-from gpuproxy.ledger.budgets import BUDGETS_MAX, budgets_of, remove_budget, room, set_budget, spend
+from gpuproxy.ledger.budgets import BUDGETS_MAX, budgets_of, refused, remove_budget, room, set_budget, spend
 from gpuproxy.ledger.leases import Leases
 from gpuproxy.ledger.settle import Payer, lease_owner, settle
 from gpuproxy.ledger.verify import verify
@@ -168,6 +168,14 @@ async def test_the_first_call_refused_is_told_as_exceeded(ann: Ann) -> None:
         assert (await ann.ask(31)).amount == 0
     assert await ann.events() == [("budget.exceeded", 70)]
     assert (await ann.ask(0, 31)).amount == 3
+
+
+async def test_what_is_charged_before_a_refusal_is_noted_counts(ann: Ann) -> None:
+    budget = await ann.budget(100)
+    await ann.charge(60, ann.one)
+    await ann.run(refused, budget)
+    assert (await ann.ask(41)).amount == 0
+    assert await ann.events() == [("budget.exceeded", 60)]
 
 
 async def test_keys_that_came_from_one_another_share_a_budget(ann: Ann) -> None:
