@@ -45,27 +45,26 @@ async def credits_of(store: Store, user_id: str) -> Credits:
 async def credits_within(connection: AsyncConnection, user_id: str) -> Credits:
     """Return what `credits_of` returns, as the caller's transaction sees it."""
     account_id = credit_account(user_id)
-    income = select(cast(func.coalesce(func.sum(transfers.c.amount_nanousd), 0), BigInteger)).where(
-        transfers.c.credit_account_id == account_id
-    )
-    remaining = accounts.c.posted_nanousd - accounts.c.held_nanousd
-    query = select(remaining, income.scalar_subquery(), accounts.c.held_nanousd, accounts.c.overdraft_nanousd)
-    row = (await connection.execute(query.where(accounts.c.id == account_id))).first()
-    return Credits(*row) if row is not None else Credits()
+    return (await _credits(connection, [account_id])).get(account_id, Credits())
 
 
 async def credits_of_all(store: Store, user_ids: Sequence[str]) -> dict[str, Credits]:
     """Return the account of each of some customers."""
-    account_ids = [credit_account(user_id) for user_id in user_ids]
-    column = accounts.c
-    shown = (column.id, column.posted_nanousd - column.held_nanousd, column.held_nanousd, column.overdraft_nanousd)
-    income = select(transfers.c.credit_account_id, cast(func.sum(transfers.c.amount_nanousd), BigInteger))
-    income = income.where(transfers.c.credit_account_id.in_(account_ids)).group_by(transfers.c.credit_account_id)
     async with store.reading() as connection:
-        totals = {row[0]: row[1] for row in await connection.execute(income)}
-        rows = await connection.execute(select(*shown).where(column.id.in_(account_ids)))
-        found = {row[0]: Credits(row[1], totals.get(row[0], 0), row[2], row[3]) for row in rows}
+        found = await _credits(connection, [credit_account(user_id) for user_id in user_ids])
     return {user_id: found.get(credit_account(user_id), Credits()) for user_id in user_ids}
+
+
+async def _credits(connection: AsyncConnection, account_ids: Sequence[str]) -> dict[str, Credits]:
+    """Return accounts by id. It is one statement: on PostgreSQL two would see two states, and sums that do not fit."""
+    column = accounts.c
+    income = select(cast(func.coalesce(func.sum(transfers.c.amount_nanousd), 0), BigInteger)).where(
+        transfers.c.credit_account_id == column.id
+    )
+    remaining = column.posted_nanousd - column.held_nanousd
+    query = select(column.id, remaining, income.scalar_subquery(), column.held_nanousd, column.overdraft_nanousd)
+    rows = await connection.execute(query.where(column.id.in_(account_ids)))
+    return {row[0]: Credits(*row[1:]) for row in rows}
 
 
 async def transactions_of(

@@ -1,11 +1,12 @@
 """What customers see of their account."""
 
 import pytest
+from sqlalchemy import event
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.ledger import holds
 from gpuproxy.ledger.book import credit
-from gpuproxy.ledger.statement import Credits, credits_of, transactions_of
+from gpuproxy.ledger.statement import Credits, credits_of, credits_of_all, transactions_of
 from gpuproxy.store.engine import Store
 
 
@@ -26,6 +27,15 @@ async def user_id(store: Store) -> str:
 
 async def test_credits_are_what_came_in_what_is_held_and_what_is_left(store: Store, user_id: str) -> None:
     assert await credits_of(store, user_id) == Credits(85, 120, 5, 0)
+
+
+async def test_credits_of_many_are_those_of_each_in_one_statement(store: Store, user_id: str) -> None:
+    other = (await create_user(store, "eve@example.com")).id
+    statements: list[str] = []
+    event.listen(store.engine.sync_engine, "before_cursor_execute", lambda *words: statements.append(words[2]))
+    found = await credits_of_all(store, [user_id, other])
+    assert found == {user_id: Credits(85, 120, 5, 0), other: Credits()}
+    assert len([each for each in statements if each.startswith("SELECT")]) == 1  # of two PostgreSQL shows two states
 
 
 async def test_who_never_had_credit_has_nothing(store: Store) -> None:
