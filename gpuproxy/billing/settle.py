@@ -4,7 +4,8 @@ Three things each suffice for that: an event's id is stored with its effect; a p
 of ``pending`` or ``failed``, under the lock of its customer's account; the transfer's key is the payment's id.
 
 An event may name a payment by the provider's reference before we know that reference: a refund can be told before the
-success. Such events wait in the table until the success brings the reference.
+success. Such events wait in the table until the success brings the reference. Whoever lets one wait holds the lock
+that all successes need, so none passes between the look for its payment and the wait.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from gpuproxy.billing.payments import Payment, find, get, locked, move
 from gpuproxy.errors import GatewayError
 from gpuproxy.events.outbox import record
 from gpuproxy.ledger.book import format_usd
-from gpuproxy.ledger.transfers import PAYMENTS, Transfer, credit_account, insert_new, post
+from gpuproxy.ledger.transfers import PAYMENTS, Transfer, credit_account, insert_new, lock_made, post
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import PaymentEvent
 from gpuproxy.store.schema import payment_events
@@ -106,11 +107,16 @@ def _payment_of(connection: Connection, provider: str, event: PaymentEvent) -> P
 
 def _keep_waiting(connection: Connection, provider: str, event: PaymentEvent) -> bool:
     """Store what takes money back; a success that names no payment of ours is somebody else's."""
-    if event.reversal and event.reference and event.currency == "usd":
-        _store(connection, provider, event, None)
-    else:
+    if not (event.reversal and event.reference and event.currency == "usd"):
         logger.info("payment event concerns nothing here", provider=provider, id=event.id, kind=event.kind)
-    return False
+        return False
+    with connection.begin_nested() as nested:
+        lock_made(connection, [PAYMENTS])
+        if _payment_of(connection, provider, event) is None:
+            _store(connection, provider, event, None)
+            return False
+        nested.rollback()  # and with it the lock, which comes after those of customers
+    return take(connection, provider, event)
 
 
 def _store(connection: Connection, provider: str, event: PaymentEvent, payment_id: str | None) -> bool:

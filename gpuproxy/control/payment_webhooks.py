@@ -2,14 +2,12 @@
 
 from aiohttp import web
 from msgspec import Struct
-from sqlalchemy import Connection
 
 from gpuproxy.billing.settle import take
 from gpuproxy.control.parts import STORE
 from gpuproxy.control.paying import PAYMENTS
 from gpuproxy.control.respond import answer
 from gpuproxy.errors import GatewayError
-from gpuproxy.plugin import PaymentEvent
 
 BODY_BYTES_MAX = 262_144  # Stripe's largest events are a tenth of that
 
@@ -28,20 +26,11 @@ async def receive(request: web.Request) -> web.Response:
     if provider is None:
         raise GatewayError("NOT_FOUND", f"no payment provider {name[:64]!r} is configured")
     headers = {field.lower(): value for field, value in request.headers.items()}
-    events = provider.parse_webhook(headers, await _body(request))
-    if not events:
-        return answer({"status": "success", "count": 0})
-
-    def taken(connection: Connection) -> int:
-        return sum(take(connection, name, event) for event in _ordered(events))
-
-    async with request.app[STORE].writing() as connection:
-        return answer({"status": "success", "count": await connection.run_sync(taken)})
-
-
-def _ordered(events: list[PaymentEvent]) -> list[PaymentEvent]:
-    """Put payments in one order: who takes several customers' locks takes them as everybody else does."""
-    return sorted(events, key=lambda event: event.payment_id)
+    count = 0
+    for event in provider.parse_webhook(headers, await _body(request)):
+        async with request.app[STORE].writing() as connection:  # each its own: it locks the account of its customer
+            count += await connection.run_sync(take, name, event)
+    return answer({"status": "success", "count": count})
 
 
 async def _body(request: web.Request) -> bytes:

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from postgres import who_waits
 
 from gpuproxy.billing.cents import CENT_NANOUSD, to_cents, to_nanousd
 from gpuproxy.billing.payments import MOVES, Payment
 from gpuproxy.billing.reversals import order_refund
+from gpuproxy.billing.settle import take
 from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.terms import set_overdraft
 from gpuproxy.ledger.transfers import REVENUE, WRITE_OFF, Transfer, credit_account, post
@@ -128,6 +130,22 @@ async def test_a_refund_told_before_the_success_waits_for_it(book: Book) -> None
     assert await book.state(payment) == ("partly_refunded", 25, 10)
     assert not await book.tell(back("evt_2", 1_000, "re_1"))
     assert await book.usd() == 15
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("is_refund_first", [True, False])
+async def test_a_refund_that_comes_with_its_success_finds_it(book: Book, is_refund_first: bool) -> None:
+    payment = await book.pay(25)
+    told = [paid(payment), back("evt_2", 1_000, "re_1")]
+    first, second = reversed(told) if is_refund_first else told
+    async with book.store.writing() as connection:
+        await connection.run_sync(take, "stripe", first)
+        telling = asyncio.create_task(book.tell(second))
+        await who_waits(book.store)
+    await telling
+    assert await book.state(payment) == ("partly_refunded", 25, 10)
+    assert await book.usd() == 15
+    assert await book.is_sound()
 
 
 async def test_a_refund_that_failed_is_credited_again(book: Book) -> None:
