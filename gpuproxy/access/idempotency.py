@@ -56,11 +56,11 @@ async def begin(store: Store, claim: Claim) -> Reply | None:
         claimed = await connection.execute(store.insert_new(idempotency).values(**row))
         if claimed.rowcount == 1:
             return None
-        held = (await connection.execute(select(idempotency).where(_is(claim)))).one()
-    if held.request_hash != claim.request_hash:
+        held = (await connection.execute(select(idempotency).where(_is(claim)))).first()
+    if held is not None and held.request_hash != claim.request_hash:
         message = f"Idempotency-Key {claim.key!r} was used for another request; take a new one"
         raise GatewayError("UNPROCESSABLE", message, param="Idempotency-Key")
-    if held.status is None:
+    if held is None or held.status is None:  # none: the call that had it has just given it back
         raise GatewayError("CONFLICT", f"the call with Idempotency-Key {claim.key!r} still runs", retry_after_s=1)
     return Reply(held.status, held.body)
 

@@ -4,7 +4,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import false, func, select, update
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.access.idempotency import KEPT, RUNNING_MAX, Claim, Reply, abandon, begin, claim_of, finish
@@ -67,6 +67,15 @@ async def test_a_call_that_did_nothing_gives_its_key_back(store: Store, claim: C
     assert await begin(store, claim) is None
     await abandon(store, claim)
     assert await begin(store, claim) is None
+
+
+async def test_a_key_that_is_given_back_meanwhile_can_be_tried_again(
+    store: Store, claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "insert_new", lambda table: update(table).where(false()))  # it was there at that moment
+    with pytest.raises(GatewayError, match="still runs") as caught:
+        await begin(store, claim)
+    assert (caught.value.code, caught.value.retry_after_s) == ("CONFLICT", 1)
 
 
 async def test_a_reply_is_not_abandoned(store: Store, claim: Claim) -> None:
