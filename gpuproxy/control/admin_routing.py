@@ -4,13 +4,13 @@ A block says what one in the configuration would. One set here replaces one of t
 the file's hold again. What does not fit is refused with every fault, and nothing changes.
 """
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
 from aiohttp import web
 from msgspec import Struct
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.audit import note
@@ -119,9 +119,10 @@ async def _set(request: web.Request, kind: str, body: Upstream | Model, is_new: 
         raise GatewayError("UNPROCESSABLE", f"name: {name!r} is not the one in the path", param="name")
     block = written(msgspec.json.decode(msgspec.json.encode(body)))
     async with request.app[STORE].writing() as connection:
+        changed_at = await _turn(connection)
         if is_new and (name in feed.configured(kind) or await _is_there(connection, kind, name)):
             raise GatewayError("CONFLICT", f"{name!r} is there already; PUT replaces it", param="name")
-        row = {"kind": kind, "name": name, "block": block, "changed_at": datetime.now(UTC)}
+        row = {"kind": kind, "name": name, "block": block, "changed_at": changed_at}
         wanted = insert_into(routing_blocks, connection.dialect).values(**row)
         await connection.execute(wanted.on_conflict_do_update(index_elements=["kind", "name"], set_=row))
         await feed.check(connection)
@@ -133,6 +134,7 @@ async def _set(request: web.Request, kind: str, body: Upstream | Model, is_new: 
 async def _delete(request: web.Request, kind: str) -> Deleted:
     feed, name = request.app[ROUTING], request.match_info["id"]
     async with request.app[STORE].writing() as connection:
+        await _turn(connection)
         if not await _is_there(connection, kind, name):
             if name in feed.configured(kind):
                 raise GatewayError("CONFLICT", f"{name!r} stands in the configuration file; take it out there")
@@ -142,6 +144,18 @@ async def _delete(request: web.Request, kind: str) -> Deleted:
         await note(connection, request[CALLER], f"{kind}.delete", name, {})
     await _tell(request)
     return Deleted(name, "file" if name in feed.configured(kind) else "")
+
+
+async def _turn(connection: AsyncConnection) -> datetime:
+    """Let one change after the other be checked over what was there before; return a time later than that of any.
+
+    By the latest time the feed knows that something has changed: clocks of other nodes may be ahead.
+    """
+    if connection.dialect.name == "postgresql":
+        await connection.execute(text("LOCK TABLE routing_blocks IN SHARE ROW EXCLUSIVE MODE"))
+    newest = await connection.scalar(select(func.max(routing_blocks.c.changed_at)))
+    now = datetime.now(UTC)
+    return now if newest is None else max(now, newest + timedelta(microseconds=1))
 
 
 async def _tell(request: web.Request) -> None:

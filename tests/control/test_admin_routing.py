@@ -2,16 +2,17 @@
 
 import asyncio
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from gpuproxy.config import Config, build
 from gpuproxy.control.parts import ROUTING
 from gpuproxy.control.routing import Block, RoutingFeed
 from gpuproxy.link.messages import EndpointState
-from gpuproxy.store.schema import audit
+from gpuproxy.store.schema import audit, routing_blocks
 
 from .conftest import Api, Person
 
@@ -133,6 +134,24 @@ async def test_a_change_of_another_node_is_pushed_once(ask: Callable[..., Any], 
     feed.wake()
     await running
     assert link.told == [["file"], ["file", "made"]]
+
+
+async def test_a_change_is_seen_though_another_nodes_clock_is_ahead(ask: Callable[..., Any], api: Api) -> None:
+    for name in ("a", "b"):
+        await ask(201, "POST", UPSTREAMS, {**MADE, "name": name})
+    async with api.store.writing() as connection:
+        await connection.execute(update(routing_blocks).values(changed_at=datetime.now(UTC) + timedelta(seconds=60)))
+    feed = RoutingFeed(api.store, build({"upstreams": [FILE]}))
+    await feed.poll_once()
+    await ask(200, "PUT", f"{UPSTREAMS}/a", {**MADE, "name": "a", "urls": ["http://changed"]})
+    await feed.poll_once()
+    assert feed.config.upstreams[1].urls == ("http://changed",)
+
+
+async def test_of_many_that_add_one_at_once_one_does(api: Api) -> None:
+    admin = await api.person(is_admin=True)
+    calls = await asyncio.gather(*(api.call("POST", UPSTREAMS, MADE, admin.by_token) for _ in range(6)))
+    assert sorted(status for status, _ in calls) == [201, *[409] * 5]
 
 
 async def test_blocks_that_fit_no_more_are_left_out_and_the_others_stay(ask: Callable[..., Any], api: Api) -> None:
