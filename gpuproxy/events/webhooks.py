@@ -80,8 +80,8 @@ def check_events(names: Iterable[str], kind: str) -> tuple[str, ...]:
 
 async def add_webhook(connection: AsyncConnection, user_id: str, draft: Draft, count_max: int) -> Webhook:
     """Make a webhook. Raises GatewayError CONFLICT if the account has `count_max`."""
-    # Two at once must not both be the last that fits.
-    await connection.execute(select(users.c.id).where(users.c.id == user_id).with_for_update())
+    # Two at once must not both be the last that fits. Events of the user, which refer to this row, wait for nothing.
+    await connection.execute(select(users.c.id).where(users.c.id == user_id).with_for_update(key_share=True))
     count = await connection.scalar(select(func.count()).select_from(webhooks).where(webhooks.c.user_id == user_id))
     if (count or 0) >= count_max:
         raise GatewayError("CONFLICT", f"the account has {count} webhooks, the most it may have; delete one")
@@ -96,9 +96,11 @@ async def add_webhook(connection: AsyncConnection, user_id: str, draft: Draft, c
     return made
 
 
-async def own_webhook(connection: AsyncConnection, user_id: str, webhook_id: str) -> Webhook:
-    """Return a webhook of the user. Raises GatewayError NOT_FOUND."""
+async def own_webhook(connection: AsyncConnection, user_id: str, webhook_id: str, is_locked: bool = False) -> Webhook:
+    """Return a webhook of the user, if asked for so that nobody else changes it now. Raises GatewayError NOT_FOUND."""
     query = select(webhooks).where(webhooks.c.id == webhook_id, webhooks.c.user_id == user_id)
+    if is_locked:
+        query = query.with_for_update(key_share=True)
     row = (await connection.execute(query)).first()
     if row is None:
         raise GatewayError("NOT_FOUND", f"no webhook {webhook_id[:64]!r}")
@@ -122,7 +124,7 @@ async def change_webhook(
     is_enabled: bool | None,
 ) -> Webhook:
     """Change a webhook; None leaves a thing as it is. Disabling gives up what is not delivered yet."""
-    found = await own_webhook(connection, user_id, webhook_id)
+    found = await own_webhook(connection, user_id, webhook_id, is_locked=True)
     if is_enabled is not None and is_enabled != (found.state == "enabled"):
         state, reason = ("enabled", "") if is_enabled else ("disabled", "you disabled it")
         values = {**values, "state": state, "disabled_reason": reason}
@@ -164,7 +166,7 @@ async def replace_secret(
 
 async def owe_test(connection: AsyncConnection, user_id: str, webhook_id: str) -> Delivery:
     """Send a webhook the event ``webhook.test``. Raises GatewayError CONFLICT if it is disabled."""
-    found = await own_webhook(connection, user_id, webhook_id)
+    found = await own_webhook(connection, user_id, webhook_id, is_locked=True)
     _check_enabled(found)
     at, data = datetime.now(UTC), {"webhook_id": webhook_id}
     event_id = await connection.run_sync(store_event, "webhook.test", user_id, data, at)
@@ -183,7 +185,7 @@ async def replay(connection: AsyncConnection, user_id: str, delivery_id: str) ->
     webhook_id = await connection.scalar(query)
     if webhook_id is None:
         raise GatewayError("NOT_FOUND", f"no delivery {delivery_id[:64]!r}")
-    _check_enabled(await own_webhook(connection, user_id, webhook_id))
+    _check_enabled(await own_webhook(connection, user_id, webhook_id, is_locked=True))
     is_it = deliveries.c.id == _number(delivery_id)
     state = await connection.scalar(select(deliveries.c.state).where(is_it).with_for_update())
     try:

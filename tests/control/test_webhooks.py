@@ -1,9 +1,11 @@
 """Webhooks through the management API: the guide's samples, secrets, limits, deliveries."""
 
+import asyncio
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from postgres import who_waits
+from sqlalchemy import delete, select, update
 
 from gpuproxy.config import Config, build
 from gpuproxy.events.outbox import record
@@ -123,6 +125,30 @@ async def test_a_webhook_is_changed_and_switched_off_and_on(api: Api) -> None:
     assert told["enabled"] is True
     assert (await api.call("DELETE", path, None, ann.by_key))[0] == 200
     assert (await api.call("GET", path, None, ann.by_key))[0] == 404
+
+
+async def test_of_changes_at_once_each_is_whole(api: Api) -> None:
+    ann = await api.person()
+    path = f"{HOOKS}/{(await make(api, SAMPLE, ann.by_key))['id']}"
+    wished = [["payment.failed", "credits.low"], ["payment.failed", "credits.added"]]
+    for _ in range(3):
+        calls = (api.call("PATCH", path, {"events": wished[at % 2]}, ann.by_key) for at in range(6))
+        assert {status for status, _ in await asyncio.gather(*calls)} == {200}
+        _, told = await api.call("GET", path, None, ann.by_key)
+        assert set(told["events"]) in map(set, wished)
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("what", ["test", "events"])
+async def test_what_is_deleted_meanwhile_is_not_found(api: Api, what: str) -> None:
+    ann = await api.person()
+    path = f"{HOOKS}/{(await make(api, SAMPLE, ann.by_key))['id']}"
+    asked = ("POST", f"{path}/test", None) if what == "test" else ("PATCH", path, {"events": ["*"]})
+    async with api.store.writing() as connection:
+        await connection.execute(delete(webhooks))
+        asking = asyncio.create_task(api.call(*asked, ann.by_key))
+        await who_waits(api.store)
+    assert (await asking)[0] == 404
 
 
 async def test_a_rotated_secret_leaves_the_old_one_until_the_overlap_ends(api: Api) -> None:

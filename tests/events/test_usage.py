@@ -1,12 +1,14 @@
 """Sums of what calls used: only for whom somebody wants it, each charge in one event, whatever comes between."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import select
+from postgres import who_waits
+from sqlalchemy import select, update
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.events import usage
@@ -116,3 +118,22 @@ async def test_who_is_wanted_no_more_is_forgotten_but_not_what_a_webhook_wants(s
         await change_webhook(connection, sums.ann, "whk_1", {}, None, False)
     await sums.do(usage.forget_unwanted, much_later)
     assert await sums.summed() == []
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_a_sum_is_told_while_a_webhook_is_made(sums: Sums) -> None:
+    await sums.do(usage.want, sums.ann, NOON)
+    await sums.charge(sums.ann)
+    draft = Draft("whk_1", "events", "https://example.com/", (usage.NAME,), "", b"")
+    async with sums.store.writing() as connection:
+        await connection.execute(update(usage_sums).values(wanted_until=NOON))  # as who tells has it locked
+        making = asyncio.create_task(_made(sums, draft))
+        await who_waits(sums.store)
+        await connection.run_sync(usage.tell_due, datetime.now(UTC) + WANTED, LATER)
+    await making
+    assert await sums.told() == [(sums.ann, 1, 10)]
+
+
+async def _made(sums: Sums, draft: Draft) -> None:
+    async with sums.store.writing() as connection:
+        await add_webhook(connection, sums.ann, draft, 3)
