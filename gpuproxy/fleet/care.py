@@ -4,14 +4,16 @@ The intent is always stored before a provider is asked, so every step may be rep
 call that began it, another node, or the next start. Nothing here creates; see `rent`.
 """
 
+import math
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
 from gpuproxy.errors import GatewayError
-from gpuproxy.fleet.moves import begin_destroy, end, is_overdue, move, overdue
-from gpuproxy.fleet.parts import Fleet, failure_of, shown_id
+from gpuproxy.fleet.meter import PREPAID
+from gpuproxy.fleet.moves import NOT_ALL, begin_destroy, end, is_overdue, move, overdue
+from gpuproxy.fleet.parts import RETRY_S, Fleet, failure_of, shown_id
 from gpuproxy.fleet.purse import reserve
 from gpuproxy.fleet.rentals import Rental, find, locked, of_group
 from gpuproxy.fleet.sight import ASKED, BOOTS_AGAIN, miss, see, take
@@ -29,6 +31,7 @@ from gpuproxy.pricing import with_markup
 
 Ask = Callable[[str], Awaitable[None]]
 
+IN_FLIGHT_S = 240  # what a call that rents takes at most: before that a pending rental is its own affair
 RESTART_S = 1_800  # a machine is started only with money for so long
 
 logger = get_logger(__name__)
@@ -113,7 +116,7 @@ def give_up(connection: Connection, rental_id: str, at: datetime, reason: str, i
     if rental.state == "destroying":
         return end(connection, rental, at) if is_proven else rental
     for other in rows.values():
-        begin_destroy(connection, other, at, "not all of the reservation could be had")
+        begin_destroy(connection, other, at, NOT_ALL)
     if not is_proven:
         return begin_destroy(connection, rental, at, reason, has_failed=True)
     return move(connection, rental, "failed", at, reason=reason, has_failed=True)
@@ -130,7 +133,10 @@ def unanswered(connection: Connection, rental_id: str, at: datetime, provision_s
 
 
 async def destroy(fleet: Fleet, rental: Rental, reason: str = ASKED) -> Rental:
-    """Bring a rental to its end; when the provider does not answer now, it stays ``destroying`` and is seen to."""
+    """Bring a rental to its end; when the provider does not answer now, it stays ``destroying`` and is seen to.
+
+    Raises GatewayError CONFLICT for an order on its way that is paid beforehand: it cannot be taken back.
+    """
     await _last_look(fleet, rental)
     rental = await fleet.write(_begun, rental.id, fleet.now(), reason)
     if rental.state in ENDED:
@@ -209,7 +215,12 @@ async def _press_destroy(fleet: Fleet, adapter: ProviderAdapter, rental: Rental)
 
 
 def _begun(connection: Connection, rental_id: str, at: datetime, reason: str) -> Rental:
-    return begin_destroy(connection, locked(connection, rental_id), at, reason)
+    rental = locked(connection, rental_id)
+    left_s = IN_FLIGHT_S - (at - rental.created_at).total_seconds()
+    if reason == ASKED and rental.basis == PREPAID and rental.state == "pending" and left_s > 0:
+        message = f"rental {rental_id} is being ordered, and paid beforehand; destroy it once it is provisioning"
+        raise GatewayError("CONFLICT", f"{message}, or in {math.ceil(left_s)} s", RETRY_S)
+    return begin_destroy(connection, rental, at, reason)
 
 
 def _stopping(connection: Connection, rental_id: str, at: datetime) -> Rental:

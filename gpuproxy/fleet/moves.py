@@ -21,6 +21,7 @@ EVENT_BY_STATE: dict[State, str] = {
     "failed": "instance.failed",
 }
 TIME_IS_OVER = "the time it was rented for is over"
+NOT_ALL = "not all of the reservation could be had"
 LOST = "lost: the provider has it no more"
 REASON_CHARACTERS_MAX = 500
 
@@ -69,11 +70,12 @@ def begin_destroy(
 ) -> Rental:
     """Take leave of a rental: the customer pays no more from now on. Again changes nothing.
 
-    What was paid beforehand and is given up without need is charged to the end of what was ordered.
+    What was paid beforehand and is given up without need is charged to the end of what was ordered; a reservation that
+    is not had whole is nobody's wish.
     """
     if rental.state in (*ENDED, "destroying"):
         return rental
-    if rental.basis == PREPAID and rental.native_id and not has_failed:
+    if rental.basis == PREPAID and rental.native_id and not has_failed and reason != NOT_ALL:
         rental = charge_commitment(connection, rental)
         rental = change(connection, rental, rate_nanousd_per_hour=0)
     return move(connection, rental, "destroying", at, reason=reason, has_failed=has_failed)

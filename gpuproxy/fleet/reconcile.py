@@ -17,11 +17,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from gpuproxy.fleet import money
-from gpuproxy.fleet.care import advance, look, unanswered
+from gpuproxy.fleet.care import IN_FLIGHT_S, advance, look, unanswered
 from gpuproxy.fleet.findings import Kind, note_failure, note_list
 from gpuproxy.fleet.moves import is_overdue
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.rent import IN_FLIGHT_S
 from gpuproxy.fleet.rentals import Rental, find, in_states
 from gpuproxy.fleet.sight import is_as_expected
 from gpuproxy.fleet.states import ENDED, SETTLED, UNDER_WAY

@@ -19,6 +19,7 @@ from sqlalchemy import ColumnElement, Connection, func, select, update
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.care import adopt_instance, advance, destroy, give_up, resolve
 from gpuproxy.fleet.meter import PREPAID
+from gpuproxy.fleet.moves import NOT_ALL
 from gpuproxy.fleet.parts import DISK_GB, Fleet, failure_of
 from gpuproxy.fleet.purse import first_hold, reserve
 from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked, new_id, of_group
@@ -38,11 +39,10 @@ from gpuproxy.pricing import with_markup, without_markup
 from gpuproxy.store.schema import rentals
 
 OFFERS_TRIED_MAX = 5
-CREATE_S = 150.0  # longer than any adapter's own wait for a create
+CREATE_S = 150.0  # longer than any adapter's own wait for a create; with the looks it ends within IN_FLIGHT_S
 TURNS_S = 90.0  # waited for turns within that: a reservation of 16 at vast.ai takes as long, at six seconds each
 LOOK_S = 1.0  # between two looks at the store of who waits for a machine
 LOOKS_S = (0.0, 0.5, 1.0, 2.0)  # waits before each look for a create whose end was not seen
-IN_FLIGHT_S = 240  # CREATE_S, the looks and a margin: before that a pending rental is its call's own affair
 
 logger = get_logger(__name__)
 
@@ -90,7 +90,7 @@ async def reserve_all(fleet: Fleet, wishes: Sequence[Wish]) -> tuple[list[Rental
     results = await asyncio.gather(*tasks, return_exceptions=True)
     if failed := [result for result in results if isinstance(result, BaseException)]:
         for rental, _ in intended:
-            await destroy(fleet, rental, "not all of the reservation could be had")
+            await destroy(fleet, rental, NOT_ALL)
         await fleet.write(_forget_request, rentals.c.group_id == group_id)
         raise failed[0]
     return [result for result in results if isinstance(result, Rental)], True
@@ -266,16 +266,32 @@ async def _create(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, wish: 
 async def _in_turn(
     fleet: Fleet, adapter: ProviderAdapter, rental: Rental, wish: Wish, offer: Offer
 ) -> ProviderInstance:
-    """Create, when it is our turn at a provider whose calls are spaced: nothing was sent before."""
+    """Create, when it is our turn at a provider whose calls are spaced.
+
+    A refusal of the provider's own limiter is taken for one only if nothing with our tag is there afterwards.
+    """
     spec, waited_s = _provider_spec(fleet, wish, offer), 0.0
     while True:
         try:
             return await adapter.create(offer.id, spec, rental.id)
         except RateLimited as error:
             waited_s += error.retry_after_s or TURNS_S
-            if error.may_have_worked or waited_s >= TURNS_S:
+            is_over = waited_s >= TURNS_S
+            if not is_over:
+                await fleet.sleep(error.retry_after_s or 0.0)
+            if error.may_have_worked and not await _is_unmade(adapter, rental):
                 raise
-            await fleet.sleep(error.retry_after_s or 0.0)
+            if is_over:
+                error.may_have_worked = False
+                raise
+
+
+async def _is_unmade(adapter: ProviderAdapter, rental: Rental) -> bool:
+    try:
+        return not await adapter.find(rental.id)
+    except ProviderError as error:
+        logger.warning("create is in doubt", contract_id=rental.id, error=str(error))
+        return False
 
 
 async def _adopted(fleet: Fleet, adapter: ProviderAdapter, rental: Rental, instance: ProviderInstance) -> Rental:

@@ -2,7 +2,7 @@
 
 It is a FastAPI service: 422 with a list of places in the body, else ``{"detail": "message"}``. Which status means that
 capacity or credit is short is not documented, so the words decide; a 4xx to a deploy that says nothing known is a
-refusal, after which the caller looks for its tag like after any other.
+refusal. A 409 is none: the name that is taken is our tag, so an order of ours is there.
 """
 
 import re
@@ -73,7 +73,7 @@ def failure(name: str, answer: Answer, words: str, shown: str, is_of_one: bool) 
         return ProviderUnavailable(name, phase, message, may_have_worked=is_doubtful)
     if status == 402 or (phase == "create" and 400 <= status < 500 and FUNDS.search(said)):
         return InsufficientFunds(name, phase, f"our account there has no money ({shown}); add credit")
-    if phase == "create" and 400 <= status < 500:
+    if phase == "create" and 400 <= status < 500 and status != 409 and said != "a web page":
         if CAPACITY.search(said):
             return CapacityGone(name, phase, f"there is no capacity ({shown}); try the next offer")
         return SpecRefused(name, phase, f"it does not accept this ({shown}); change the request")

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from gpuproxy.fleet import care
+from gpuproxy.fleet.care import IN_FLIGHT_S
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.rent import IN_FLIGHT_S, rent, reserve_all, wait_until_running
+from gpuproxy.fleet.rent import rent, reserve_all, wait_until_running
 from gpuproxy.fleet.rentals import Rental, of_group
 from gpuproxy.fleet.sight import BOOTS_AGAIN, UNSEEN, UNSEEN_S, unseen_since
 from gpuproxy.ledger.book import NANOUSD, balance

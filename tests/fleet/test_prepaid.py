@@ -1,5 +1,6 @@
 """Hours paid beforehand, at the simulated io.net: the cost is committed at once, the customer has all of the time."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -8,14 +9,16 @@ from gpuproxy_plugins.ionet import IoNet
 from simulators.ionet import BOOT_S, KEY, IoNetSimulator
 
 from gpuproxy import config
+from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
+from gpuproxy.fleet.care import IN_FLIGHT_S
 from gpuproxy.fleet.charges import LAG, report
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.rent import IN_FLIGHT_S, LOOKS_S, Wish, rent
-from gpuproxy.fleet.rentals import Rental, find
+from gpuproxy.fleet.rent import LOOKS_S, Wish, rent, reserve_all
+from gpuproxy.fleet.rentals import Rental, find, in_states
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.verify import verify
-from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderSettings
+from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderInstance, ProviderSettings
 
 from .conftest import Books, Clock, Rounds
 
@@ -127,10 +130,60 @@ async def test_who_gives_up_before_it_is_known_pays_nothing_and_the_provider_is_
     simulator.faults.add("list", "html_503", len(LOOKS_S) + 1)  # the looks of the call, and the one of the owner's end
     rental = await rented(fleet, books, 3)
     assert rental.state == "pending"
+    clock.advance(IN_FLIGHT_S)
     await care.destroy(fleet, rental)
-    await pass_by(fleet, clock, IN_FLIGHT_S)
+    await pass_by(fleet, clock, 20)
     await pass_by(fleet, clock, 20)
     ended = await now(fleet, rental)
     assert (ended.state, ended.charged_nanousd) == ("destroyed", 0)
     assert ended.cost_posted_nanousd == pytest.approx(round((10_000 - simulator.credit) * NANOUSD), abs=3) != 0
+    assert await verify(books.store) == []
+
+
+async def test_an_order_on_its_way_cannot_be_taken_back(
+    fleet: Fleet, books: Books, clock: Clock, simulator: IoNetSimulator
+) -> None:
+    """Else whoever destroys while the provider is paid has hours for nothing, and the operator owes them."""
+
+    async def sleep(seconds: float) -> None:
+        clock.advance(seconds)
+
+    fleet.sleep = sleep
+    simulator.faults.add("deploy", "html_503")
+    rental = await rented(fleet, books, 3)
+    with pytest.raises(GatewayError, match="is being ordered") as refused:
+        await care.destroy(fleet, rental)
+    assert (refused.value.code, (await now(fleet, rental)).state) == ("CONFLICT", "pending")
+    clock.advance(IN_FLIGHT_S)
+    assert (await care.destroy(fleet, rental)).state == "destroying"
+    assert await balance(books.store, books.user_id) == 100 * NANOUSD
+
+
+@pytest.mark.parametrize("operation", ["hardware", "deploy"])
+async def test_a_reservation_that_is_not_had_whole_costs_its_customer_nothing(
+    fleet: Fleet, books: Books, simulator: IoNetSimulator, operation: str
+) -> None:
+    offers = await fleet.providers["io.net"].offers(OfferQuery(limit=2))
+    wishes = [
+        Wish(user_id=books.user_id, offer=offer, spec=InstanceSpec(image="x"), duration_hours=3) for offer in offers
+    ]
+    first_is_made = asyncio.Event()
+
+    async def second_fails(offer_id: str, spec: InstanceSpec, tag: str) -> ProviderInstance:
+        if offer_id == offers[1].id:
+            await first_is_made.wait()
+            simulator.faults.add(operation, "auth_403")
+            return await create(offer_id, spec, tag)
+        made = await create(offer_id, spec, tag)
+        first_is_made.set()
+        return made
+
+    adapter = fleet.providers["io.net"]
+    create, adapter.create = adapter.create, second_fails  # type: ignore[method-assign]
+    with pytest.raises(GatewayError):
+        await reserve_all(fleet, wishes)
+    rows = await fleet.read(in_states, ("destroying", "destroyed", "failed"))
+    assert [row.charged_nanousd for row in rows] == [0, 0]
+    assert sorted(row.cost_posted_nanousd > 0 for row in rows) == [False, True]
+    assert await balance(books.store, books.user_id) == 100 * NANOUSD
     assert await verify(books.store) == []

@@ -9,9 +9,10 @@ from sqlalchemy import text
 from gpuproxy import config
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
+from gpuproxy.fleet.care import IN_FLIGHT_S
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.rent import IN_FLIGHT_S, rent, reserve_all, wait_until_running
+from gpuproxy.fleet.rent import rent, reserve_all, wait_until_running
 from gpuproxy.fleet.rentals import Rental, find, in_states, of_group
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.history import use_pages
@@ -196,6 +197,34 @@ async def test_who_must_wait_for_a_turn_at_the_provider_waits(
     with pytest.raises(GatewayError, match="takes no more calls"):
         await rent(fleet, await wish_for(fleet, books.user_id))
     assert clock.now == before
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+async def test_a_create_that_the_provider_limits_is_made_again_if_a_look_finds_nothing(
+    fleet: Fleet, books: Books, market: Market, clock: Clock, is_made: bool
+) -> None:
+    """It is refused all the same if that takes too long, and its customer need not wait for what never comes."""
+    await books.give(1_000)
+    waits_s, keep = [4.5], market.create
+
+    async def limited(offer_id: str, spec: InstanceSpec, tag: str) -> ProviderInstance:
+        if not waits_s:
+            return await keep(offer_id, spec, tag)
+        if is_made:
+            await keep(offer_id, spec, tag)
+        raise RateLimited("simulated", "create", "too many", may_have_worked=True, retry_after_s=waits_s.pop())
+
+    market.create = limited  # type: ignore[method-assign]
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    assert rental.state == "provisioning"
+    assert [each.id for each in await market.there()] == [rental.native_id]
+    waits_s, is_made = [3_600.0], False
+    with pytest.raises(GatewayError, match="takes no more calls"):
+        await rent(fleet, await wish_for(fleet, books.user_id))
+    assert {each.id for each in await market.there()} == {rental.native_id}
+    waits_s, market.faults["find"] = [4.5], "down"  # who cannot look does not know
+    doubtful, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    assert doubtful.state == "pending"
 
 
 async def test_a_reservation_gets_all_or_nothing(fleet: Fleet, books: Books, market: Market) -> None:

@@ -13,8 +13,9 @@ from gpuproxy import config
 from gpuproxy.access.accounts import create_user
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
+from gpuproxy.fleet.care import IN_FLIGHT_S
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.rent import IN_FLIGHT_S, Wish, rent, reserve_all
+from gpuproxy.fleet.rent import Wish, rent, reserve_all
 from gpuproxy.fleet.rentals import Rental, in_states
 from gpuproxy.fleet.states import ENDED, LIVING
 from gpuproxy.ledger.book import NANOUSD, credit

@@ -14,7 +14,7 @@ from callers import Answer, Caller, ClosedError, CutError
 from conftest import MakeCaller, MakePlace
 from gateways import Gateway, Place, kill, running, until
 
-from gpuproxy.fleet.rent import IN_FLIGHT_S
+from gpuproxy.fleet.care import IN_FLIGHT_S
 
 GPU = "/api/v1/gpu"
 QUICK = {"reconcile_s": 1.0, "poll_s": 1.0, "offers_s": 10.0, "pending_s": 60.0}
