@@ -46,17 +46,22 @@ class Builder:
             for upstream in self._config.upstreams
         }
 
-    def protocols(self) -> dict[str, Destination]:
-        """Return for each protocol the destination of calls that name neither model nor upstream."""
-        targets: dict[str, list[Target]] = {}
+    def protocols(self, upstreams: Mapping[str, Destination]) -> dict[str, Destination]:
+        """Return for each protocol the destination of calls that name neither model nor upstream.
+
+        It is the upstream's own where there is one; that of several has no name.
+        """
+        names: dict[str, list[str]] = {}
         for upstream in self._config.upstreams:
-            targets.setdefault(upstream.protocol, []).append(Target(upstream.name))
+            names.setdefault(upstream.protocol, []).append(upstream.name)
         found = {}
-        for protocol, each in targets.items():
-            endpoints = [endpoint for target in each for endpoint in self._endpoints(target)]
-            name = each[0].upstream if len(each) == 1 else ""
-            terms = self._plain_terms(len(endpoints) > 1)
-            found[protocol] = Destination(name, "", self._handler(protocol), endpoints, terms, self._replicas)
+        for protocol, each in names.items():
+            if len(each) == 1:
+                found[protocol] = upstreams[each[0]]
+                continue
+            endpoints = [endpoint for name in each for endpoint in self._endpoints(Target(name))]
+            terms = self._plain_terms(has_choice=True)
+            found[protocol] = Destination("", "", self._handler(protocol), endpoints, terms, self._replicas)
         return found
 
     def models(self) -> dict[str, Destination]:

@@ -254,7 +254,9 @@ class Exchange(Paying):
             if not intent.model:
                 if route.kind == MOUNT and self._lists_models(call, handler, intent):
                     return
-                if route.kind != MOUNT and (self.has_body or self.head.is_upgrade):
+                if route.kind == MOUNT and self.method == b"POST" and not destination.upstream:
+                    raise plane.router.nameless(handler)
+                if self.has_body or self.head.is_upgrade:
                     intent.model = destination.served.sole
             self._asked = intent.model
             if destination.model:

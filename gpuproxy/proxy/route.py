@@ -65,7 +65,7 @@ class Router:
         self.models = builder.models()  # by every name of them
         for name, served in served_by_upstreams(self.models).items():
             self.upstreams[name].served = served
-        self._by_protocol = builder.protocols()
+        self._by_protocol = builder.protocols(self.upstreams)
         self.probed = [
             (endpoint, upstream.probe_path.encode())
             for upstream in config.upstreams
@@ -219,6 +219,12 @@ class Router:
                 param="upstream",
             )
         return destination
+
+    def nameless(self, handler: ProtocolHandler) -> GatewayError:
+        """Return the refusal of a call to change something that may be at any of several upstreams."""
+        names = _names([name for name, other in self.upstreams.items() if other.handler is handler])
+        what = f"the request names no model; call an upstream by its name, below {PREFIX.decode()}/upstreams/"
+        return GatewayError("BAD_REQUEST", f"{what}: {names}", param="model")
 
 
 def _names(known: "Mapping[str, object] | list[str]") -> str:

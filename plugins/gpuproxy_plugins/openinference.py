@@ -5,7 +5,7 @@ Under /v1 the body names the model, so it is read whole before routing; under /v
 decode only the fields they name. They search bytes by `find`, which takes half the time of `in`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from gpuproxy.plugin import (
@@ -28,6 +28,7 @@ from gpuproxy_plugins.openinference_intent import (
     intent_of_body,
     intent_of_path,
     is_ollama,
+    may_lack_model,
     refuse_dot_segments,
 )
 from gpuproxy_plugins.openinference_media import LONG_BODY_BYTES, text_size
@@ -61,8 +62,8 @@ class OpenInference:
 
     def inspect(self, call: Call) -> Intent:
         """Return model and stream. Raises GatewayError INVALID_JSON or BAD_REQUEST."""
-        if _checked(call.path) and call.method == b"POST":
-            return intent_of_body(call)
+        if (intent_of := _checked(call.path)) is not None and call.method == b"POST":
+            return intent_of(call)
         if call.path.startswith(b"/v1/models") and asks_for_models(call):
             return Intent()
         return intent_of_path(call.path)
@@ -168,11 +169,13 @@ def _kind_of(content_type: bytes) -> int:
 
 
 @lru_cache(_PATHS_MAX)
-def _checked(path: bytes) -> bool:
-    """Tell whether what is posted there names its model in the body. Raises BAD_REQUEST for dot segments."""
+def _checked(path: bytes) -> Callable[[Call], Intent] | None:
+    """Return what reads the intent from what is posted there, if not the path tells. Raises BAD_REQUEST for dots."""
     if path.find(b"/.") >= 0 or path.find(b"%") >= 0 or path.find(b"\\") >= 0:
         refuse_dot_segments(path)
-    return path.startswith(b"/v1/")
+    if not path.startswith(b"/v1/"):
+        return None
+    return description if may_lack_model(path) else intent_of_body
 
 
 @lru_cache(_PATHS_MAX)

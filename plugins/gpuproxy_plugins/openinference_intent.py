@@ -1,5 +1,6 @@
 """Where an inference call wants to go: its model, read from the body (JSON or form) or from the path."""
 
+import re
 from collections.abc import Callable
 from itertools import product
 from typing import Any, NoReturn
@@ -16,6 +17,12 @@ from gpuproxy_plugins.openinference_realtime import is_socket, model_of_query
 _MODEL_CHARS_MAX = 256  # the longest known ids (paths of fine-tunes) are under 150
 _UNREADABLE = (ValueError, RecursionError)
 _OLLAMA_STREAMS = (b"/api/chat", b"/api/generate")
+_LATER = (b"/batches", b"/runs")  # what is done elsewhere, after the answer
+# What is posted there tells of things that are kept (files, stored answers), and no model.
+_KEPT = re.compile(
+    rb"/v1/(?:files|uploads|batches|messages/batches|vector_stores|conversations|threads|containers|evals|skills"
+    rb"|responses/[^/]+/cancel|chat/completions/[^/]+|(?:assistants|fine_tuning/jobs)/[^/]+)(?:[/?]|\Z)"
+)
 OLLAMA_PATHS = (*_OLLAMA_STREAMS, b"/api/embed", b"/api/embeddings")  # its own, not OpenAI-shaped ones
 
 
@@ -105,6 +112,11 @@ def _prompt_count(prompt: bytes) -> int:
     return len(parts) if parts and bytes(parts[0])[:1] in (b'"', b"[") else 1
 
 
+def may_lack_model(path: bytes) -> bool:
+    """Tell whether what is posted to a path need not name a model."""
+    return _KEPT.match(path) is not None
+
+
 def model_of(body: bytes) -> str:
     """Return the model that a body names which `intent_of_body` has read."""
     return str(_decode(body).model)
@@ -162,6 +174,8 @@ def intent_of_path(path: bytes) -> Intent:
     version, *segments = route.removeprefix(b"/").split(b"/")
     if segments[:1] == [b"repository"]:
         del segments[0]
+    if segments == [b"models", b"stats"] and version == b"v2":
+        return Intent()  # of all models, by Triton
     if segments[:1] == [b"models"] and len(segments) > 1:
         name = b"/".join(segments[1:]) if version == b"v1" else segments[1]  # ids with a slash, unescaped
         return Intent(_model(unquote_to_bytes(name)), is_stream=segments[-1] == b"generate_stream")
@@ -216,7 +230,7 @@ def description(call: Call) -> Intent:
     for shape, name in ((body.options, "num_predict"), (body.parameters, "max_new_tokens")):
         if isinstance(shape, dict) and type(most := shape.get(name)) is int and most > intent.max_output_tokens:
             intent.max_output_tokens = most
-    if call.path.partition(b"?")[0].rstrip(b"/").endswith(b"/batches"):
+    if call.path.partition(b"?")[0].rstrip(b"/").endswith(_LATER):
         intent.is_deferred = True
     return intent
 
