@@ -233,14 +233,15 @@ async def test_a_channel_that_is_refused_is_raised(scripted: Scripted) -> None:
         await anext(scripted.client.events(["billing_events"]))
 
 
-@pytest.mark.parametrize("status", [200, 404, 405])
-async def test_what_is_no_gateway_is_raised_and_not_asked_for_ever(scripted: Scripted, status: int) -> None:
+@pytest.mark.parametrize(("status", "asked"), [(200, 1), (404, 1), (405, 1), (429, 3), (501, 3), (503, 3)])
+async def test_what_is_no_gateway_is_raised_and_not_asked_for_ever(scripted: Scripted, status: int, asked: int) -> None:
     async def script(request: web.Request, count: int) -> web.StreamResponse:
         return web.Response(status=status)
 
     scripted.script = script
-    with pytest.raises(errors.GpuproxyError, match=f"answered {status}"):
+    with pytest.raises(errors.GpuproxyError, match=f"/ws answered {status}"):
         await anext(scripted.client.events(["billing_events"]))
+    assert len(scripted.asked) == asked
 
 
 async def test_a_gateway_that_was_never_reached_is_raised(scripted: Scripted) -> None:

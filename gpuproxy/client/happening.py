@@ -18,7 +18,9 @@ from gpuproxy.client.errors import failed, no_answer
 
 HEARTBEAT_S = 30.0
 SEEN_MAX = 1_024  # an event that comes again after a resumption is passed over
-STATUS_BY_CODE = {"UNAUTHORIZED": 401, "FORBIDDEN": 403, "UNKNOWN_CHANNEL": 404, "UNPROCESSABLE": 422}
+STATUS_BY_CODE = {
+    "INVALID_JSON": 400, "UNAUTHORIZED": 401, "FORBIDDEN": 403, "UNKNOWN_CHANNEL": 404, "UNPROCESSABLE": 422
+}  # fmt: skip
 PASSING = (408, 425, 429)  # what else is below 500 another attempt would meet again
 
 logger = logging.getLogger(__name__)
@@ -59,8 +61,9 @@ async def happening(
                         last_event_id = told["id"]
                         yield told
         except aiohttp.WSServerHandshakeError as error:
-            if error.status < 500 and error.status not in PASSING:
-                raise failed(f"/ws answered {error.status}", "REFUSED", error.status) from error
+            is_passing = error.status >= 500 or error.status in PASSING
+            if not is_passing or (breaks >= RETRIES and not was_reached):
+                raise failed(f"{socket_url(api_url)} answered {error.status}", "REFUSED", error.status) from error
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             if breaks >= RETRIES and not was_reached:
                 raise no_answer(error, isinstance(error, TimeoutError)) from error
