@@ -24,7 +24,7 @@ def play(steps: Steps[Any], *came: Any) -> tuple[list[Call | Wait], Any]:
             taken.append(step)
             if isinstance(step, Wait):
                 step = steps.send(None)
-            elif isinstance(answer := next(answers), Exception):
+            elif isinstance(answer := next(answers), BaseException):
                 step = steps.throw(answer)
             else:
                 step = steps.send(answer)
@@ -72,6 +72,22 @@ def test_an_instance_that_does_not_come_up_in_time_is_named(monkeypatch: pytest.
     with pytest.raises(InstanceFailedError, match="after 60 s") as raised:
         play(Planner(9.0, 0).create_instance("vast.ai", "7", {}, 60.0, 2.5), PENDING, PENDING, PENDING)
     assert raised.value.contract_id == "c1"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (KeyboardInterrupt(), True),
+        (failed("broken", "CONNECTION_FAILED"), True),
+        (failed("provider", "PROVIDER_FAILED", 502), True),
+        (failed("taken", "CAPACITY_GONE", 409), False),
+        (failed("busy", "UNAVAILABLE", 503), False),
+    ],
+)
+def test_who_does_not_hear_whether_it_has_rented_is_told_to_look(error: BaseException, is_told: bool) -> None:
+    with pytest.raises(type(error)) as raised:
+        play(Planner(9.0, 0).create_instance("vast.ai", "7", {}, 60.0, 2.5), error)
+    assert ["7 of vast.ai may be rented" in note for note in getattr(raised.value, "__notes__", [])] == [True] * is_told
 
 
 def test_only_a_streamed_call_is_opened() -> None:

@@ -46,6 +46,18 @@ def not_in_time(rental: Mapping[str, Any], wait_s: float) -> InstanceFailedError
 
 
 @contextmanager
+def in_doubt(provider: str, instance_id: str) -> Iterator[None]:
+    """Say to who does not hear how a wish to rent ended that a machine may be rented and cost."""
+    try:
+        yield
+    except BaseException as error:
+        status = error.status if isinstance(error, GpuproxyError) else 0
+        if not 400 <= status < 500 and status != 503:  # with these nothing has happened
+            error.add_note(f"offer {instance_id} of {provider} may be rented all the same: GET /gpu/rentals tells")
+        raise
+
+
+@contextmanager
 def left_behind(rental: Mapping[str, Any]) -> Iterator[None]:
     """Name the instance to who stops waiting for it, by a failure or an interruption: it is rented and costs."""
     contract_id = str(rental["contract_id"])

@@ -13,7 +13,16 @@ from msgspec import Struct
 
 from gpuproxy.client.calls import Call, Listing, call_of, gpus_call, proxied, wait_before_retry
 from gpuproxy.client.errors import GpuproxyError
-from gpuproxy.client.instances import instance_path, is_up, left_behind, not_in_time, progress, rental_of, rental_path
+from gpuproxy.client.instances import (
+    in_doubt,
+    instance_path,
+    is_up,
+    left_behind,
+    not_in_time,
+    progress,
+    rental_of,
+    rental_path,
+)
 
 Result = TypeVar("Result")
 
@@ -46,7 +55,8 @@ class Planner:
         self, provider: str, instance_id: str, config: Mapping[str, Any], wait_s: float | None, poll_s: float
     ) -> Steps[dict[str, Any]]:
         """Rent an offer; with `wait_s` look every `poll_s` until it runs."""
-        rental = rental_of((yield from self.call("POST", instance_path(provider, instance_id), config)))
+        with in_doubt(provider, instance_id):
+            rental = rental_of((yield from self.call("POST", instance_path(provider, instance_id), config)))
         if wait_s is None:
             return rental
         until = time.monotonic() + wait_s
