@@ -174,6 +174,24 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(kind: Any) -> N
         assert "cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [gpuproxy.Client, gpuproxy.AsyncClient])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:8080/api/v1",
+        "ftp://x/api/v1",
+        "http://",
+        "http://[x/api/v1",
+        "http://x:99999/",
+        "http://x/api/v1\n",
+    ],
+)
+def test_a_url_that_leads_nowhere_is_refused_at_once(kind: Any, url: str) -> None:
+    with pytest.raises(ValueError, match="write it like http://localhost:8080/api/v1"):
+        kind(url, "gp_key")
+
+
 def test_failures_travel_between_processes() -> None:
     found = [failed("m", code, status, "r-1", 3) for code, status in (("X", 404), ("UPSTREAM_TIMEOUT", 504), ("X", 0))]
     for error in (*found, errors.InstanceFailedError("m", "TIMED_OUT", "c-7")):

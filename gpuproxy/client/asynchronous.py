@@ -14,6 +14,7 @@ from gpuproxy.client.calls import (
     Listing,
     answer_of,
     check_key,
+    check_url,
     may_be_refusal,
     own_refusal,
 )
@@ -72,7 +73,7 @@ class AsyncClient:
         retries: int = RETRIES,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
-        self.api_url = api_url.rstrip("/")
+        self.api_url = check_url(api_url)
         self._api_key = check_key(api_key)
         self._sleep = sleep
         self._plan = Planner(timeout_s, retries)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import msgspec
@@ -62,6 +63,19 @@ def call_of(
         headers["Idempotency-Key"] = str(uuid4())
     encoded = None if body is None else msgspec.json.encode(body)
     return Call(method, path, encoded, _texts(params or {}), headers, wait_s)
+
+
+def check_url(api_url: str) -> str:
+    """Return the URL without a slash at its end. Raises ValueError for one that leads nowhere."""
+    remedy = "write it like http://localhost:8080/api/v1"
+    try:
+        parts = urlsplit(api_url)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise ValueError(f"api_url {api_url!r} is no URL ({error}); {remedy}") from None
+    if not is_good or any(character.isspace() for character in api_url):
+        raise ValueError(f"api_url {api_url!r} is no http or https URL; {remedy}")
+    return api_url.rstrip("/")
 
 
 def check_key(api_key: str) -> str:

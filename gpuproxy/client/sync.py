@@ -15,6 +15,7 @@ from gpuproxy.client.calls import (
     Listing,
     answer_of,
     check_key,
+    check_url,
     may_be_refusal,
     own_refusal,
 )
@@ -56,7 +57,8 @@ class Client:
     """A caller of one gateway. Safe to share between threads; close it or use it in a ``with`` block.
 
     ``api_url`` ends in the version, as in ``http://localhost:8080/api/v1``. ``timeout_s`` bounds each wait
-    for bytes. ``retries`` is how often a call is repeated that may be.
+    for bytes. ``retries`` is how often a call is repeated that may be. Raises ValueError for a URL or a key that
+    cannot be.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Client:
         retries: int = RETRIES,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.api_url = api_url.rstrip("/")
+        self.api_url = check_url(api_url)
         self._api_key = check_key(api_key)
         self._timeout_s = timeout_s
         self._retries = retries
