@@ -80,6 +80,7 @@ class Leases:
         async with self._locks.setdefault(subject, asyncio.Lock()):
             answer, elsewhere = await self._grant(epoch, ask, subject)
             if not answer.amount and ask.least:
+                await self._slots.ready()  # a control that has just started cannot ask those that are not linked yet
                 was_recalled = await self._recall(epoch, ask.kind, subject, elsewhere)
                 if was_recalled or answer.budget_ends_ns:
                     answer, _ = await self._grant(epoch, ask, subject, is_last=True)

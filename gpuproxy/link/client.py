@@ -21,6 +21,7 @@ from gpuproxy.link.messages import (
     Prices,
     Recall,
     Renew,
+    Return,
     Revoke,
     Routing,
     SealKeys,
@@ -38,6 +39,7 @@ _log = get_logger("gpuproxy.link")
 
 RECONNECT_S = 0.2
 RETRY_S = 0.2
+KEEP_S = 2.0  # how long questions wait for control to come back: a reload replaces it within a moment
 QUESTIONS_MAX = 10_000  # open at once; control answers a question in under a millisecond
 
 Answer = Callable[[Grant | None, bool], None]
@@ -66,8 +68,11 @@ class LinkClient(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._reader = FrameReader()
         self._questions: dict[int, tuple[bytes, Answer]] = {}
-        self._leases: dict[int, LeaseAnswer] = {}
-        self._machines: dict[int, MachinesAnswer] = {}
+        self._leases: dict[int, tuple[bytes, LeaseAnswer]] = {}  # with the frame that asks
+        self._machines: dict[int, tuple[bytes, MachinesAnswer]] = {}
+        self._returns: list[bytes] = []  # of credit, to be told when control is back
+        self._is_awaited = False  # it is here, or has been gone for less than KEEP_S
+        self._patience: asyncio.TimerHandle | None = None
         self._prices: list[Price] = []  # of the messages so far
         self._next_id = 0
         self._lost = asyncio.Event()
@@ -98,27 +103,34 @@ class LinkClient(asyncio.Protocol):
     def lease(
         self, user_id: str, key_id: str, kind: LeaseKind, least: int, wanted: int, answer: LeaseAnswer, limit: int = 0
     ) -> None:
-        """Ask for a lease; `answer` gets None, later, when control is away or cannot tell."""
-        if self._transport is None or len(self._leases) >= QUESTIONS_MAX:
+        """Ask for a lease; `answer` gets None, later, when control stays away or cannot tell."""
+        if not self._is_awaited or len(self._leases) >= QUESTIONS_MAX:
             asyncio.get_running_loop().call_soon(answer, None)  # never from within the question
             return
         self._next_id += 1
-        self._leases[self._next_id] = answer
-        self._transport.write(frame(Lease(self._next_id, user_id, key_id, kind, least, wanted, limit)))
+        question = frame(Lease(self._next_id, user_id, key_id, kind, least, wanted, limit))
+        self._leases[self._next_id] = question, answer
+        self._write(question)
 
     def ask_machines(self, user_id: str, answer: MachinesAnswer) -> None:
-        """Ask for a user's machines; `answer` gets None, later, when control is away or cannot tell."""
-        if self._transport is None or len(self._machines) >= QUESTIONS_MAX:
+        """Ask for a user's machines; `answer` gets None, later, when control stays away or cannot tell."""
+        if not self._is_awaited or len(self._machines) >= QUESTIONS_MAX:
             asyncio.get_running_loop().call_soon(answer, None)  # never from within the question
             return
         self._next_id += 1
-        self._machines[self._next_id] = answer
-        self._transport.write(frame(AskMachines(self._next_id, user_id)))
+        question = frame(AskMachines(self._next_id, user_id))
+        self._machines[self._next_id] = question, answer
+        self._write(question)
 
     def send(self, message: Told) -> None:
-        """Tell control something that needs no answer; while it is away it is told nothing."""
+        """Tell control something that needs no answer; while it is away it is told nothing.
+
+        Credit that goes back is told later, if control comes back: a successor reads from the ledger what is held.
+        """
         if self._transport is not None:
             self._transport.write(frame(message))
+        elif self._is_awaited and isinstance(message, Return) and message.kind == "nanousd":
+            self._returns.append(frame(message))
 
     def give_up(self, question: int) -> None:
         """Stop waiting for an answer and report that control could not tell."""
@@ -128,11 +140,17 @@ class LinkClient(asyncio.Protocol):
         """Introduce this worker and ask what is still open."""
         self._transport = cast(asyncio.Transport, transport)
         self._reader = FrameReader()
+        if self._patience is not None:
+            self._patience.cancel()
+        self._is_awaited = True
         self.connected.set()
         self._transport.write(frame(self._hello))
         for question, (digest, _) in self._questions.items():
             self._transport.write(frame(Authorize(question, digest)))
+        returns, self._returns = self._returns, []
+        kept = [*returns, *(asked for asked, _ in (*self._leases.values(), *self._machines.values()))]
         self.on_reconnect()
+        self._transport.writelines(kept)  # only now: control must know what is held here when it answers
 
     def data_received(self, data: bytes) -> None:
         """Handle every whole message."""
@@ -171,14 +189,25 @@ class LinkClient(asyncio.Protocol):
                     self._take_prices(message)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Keep questions about keys for the next connection; leases nobody can promise any more."""
+        """Keep questions for the next connection: those about keys until they are given up, the others for a while."""
         self._transport = None
+        self._patience = asyncio.get_running_loop().call_later(KEEP_S, self._await_no_more)
+        self.connected.clear()
+        self._lost.set()
+
+    def _await_no_more(self) -> None:
+        """Control stays away: nobody can promise anything."""
+        self._is_awaited = False
+        self._returns.clear()
         for question in list(self._leases):
             self._leased(question, None)
         for question in list(self._machines):
             self._told_machines(question, None)
-        self.connected.clear()
-        self._lost.set()
+
+    def _write(self, question: bytes) -> None:
+        """Ask now, or when control is back."""
+        if self._transport is not None:
+            self._transport.write(question)
 
     def _take_prices(self, message: Prices) -> None:
         self._prices = [*([] if message.is_first else self._prices), *message.prices]
@@ -191,12 +220,12 @@ class LinkClient(asyncio.Protocol):
             self._transport.write(frame(Authorize(question, self._questions[question][0])))
 
     def _leased(self, question: int, leased: Leased | None) -> None:
-        answer = self._leases.pop(question, None)
+        _, answer = self._leases.pop(question, (b"", None))
         if answer is not None:
             answer(leased)
 
     def _told_machines(self, question: int, machines: tuple[Machine, ...] | None) -> None:
-        answer = self._machines.pop(question, None)
+        _, answer = self._machines.pop(question, (b"", None))
         if answer is not None:
             answer(machines)
 

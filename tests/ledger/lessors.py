@@ -11,6 +11,7 @@ from gpuproxy.ledger import holds
 from gpuproxy.ledger.leases import Leases
 from gpuproxy.ledger.peers import Peers
 from gpuproxy.ledger.settle import lease_owner
+from gpuproxy.ledger.slots import Slots
 from gpuproxy.ledger.windows import Windows
 from gpuproxy.link.messages import Lease, LeaseKind, Recall, Return
 from gpuproxy.link.wallet import Wallet
@@ -23,12 +24,19 @@ class Site:
     """Leases of a node, and the workers it can reach."""
 
     def __init__(
-        self, store: Store, node: str = "here", windows: Windows | None = None, peers: Peers | None = None
+        self,
+        store: Store,
+        node: str = "here",
+        windows: Windows | None = None,
+        peers: Peers | None = None,
+        grace_s: float = 0.0,
     ) -> None:
         self.limit = 10
         self.passes = 0
         self.workers: dict[str, Worker] = {}
-        self.leases = Leases(store, node, self._limit_of, self._push, lambda: self.passes, windows, peers)
+        self.leases = Leases(
+            store, node, self._limit_of, self._push, lambda: self.passes, windows, peers, Slots(grace_s)
+        )
 
     async def ask(self, epoch: str, user_id: str, least: int, wanted: int = 0, kind: LeaseKind = "nanousd") -> int:
         return (await self.leases.grant(epoch, Lease(1, user_id, "", kind, least, wanted))).amount

@@ -45,6 +45,17 @@ async def test_a_worker_that_does_not_answer_a_recall_is_not_waited_for_long(sit
     assert await site.ask("w", user_id, 1) == 0
 
 
+async def test_a_control_that_has_just_started_refuses_nobody_before_all_are_linked(store: Store, user_id: str) -> None:
+    assert await Site(store).ask("holder", user_id, 800) == 800
+    site = Site(store, grace_s=0.2)  # which knows of the holder by the ledger alone
+    asking = asyncio.create_task(Worker(site, "asker", user_id).call(500))
+    await asyncio.sleep(0.05)
+    holder = Worker(site, "holder", user_id)
+    holder.wallet._put(0, 800, 1 << 62)
+    assert await asking
+    assert (holder.wallet.rest, await verify(store)) == (0, [])
+
+
 @pytest.mark.parametrize("kind", ["nanousd", "requests"])
 async def test_enough_for_ten_lets_exactly_ten_of_a_hundred_pass(
     store: Store, site: Site, user_id: str, kind: LeaseKind

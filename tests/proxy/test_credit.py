@@ -231,7 +231,46 @@ async def test_a_model_without_a_price_needs_no_credit(serve: Serve) -> None:
     assert not gateway.plane.credit._wallets
 
 
-async def test_with_control_away_what_is_leased_is_served_and_then_refused_for_now(serve: Serve) -> None:
+async def test_a_call_waits_for_credit_while_control_is_replaced(serve: Serve) -> None:
+    gateway, bank = await _open(serve, MOST)
+    client = await gateway.ask(request(b"POST " + CHAT, body=BODY))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    await upstream.send(JSON_OK)
+    await client.answer()
+    assert bank.rest == 0
+    (link,) = gateway.link_server.links
+    link.close()
+    await until(lambda: not gateway.link.connected.is_set(), "the link's end")
+    bank.rest = USED  # enough only with what the worker holds and gives back
+    await client.send(request(b"POST " + CHAT, body=BODY))
+    await upstream.read_head()
+    await upstream.send(JSON_OK)
+    assert (await client.answer()).status == 200
+    assert len(bank.asked) == 2
+    await _back(gateway, bank, MOST - USED)
+
+
+async def test_a_stream_waits_for_more_credit_while_control_is_replaced(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 27 + 10 + 100, credit={"output_tokens_default": 5})
+    client, upstream = await _stream(gateway, b'{"model":"m","stream":true}')
+    for number in range(20):
+        if number == 5:
+            bank.rest = 1_000
+            (link,) = gateway.link_server.links
+            link.close()
+            await until(lambda: not gateway.link.connected.is_set(), "the link's end")
+        await upstream.send(_chunk(DELTA))
+        await gateway.turn()
+    await upstream.send(b"0\r\n\r\n")
+    answer = await client.answer()
+    assert (answer.is_whole, answer.body) == (True, DELTA * 20)
+
+
+async def test_with_control_away_what_is_leased_is_served_and_then_refused_for_now(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpuproxy.link.client.KEEP_S", 0.1)
     gateway, bank = await _open(serve, MOST + USED)
     client = await gateway.ask(request(b"POST " + CHAT, body=BODY))
     upstream = await gateway.llm.accept()
