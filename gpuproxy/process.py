@@ -2,7 +2,7 @@
 
 A child gets its `Boot` as MessagePack on a pipe. It tells on ``report_fd``, with one byte each, that it is ready and
 that it takes no new calls any more. It stops when the supervisor does: either by SIGTERM or because ``lifeline_fd``
-reads end of file.
+reads end of file. A worker that has a successor is told so by LEAVE instead.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from msgspec import Struct
 from gpuproxy.config import Config
 
 READY, DRAINING = b"1", b"2"
+LEAVE = signal.SIGUSR1
 LOCK_NAME = "lock"  # in the data directory: held by the supervisor, whose process id it names
 
 
@@ -58,13 +59,13 @@ class Boot(Struct, frozen=True):
 def receive_boot() -> Boot:
     """Read the Boot from the pipe named by the first argument and take the signals back into use.
 
-    SIGTERM alone stays blocked until `on_stop`: a child told to stop while it starts must still stop in order.
+    SIGTERM and LEAVE stay blocked until `on_stop`: a child told to stop while it starts must still stop in order.
     """
     with os.fdopen(int(sys.argv[1]), "rb") as pipe:
         boot = msgspec.msgpack.decode(pipe.read(), type=Boot)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGTERM])  # kept waiting until `on_stop` can take it
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGTERM, LEAVE])  # wait until `on_stop` can take them
     return boot
 
 
@@ -79,8 +80,8 @@ def report_draining(boot: Boot) -> None:
         os.write(boot.report_fd, DRAINING)
 
 
-def on_stop(boot: Boot, stop: Callable[[], None]) -> None:
-    """Call `stop` on SIGTERM or when the supervisor is gone; in the running loop."""
+def on_stop(boot: Boot, stop: Callable[[], None], leave: Callable[[], None] | None = None) -> None:
+    """Call `stop` on SIGTERM or when the supervisor is gone, `leave` on LEAVE; in the running loop."""
     loop = asyncio.get_running_loop()
 
     def end_of_lifeline() -> None:
@@ -88,5 +89,6 @@ def on_stop(boot: Boot, stop: Callable[[], None]) -> None:
         stop()
 
     loop.add_signal_handler(signal.SIGTERM, stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    loop.add_signal_handler(LEAVE, leave or stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, LEAVE])
     loop.add_reader(boot.lifeline_fd, end_of_lifeline)

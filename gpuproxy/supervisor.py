@@ -26,7 +26,7 @@ from gpuproxy.config import Config, load
 from gpuproxy.errors import ConfigError
 from gpuproxy.observe.logs import configure_logs, get_logger
 from gpuproxy.plugin import check_plugins
-from gpuproxy.process import DRAINING, LOCK_NAME, READY, Boot
+from gpuproxy.process import DRAINING, LEAVE, LOCK_NAME, READY, Boot
 from gpuproxy.resolver import resolv_options
 
 _log = get_logger("gpuproxy.supervisor")
@@ -62,6 +62,11 @@ class Child:
         """Let the child stop in order, if it was not told before: the second time it hurries."""
         if not self._was_told:
             self.process.terminate()
+        self._was_told = True
+
+    def tell_to_leave(self) -> None:
+        """Let a worker stop that has a successor: clients may bring it one more call meanwhile."""
+        self.process.send_signal(LEAVE)
         self._was_told = True
 
     def is_dead(self) -> bool:
@@ -241,9 +246,11 @@ class Supervisor:
             return
         self._children[slot] = new
         self._leaving.append(old)
-        old.tell_to_stop()
-        if slot != CONTROL:  # until then it takes calls and answers by the old configuration
-            old.await_report(DRAINING, time.monotonic() + HANDOVER_S)
+        if slot == CONTROL:
+            old.tell_to_stop()
+        else:
+            old.tell_to_leave()
+            old.await_report(DRAINING, time.monotonic() + HANDOVER_S)  # until then it answers by the old configuration
 
     def _stop_all(self) -> None:
         for listening in self._sockets:  # else new connections would wait in a backlog nobody serves any more
@@ -338,7 +345,7 @@ def notify(state: str) -> None:
 def serve(config_path: Path | None, config: Config) -> int:
     """Run a gateway by a checked configuration, and by what becomes of its file; return the exit code."""
     configure_logs(config.log)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*_SIGNALS, LEAVE))  # children begin with this: see `receive_boot`
     directory = Path(config.server.data_dir)
     try:
         sockets = _listening_sockets(config.server.host, config.server.port, config.server.workers)

@@ -232,10 +232,19 @@ class Downstream(RequestReader):
         self.current = None
         if self._was_malformed:
             self._answer_malformed()
-        elif self.plane.is_draining:
-            self.close_gently()
         else:
             self.deadline_s = self.plane.now_s + self.plane.timeouts.keepalive_s
+            if self.plane.is_draining:  # since the head of this answer went out: the client does not know
+                self.part()
+
+    def part(self) -> None:
+        """Close an idle connection of a worker that drains, unless its next call is half here or may be on its way."""
+        if self._head_bytes:
+            return
+        if self.plane.parting_s:
+            self.deadline_s -= max(0.0, self.plane.timeouts.keepalive_s - self.plane.parting_s)
+        else:
+            self.close_gently()
 
     def close_gently(self) -> None:
         """Close so that the client can read the answer even if it is still sending (RFC 9112 §9.6)."""

@@ -62,6 +62,7 @@ CHECKPOINTS_AT_ONCE = 500  # 3 ms
 UNREAD_S = 0.05  # how often connections we do not read from are asked whether the client left
 LINK_START_S = 5.0  # how long the start waits for the link; keys cannot be checked without it
 FRESH_S = 3.0  # how long a drain waits for the first request of a connection just opened, on a busy machine too
+PARTING_S = 3.0  # how long a worker with a successor waits for the next call of a connection: closing it may meet one
 CONTROL_KEEPALIVE_S = 30.0  # below the control server's own 75 s
 
 
@@ -86,6 +87,7 @@ class Plane:
         self.tunnels: dict[Answer, tuple[TunnelEnd, TunnelEnd]] = {}
         self.is_draining = False
         self.is_hurried = False
+        self.parting_s = 0.0  # how long after a call a drain waits for the next one on its connection
         self.wall_offset_ns = time.time_ns() - time.monotonic_ns()
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
@@ -245,14 +247,14 @@ class Plane:
             exchange.checkpoint(now_ns)
 
     def begin_drain(self) -> None:
-        """Take no more calls on connections that are idle, and no second one on the others."""
+        """Take one last call on each connection, if it comes soon."""
         self.is_draining = True
         self.rooms.leave()
         for downstream in list(self.downstreams):
             if downstream.is_fresh:
                 downstream.deadline_s = min(downstream.deadline_s, self.now_s + FRESH_S)
             elif downstream.current is None:
-                downstream.close_gently()
+                downstream.part()
 
     async def drain(self) -> None:
         """Let calls in flight end, for at most ``drain_s`` and until ``is_hurried``; then cut the rest."""
@@ -306,7 +308,11 @@ async def serve(boot: Boot) -> None:
         plane.is_hurried = stopping.is_set()  # told again
         stopping.set()
 
-    on_stop(boot, stop)
+    def leave() -> None:
+        plane.parting_s = PARTING_S
+        stopping.set()
+
+    on_stop(boot, stop, leave)
     server = await loop.create_server(
         lambda: Downstream(plane), sock=socket.socket(fileno=boot.listen_fd), backlog=LISTEN_BACKLOG
     )
