@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 
+import aiohttp
 from aiohttp import web
 from msgspec import Raw
 
 from gpuproxy.codec.mcp import Fields, encode
 from gpuproxy.control.mcp_inner import Told
 from gpuproxy.control.respond import request_id_of
+
+UNREACHABLE = -32066  # as calls to a single server have it
 
 
 class RpcError(Exception):
@@ -43,6 +46,11 @@ class RpcError(Exception):
         detail = {"code": self._code, "message": self._message, "data": {"request_id": request_id_of(request)}}
         body = encode({"jsonrpc": "2.0", "id": self._rpc_id, "error": detail})
         return web.Response(status=self._status, body=body, content_type="application/json", headers=self._headers)
+
+
+def unreached(error: aiohttp.ClientError, rpc_id: Raw | None = None) -> RpcError:
+    """Return the failure that tells that a server did not answer."""
+    return RpcError(502, UNREACHABLE, f"the server cannot be reached: {error}", rpc_id)
 
 
 def responded(message: Fields, result: Mapping[str, object]) -> web.Response:

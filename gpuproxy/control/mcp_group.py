@@ -30,9 +30,10 @@ from gpuproxy.codec.mcp import (
 )
 from gpuproxy.codec.seal import Seal
 from gpuproxy.config.mcp import McpGroup
-from gpuproxy.control.mcp_answers import RpcError, accepted, in_company, responded, verbatim
+from gpuproxy.control.mcp_answers import UNREACHABLE, RpcError, accepted, in_company, responded, unreached, verbatim
+from gpuproxy.control.mcp_batch import BATCHES_UNTIL, Say, answered_together, messages_in, spoken
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, REFUSING, Inner, Seat, Told
-from gpuproxy.control.mcp_listen import LISTEN, LISTENING, STREAMS_MAX, Source, merged, shared_out
+from gpuproxy.control.mcp_listen import LISTEN, LISTENING, STREAMS_MAX, Places, Source, merged, shared_out
 from gpuproxy.control.mcp_merge import (
     LISTS,
     is_unknown_method,
@@ -42,7 +43,7 @@ from gpuproxy.control.mcp_merge import (
     next_cursor,
 )
 from gpuproxy.control.mcp_names import MARK, URI_MARK, inward, split
-from gpuproxy.control.mcp_relay import relay, while_there
+from gpuproxy.control.mcp_relay import EVENTS, relay, while_there
 from gpuproxy.observe.logs import get_logger
 
 PAGES_MAX = 50  # of one server's list
@@ -53,7 +54,7 @@ NAMED = {
     "resources/subscribe": ("uri", URI_MARK),
     "resources/unsubscribe": ("uri", URI_MARK),
 }
-UNREACHABLE, UNAVAILABLE = -32066, -32067  # as calls to a single server have it
+UNAVAILABLE = -32067  # as calls to a single server have it
 SESSION_BYTES_MAX = 8_000  # a longer field aiohttp does not take from a client that brings it back
 SILENT_S = 1.0  # for a server that has let callers wait in vain
 REMEMBERED_S = 30.0  # that it has
@@ -85,7 +86,7 @@ class Group:
         except RpcError as failure:
             return self._named(failure.answer(request))
         except aiohttp.ClientError as error:
-            return RpcError(502, UNREACHABLE, f"the server cannot be reached: {error}").answer(request)
+            return unreached(error).answer(request)
 
     def _named(self, response: web.StreamResponse) -> web.StreamResponse:
         """Let a server's word about credentials lead to the group: clients compare it with the URL they call."""
@@ -109,6 +110,8 @@ class Group:
     # -- messages ---------------------------------------------------------------------------------------------
 
     async def _posted(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        if body.lstrip()[:1] == b"[":
+            return await self._batched(request, body)
         message = _message(body)
         method = text_of(message, "method")
         if _is_stateless(request):
@@ -118,6 +121,26 @@ class Group:
         else:
             seats = self._seats(request)
         return await self._sent(Turn(request, message, body, seats), method)
+
+    async def _batched(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        """Answer several messages as if each had come alone."""
+        seats = {} if _is_stateless(request) else self._seats(request)
+        if min((seat.version for seat in seats.values()), default=STATELESS_SINCE) > BATCHES_UNTIL:
+            fault = f"batches are of revision {BATCHES_UNTIL}, which has not been agreed on; send one message at a time"
+            raise RpcError(400, -32600, fault)
+
+        async def answer(message: Fields, say: Say) -> web.StreamResponse:
+            try:
+                method = text_of(message, "method")
+                if method == "initialize":
+                    raise RpcError(400, -32600, "initialize stands in no batch", message.get("id"))
+                return await self._sent(Turn(request, message, encode(message), seats, say), method)
+            except RpcError as failure:
+                return failure.answer(request)
+            except aiohttp.ClientError as error:
+                return unreached(error, message.get("id")).answer(request)
+
+        return await while_there(request, answered_together(request, messages_in(body), answer))
 
     async def _sent(self, turn: "Turn", method: str) -> web.StreamResponse:
         if not method:
@@ -142,7 +165,7 @@ class Group:
                 )
                 raise RpcError(400, -32602, fault, turn.message.get("id"))
             bodies = {server: encode(turn.message | {"params": raw(params)}) for server, params in parts.items()}
-            return await self._heard(turn, bodies)
+            return await self._heard(turn, bodies, Places())
         if method == "logging/setLevel":
             self._good(turn, method, await self._asked(turn, turn.body))
         if method in ("ping", "logging/setLevel"):
@@ -211,7 +234,7 @@ class Group:
             if _is_stateless(turn.request) and (told if named is None else named) != text_of(place, field):
                 raise RpcError(400, HEADER_MISMATCH, "Mcp-Name is not what the message says", turn.message.get("id"))
             headers["mcp_name"] = mirrored_name(name)
-        return await self._passed(turn.request, server, body, turn.seats, **headers)
+        return await self._passed(turn.request, server, body, turn.seats, turn.say, **headers)
 
     # -- sessions ---------------------------------------------------------------------------------------------
 
@@ -220,23 +243,23 @@ class Group:
             raise RpcError(405, -32600, f"there is no stream to get; post {LISTEN}", headers={"Allow": "POST"})
         seats = self._seats(request)
         told = request.headers.get("Last-Event-ID", "")
-        server, event_id = split(told.removeprefix(LISTENING), MARK, seats)
-        if told and not server:
+        places = Places(seats, told)
+        server, event_id = split(told, MARK, seats)
+        if told not in ("", LISTENING) and not (server or places.by_server):
             raise RpcError(400, -32600, "Last-Event-ID names no server of this group")
-        if told and not told.startswith(LISTENING):
+        if server:
             return await self._passed(request, server, None, seats, last_event_id=event_id)
-        return await self._heard(Turn(request, {}, None, seats), dict.fromkeys(seats), server, event_id)
+        return await self._heard(Turn(request, {}, None, seats), dict.fromkeys(seats), places)
 
-    async def _heard(
-        self, turn: "Turn", bodies: Mapping[str, bytes | None], resumed: str = "", event_id: str = ""
-    ) -> web.StreamResponse:
-        """Pass on the streams of all servers that have one; that of `resumed` from one event on."""
+    async def _heard(self, turn: "Turn", bodies: Mapping[str, bytes | None], places: Places) -> web.StreamResponse:
+        """Pass on the streams of all servers that have one, each from where the client has heard it."""
 
         async def work() -> web.StreamResponse:
             async with AsyncExitStack() as stack:
                 opening = []
                 for server, body in bodies.items():
-                    headers = {"last_event_id": event_id} if server == resumed else {}
+                    place = places.by_server.get(server)
+                    headers = {"last_event_id": place} if place else {}
                     call = self._inner.call(turn.request, server, body, turn.seats[server], **headers)
                     opening.append(Source(server).open(stack, call, self._settings.timeout_s, body is not None))
                 sources = await asyncio.gather(*opening)
@@ -245,7 +268,7 @@ class Group:
                     if not each.is_open and each.told.status != 405 and not is_unknown_method(each.told):
                         self._complain(each.told, LISTEN)
                 if found := [each for each in sources if each.is_open]:
-                    return await merged(turn.request, found, self._inner.closing)
+                    return await merged(turn.request, found, places, self._inner.closing)
                 raise RpcError.of(next(each.told for each in sources if each.told.status))
 
         inner = self._inner
@@ -296,11 +319,19 @@ class Group:
         return told
 
     async def _passed(
-        self, request: web.Request, server: str, body: bytes | None, seats: Seats | None, **headers: str
+        self,
+        request: web.Request,
+        server: str,
+        body: bytes | None,
+        seats: Seats | None,
+        say: Say | None = None,
+        **headers: str,
     ) -> web.StreamResponse:
         async def work() -> web.StreamResponse:
             seat = seats[server] if seats is not None else None
             async with self._inner.call(request, server, body, seat, **headers) as response:
+                if say is not None and response.content_type == EVENTS:
+                    return await spoken(response, server, say)
                 return await relay(request, response, server)
 
         return await while_there(request, work())
@@ -343,17 +374,16 @@ class Group:
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """A message and where it may go."""
+    """A message and where it may go. With `say`, what a stream tells in answer goes there, for others answer too."""
 
     request: web.Request
     message: Fields
     body: bytes | None
     seats: Seats
+    say: Say | None = None
 
 
 def _message(body: bytes) -> Fields:
-    if body.lstrip()[:1] == b"[":
-        raise RpcError(400, -32600, "a group takes one message at a time, no batches")
     try:
         return decode_fields(body)
     except UNREADABLE:

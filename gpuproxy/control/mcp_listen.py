@@ -1,28 +1,31 @@
 """Streams of several servers as one: what changes there, and what they ask of their own accord.
 
 In sessions that is the stream a client gets by GET, from revision 2026-07-28 on the answer to `subscriptions/listen`.
-Whole events take turns in it. A server that has no such stream is left out. The first stream to end ends the client's:
-clients open theirs again, and then all servers are asked anew.
+Whole events take turns in it. The id of one tells where each server's stream had come, so that who resumes misses
+nothing of any. A server that has no such stream is left out. The first stream to end ends the client's: clients open
+theirs again, and then all servers are asked anew.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from urllib.parse import parse_qsl, urlencode
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
-from gpuproxy.codec.events import EventCutter
+from gpuproxy.codec.events import EventCutter, with_data, with_lines
 from gpuproxy.codec.mcp import UNREADABLE, Fields, decode_fields, encode, object_of, raw, text_of
 from gpuproxy.codec.sse import event_payloads
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Told, passed_fields, told_by
-from gpuproxy.control.mcp_names import URI_MARK, shown_uri, split, texts_of
-from gpuproxy.control.mcp_relay import EVENTS, named
+from gpuproxy.control.mcp_names import URI_MARK, outward, shown_uri, split, texts_of
+from gpuproxy.control.mcp_relay import EVENTS
 
 STREAMS_MAX = 1_000  # at once, of all groups: each holds a connection for each server, and wakes up to look around
 LISTENING = "~"  # begins the ids of events in such a stream; no name of a server does
+PLACES_BYTES_MAX = 4_096  # of an id: aiohttp takes fields of 8,190 bytes from a client that brings it back
 LISTEN = "subscriptions/listen"
 ACKNOWLEDGED = "notifications/subscriptions/acknowledged"
 URIS = "resourceSubscriptions"
@@ -84,11 +87,41 @@ class Source:
         return self._events.popleft()
 
 
-async def merged(request: web.Request, sources: Sequence[Source], closing: asyncio.Event) -> web.StreamResponse:
+class Places:
+    """How far the client has heard each server: the id of the last event, by server."""
+
+    def __init__(self, servers: Container[str] = (), told: str = "") -> None:
+        """Read what the client tells: the id of an event in such a stream; anything else tells no place."""
+        found = parse_qsl(told[len(LISTENING) :]) if told.startswith(LISTENING) else ()
+        self.by_server = {server: event_id for server, event_id in found if server in servers}
+
+    def moved(self, event: bytes, server: str) -> bytes:
+        """Return an event as the client may see it, with the place of all servers as its id if it has one."""
+
+        def identified(line: bytes) -> bytes:
+            if not line.startswith(b"id:") or not (event_id := line[3:].removeprefix(b" ")):
+                return line
+            self.by_server.pop(server, None)
+            self.by_server[server] = event_id.decode(errors="replace")
+            return b"id: " + self._shown()
+
+        return with_lines(with_data(event, lambda payload: outward(payload, server)), identified)
+
+    def _shown(self) -> bytes:
+        while len(text := urlencode(self.by_server)) > PLACES_BYTES_MAX:  # the oldest goes: it hears what comes
+            del self.by_server[next(iter(self.by_server))]
+        return f"{LISTENING}{text}".encode()
+
+
+async def merged(
+    request: web.Request, sources: Sequence[Source], places: Places, closing: asyncio.Event
+) -> web.StreamResponse:
     """Pass on what all sources say until one of them ends, or is `closing`. What breaks off ends visibly broken."""
     out = web.StreamResponse(headers=sources[0].told.headers)
     await out.prepare(request)
-    following: list[asyncio.Future[object]] = [asyncio.ensure_future(_follow(source, out)) for source in sources]
+    following: list[asyncio.Future[object]] = [
+        asyncio.ensure_future(_follow(source, places, out)) for source in sources
+    ]
     following.append(asyncio.ensure_future(closing.wait()))
     try:
         if sources[0].acknowledged:
@@ -107,9 +140,9 @@ async def merged(request: web.Request, sources: Sequence[Source], closing: async
     return out
 
 
-async def _follow(source: Source, out: web.StreamResponse) -> None:
+async def _follow(source: Source, places: Places, out: web.StreamResponse) -> None:
     while event := await source.next_event():
-        await out.write(named(event, source.server, LISTENING))  # in one piece, also while another one waits to write
+        await out.write(places.moved(event, source.server))  # in one piece, also while another one waits to write
 
 
 # -- subscriptions ------------------------------------------------------------------------------------------------

@@ -42,13 +42,13 @@ class EventRelabeller:
         return event if was_passing else named(event, self._server)
 
 
-def named(event: bytes, server: str, lead: str = "") -> bytes:
-    """Return an event whose id, behind `lead`, and whose message name their server."""
+def named(event: bytes, server: str) -> bytes:
+    """Return an event whose id and whose message name their server."""
 
     def identified(line: bytes) -> bytes:
         if not line.startswith(b"id:") or not (event_id := line[3:].removeprefix(b" ")):
             return line
-        return b"id: " + f"{lead}{server}{MARK}".encode() + event_id
+        return b"id: " + f"{server}{MARK}".encode() + event_id
 
     return with_lines(with_data(event, lambda payload: outward(payload, server)), identified)
 

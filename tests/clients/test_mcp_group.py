@@ -21,7 +21,7 @@ from .gateway import WAIT_S, Gateway, running_gateway, toml_table, upstream
 from .mcp_server import OPEN
 from .servers import serve_asgi
 
-LEGACY, MODERN = "2025-11-25", "2026-07-28"
+BATCHING, LEGACY, MODERN = "2025-03-26", "2025-11-25", "2026-07-28"
 MODES = [("legacy", LEGACY), (MODERN, MODERN), ("auto", MODERN)]
 
 
@@ -263,8 +263,8 @@ def message(method: str, **params: Any) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
 
 
-def initialize(http: httpx2.Client, url: str) -> httpx2.Response:
-    params = {"protocolVersion": LEGACY, "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+def initialize(http: httpx2.Client, url: str, revision: str = LEGACY) -> httpx2.Response:
+    params = {"protocolVersion": revision, "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
     return http.post(url, json=message("initialize", **params))
 
 
@@ -315,6 +315,64 @@ def test_what_cannot_be_served_is_a_json_rpc_error(
 ) -> None:
     answer = http.post(url_of(group), content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def begun(http: httpx2.Client, url: str, revision: str) -> dict[str, str]:
+    """Begin a session; return the fields that its calls have."""
+    answer = initialize(http, url, revision)
+    assert answer.json()["result"]["protocolVersion"] == revision
+    return {"Mcp-Session-Id": answer.headers["mcp-session-id"]}
+
+
+def test_a_batch_is_answered_message_by_message(group: Gateway, http: httpx2.Client) -> None:
+    url = url_of(group)
+    batch = [
+        message("ping") | {"id": "é"},
+        message("tools/call", name="tools__count", arguments={"to": 2}, _meta={"progressToken": 1}) | {"id": 2},
+        message("tools/call", name="library__add", arguments={"book": "Ø"}) | {"id": 3},
+        {"jsonrpc": "2.0", "method": "notifications/roots/list_changed"},
+        message("tools/call", name="nobody__add") | {"id": 4},
+        message("initialize") | {"id": 5},
+    ]
+    answer = http.post(url, json=batch, headers=begun(http, url, BATCHING))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream")
+    told = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert [each["params"]["progress"] for each in told if "method" in each] == [1, 2]
+    found = {each["id"]: each for each in told if "method" not in each}
+    assert len(found) == len(told) - 2 == 5
+    assert found["é"]["result"] == {}
+    assert [found[rpc_id]["result"]["content"][0]["text"] for rpc_id in (2, 3)] == ["done", "added Ø"]
+    assert [found[rpc_id]["error"]["code"] for rpc_id in (4, 5)] == [-32602, -32600]
+
+
+def test_a_batch_that_asks_for_nothing_gets_no_answer(group: Gateway, http: httpx2.Client) -> None:
+    url = url_of(group)
+    batch = [
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"jsonrpc": "2.0", "id": "tools__1", "result": {}},
+    ]
+    answer = http.post(url, json=batch, headers=begun(http, url, BATCHING))
+    assert (answer.status_code, answer.content) == (202, b"")
+
+
+@pytest.mark.parametrize("count", [0, 33])
+def test_a_batch_is_bounded(group: Gateway, http: httpx2.Client, count: int) -> None:
+    url = url_of(group)
+    answer = http.post(url, json=[message("ping")] * count, headers=begun(http, url, BATCHING))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, -32600)
+
+
+def test_revisions_without_batches_get_none(group: Gateway, http: httpx2.Client) -> None:
+    url = url_of(group)
+    answer = http.post(url, json=[message("ping")], headers=begun(http, url, LEGACY))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, -32600)
+
+
+def test_a_batch_of_a_session_that_has_ended_is_not_found(group: Gateway, http: httpx2.Client) -> None:
+    url = url_of(group)
+    session = begun(http, url, BATCHING)
+    http.delete(url, headers=session)
+    assert http.post(url, json=[message("tools/list")] * 2, headers=session).status_code == 404
 
 
 def test_what_no_server_has_is_told_as_they_tell_it(group: Gateway, http: httpx2.Client) -> None:

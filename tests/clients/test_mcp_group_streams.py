@@ -30,17 +30,18 @@ class Shelf:
     """A server of sessions by hand: it says on its streams what it is told to say."""
 
     def __init__(self) -> None:
-        self.streams: list[web.StreamResponse] = []
+        self.streams: dict[str, web.StreamResponse] = {}
         self.got: list[dict[str, Any]] = []
         self.resumed: list[str] = []
         self.app = web.Application()
-        self.app.router.add_post("/mcp", self.take)
+        for path in ("/mcp", "/rack"):
+            self.app.router.add_post(path, self.take)
+            self.app.router.add_get(path, self.stream)
         self.app.router.add_post("/quiet", self.take)
         self.app.router.add_route("*", "/locked", self.refuse)
         self.app.router.add_route("*", "/busy", self.refuse)
         self.app.router.add_post("/full", self.fail)
         self.app.router.add_post("/mute", self.stream)
-        self.app.router.add_get("/mcp", self.stream)
 
     async def take(self, request: web.Request) -> web.Response:
         told = await request.json()
@@ -70,14 +71,14 @@ class Shelf:
         self.resumed.append(request.headers.get("Last-Event-ID", ""))
         out = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await out.prepare(request)
-        self.streams.append(out)
+        self.streams[request.path] = out
         self.ended = asyncio.Event()
         await self.ended.wait()
         return out
 
-    async def say(self, event: str) -> None:
-        """Write to the newest stream."""
-        await self.streams[-1].write(event.encode())
+    async def say(self, event: str, path: str = "/mcp") -> None:
+        """Write to the newest stream of a path."""
+        await self.streams[path].write(event.encode())
 
     async def end(self) -> None:
         """End the newest stream."""
@@ -122,11 +123,12 @@ def group(tmp_path_factory: pytest.TempPathFactory, shelf_thread: LoopThread, de
     with serve_asgi(ToolServer().app()) as tools, serve_asgi(News().app()) as news:
         ports = {"shelf": shelf_thread.port, "tools": tools.port, "news": news.port, "down": dead_port}
         settings = "".join(upstream(name, "mcp", f"http://127.0.0.1:{port}/mcp") for name, port in ports.items())
-        for path in ("quiet", "locked", "busy", "full", "mute"):
+        for path in ("rack", "quiet", "locked", "busy", "full", "mute"):
             settings += upstream(path, "mcp", f"http://127.0.0.1:{ports['shelf']}/{path}")
         for name, servers in {
             "all": ["tools", "news", "down"],
             "shelves": ["shelf", "tools"],
+            "racks": ["shelf", "rack"],
             "official": ["tools"],
             "silent": ["quiet"],
             "half": ["locked", "news", "busy"],
@@ -240,7 +242,7 @@ def test_resources_are_watched_at_their_server(hand: Hand, shelf: Shelf, shelf_t
             assert (shelf.got[-1]["method"], shelf.got[-1]["params"]) == (method, {"uri": "shelf://a"})
         shelf_thread.call(shelf.say(f"id: 4\ndata: {json.dumps(UPDATED)}\n\n"))
         event = event_of(stream.iter_lines())
-        assert event["id"] == "~shelf__4"
+        assert event["id"] == "~shelf=4"
         assert json.loads(event["data"])["params"] == {"uri": "shelf+shelf://a"}
 
 
@@ -259,12 +261,28 @@ def test_a_stream_that_ends_is_opened_again_at_all_from_where_it_ended(
     with hand.http.stream("GET", hand.url) as stream:
         shelf_thread.call(shelf.say("id: 9\nretry: 10\ndata:\n\n"))
         lines = stream.iter_lines()
-        assert [next(lines), next(lines)] == ["id: ~shelf__9", "retry: 10"]
+        assert [next(lines), next(lines)] == ["id: ~shelf=9", "retry: 10"]
         shelf_thread.call(shelf.end())
         assert list(lines)[-1] == "", "it ends for the client too, and cleanly"
-    with hand.http.stream("GET", hand.url, headers={"Last-Event-ID": "~shelf__9"}) as stream:
+    with hand.http.stream("GET", hand.url, headers={"Last-Event-ID": "~shelf=9"}) as stream:
         assert stream.status_code == 200
     assert shelf.resumed[-2:] == ["", "9"]
+
+
+def test_who_resumes_a_stream_misses_nothing_of_any_server(
+    group: Gateway, shelf: Shelf, shelf_thread: LoopThread
+) -> None:
+    hand = Hand(group, "racks")
+    with hand.http.stream("GET", hand.url) as stream:
+        lines = stream.iter_lines()
+        for path, event_id, shown in [("/mcp", "3", "~shelf=3"), ("/rack", "a&b", "~shelf=3&rack=a%26b")]:
+            shelf_thread.call(shelf.say(f"id: {event_id}\ndata: {json.dumps(UPDATED)}\n\n", path))
+            assert event_of(lines)["id"] == shown
+    with hand.http.stream("GET", hand.url, headers={"Last-Event-ID": shown}) as stream:
+        shelf_thread.call(shelf.say(f"id: 4\ndata: {json.dumps(UPDATED)}\n\n"))
+        assert event_of(stream.iter_lines())["id"] == "~rack=a%26b&shelf=4"
+    hand.http.close()
+    assert sorted(shelf.resumed[-2:]) == ["3", "a&b"]
 
 
 def test_the_streams_at_the_servers_end_with_the_clients(group: Gateway) -> None:
@@ -287,7 +305,7 @@ def test_servers_that_have_no_stream_say_so(group: Gateway) -> None:
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
-@pytest.mark.parametrize("event_id", ["~web__1", "web__1", "x"])
+@pytest.mark.parametrize("event_id", ["~web=1", "~shelf", "web__1", "x"])
 def test_a_place_in_a_stream_that_is_not_ours_is_refused(hand: Hand, event_id: str) -> None:
     assert hand.http.get(hand.url, headers={"Last-Event-ID": event_id}).status_code == 400
 

@@ -14,7 +14,7 @@ from gpuproxy.config.mcp import McpGroup
 from gpuproxy.control.mcp_answers import RpcError
 from gpuproxy.control.mcp_group import Group, Turn
 from gpuproxy.control.mcp_inner import Inner, Seat, Told
-from gpuproxy.control.mcp_listen import STREAMS_MAX
+from gpuproxy.control.mcp_listen import PLACES_BYTES_MAX, STREAMS_MAX, Places
 
 INITIALIZE = {"jsonrpc": Raw(b'"2.0"'), "id": Raw(b"1"), "method": Raw(b'"initialize"')}
 SERVERS = tuple(f"server{number}" for number in range(16))
@@ -60,7 +60,7 @@ async def test_streams_of_all_groups_together_are_bounded() -> None:
     seats = {server: Seat("s") for server in SERVERS}
     turn = Turn(make_mocked_request("GET", "/"), {}, None, seats)
     with pytest.raises(RpcError, match="1000 streams are open") as refused:
-        await group._heard(turn, dict.fromkeys(seats))
+        await group._heard(turn, dict.fromkeys(seats), Places())
     answer = refused.value.answer(turn.request)
     assert (answer.status, answer.headers["Retry-After"]) == (503, "60")
     assert inner.streams_count == STREAMS_MAX
@@ -72,6 +72,21 @@ async def test_a_stream_that_could_not_be_had_is_not_counted() -> None:
     seats = {server: Seat("s") for server in SERVERS}
     request = make_mocked_request("GET", "/", transport=Open())
     with pytest.raises(RpcError, match="no server of the group"):
-        await group._heard(Turn(request, {}, None, seats), dict.fromkeys(seats))
+        await group._heard(Turn(request, {}, None, seats), dict.fromkeys(seats), Places())
     assert inner.streams_count == 0
     await inner.close()
+
+
+def test_places_too_many_for_a_field_leave_the_oldest_out() -> None:
+    places = Places()
+    for server in SERVERS:
+        event = places.moved(b"id: " + server.encode() + b"x" * 500 + b"\ndata: {}\n\n", server)
+    shown = event.split(b"\n")[0].removeprefix(b"id: ").decode()
+    assert len(shown) <= PLACES_BYTES_MAX + 1
+    assert list(Places(SERVERS, shown).by_server) == list(SERVERS[-len(places.by_server) :])
+    assert len(places.by_server) == 7
+
+
+def test_one_place_too_long_for_a_field_is_none() -> None:
+    event = b"id: " + b"x" * (PLACES_BYTES_MAX + 1) + b"\ndata: {}\n\n"
+    assert Places().moved(event, "server0").startswith(b"id: ~\n")
