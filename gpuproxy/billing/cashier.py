@@ -79,9 +79,11 @@ class Cashier:
 
     async def tidy(self) -> None:
         """Close what nobody will finish, drop what concerned somebody else."""
-        async with self._store.writing() as connection:
-            await connection.run_sync(_close_stale, self._now(), self._by_hand)
-            await connection.run_sync(forget_waiting, self._now())
+        async with self._store.reading() as connection:
+            stale = await connection.run_sync(_stale, self._now(), self._by_hand)
+        for payment_id in stale:  # each by itself: it locks the account of its customer
+            await self._write(_close_stale, payment_id)
+        await self._write(forget_waiting, self._now())
 
     async def charge(self, payment: Payment) -> None:
         """Charge the saved method for a stored renewal, and note the outcome."""
@@ -169,10 +171,13 @@ def _charge_unknown(connection: Connection, payment_id: str) -> None:
         renewals.switch_off(connection, payment.user_id, "the outcome of a charge is unknown; look before you go on")
 
 
-def _close_stale(connection: Connection, now: datetime, by_hand: Sequence[str]) -> None:
+def _stale(connection: Connection, now: datetime, by_hand: Sequence[str]) -> list[str]:
     is_stale = and_(
         payments.c.state == "pending", payments.c.created_at < now - STALE, payments.c.provider.not_in(by_hand)
     )
-    for payment_id in list(connection.scalars(select(payments.c.id).where(is_stale).limit(1_000))):
-        payment, _ = locked(connection, payment_id)
-        fail(connection, payment, "nobody paid within 7 days")
+    return list(connection.scalars(select(payments.c.id).where(is_stale).limit(1_000)))
+
+
+def _close_stale(connection: Connection, payment_id: str) -> None:
+    payment, _ = locked(connection, payment_id)
+    fail(connection, payment, "nobody paid within 7 days")

@@ -15,7 +15,7 @@ from gpuproxy.fleet.meter import PREPAID
 from gpuproxy.fleet.moves import NOT_ALL, begin_destroy, end, is_overdue, move, overdue
 from gpuproxy.fleet.parts import RETRY_S, Fleet, failure_of, shown_id
 from gpuproxy.fleet.purse import reserve
-from gpuproxy.fleet.rentals import Rental, find, locked, of_group
+from gpuproxy.fleet.rentals import Rental, find, locked, locked_group
 from gpuproxy.fleet.sight import ASKED, BOOTS_AGAIN, miss, see, take
 from gpuproxy.fleet.states import ENDED, UNDER_WAY, State
 from gpuproxy.observe.logs import get_logger
@@ -108,8 +108,8 @@ def give_up(connection: Connection, rental_id: str, at: datetime, reason: str, i
     """
     found = find(connection, rental_id)
     assert found is not None  # rentals are never deleted
-    group = of_group(connection, found.group_id) if found.group_id else [found]
-    rows = {each.id: locked(connection, each.id) for each in group}  # always in this order
+    group = locked_group(connection, found.group_id) if found.group_id else [locked(connection, rental_id)]
+    rows = {each.id: each for each in group}
     rental = rows.pop(rental_id)
     if rental.native_id or rental.state not in ("pending", "destroying"):
         return rental

@@ -22,7 +22,7 @@ from gpuproxy.fleet.meter import PREPAID
 from gpuproxy.fleet.moves import NOT_ALL
 from gpuproxy.fleet.parts import DISK_GB, Fleet, failure_of
 from gpuproxy.fleet.purse import first_hold, reserve
-from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked, new_id, of_group
+from gpuproxy.fleet.rentals import Rental, add, by_request, change, find, locked, locked_group, new_id, of_group
 from gpuproxy.fleet.states import LIVING
 from gpuproxy.ledger.transfers import credit_account, lock
 from gpuproxy.observe.logs import get_logger
@@ -91,7 +91,7 @@ async def reserve_all(fleet: Fleet, wishes: Sequence[Wish]) -> tuple[list[Rental
     if failed := [result for result in results if isinstance(result, BaseException)]:
         for rental, _ in intended:
             await destroy(fleet, rental, NOT_ALL)
-        await fleet.write(_forget_request, rentals.c.group_id == group_id)
+        await fleet.write(_forget_group, group_id)
         raise failed[0]
     return [result for result in results if isinstance(result, Rental)], True
 
@@ -237,6 +237,11 @@ async def _fulfil(fleet: Fleet, rental: Rental, wish: Wish) -> Rental:
 def _refused(connection: Connection, rental_id: str, at: datetime, reason: str) -> None:
     if not give_up(connection, rental_id, at, reason).native_id:
         _forget_request(connection, rentals.c.id == rental_id)
+
+
+def _forget_group(connection: Connection, group_id: str) -> None:
+    locked_group(connection, group_id)
+    _forget_request(connection, rentals.c.group_id == group_id)
 
 
 def _forget_request(connection: Connection, chosen: ColumnElement[bool]) -> None:

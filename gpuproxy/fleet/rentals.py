@@ -150,6 +150,11 @@ def of_group(connection: Connection, group_id: str) -> list[Rental]:
     return _all(connection, rentals.c.group_id == group_id)
 
 
+def locked_group(connection: Connection, group_id: str) -> list[Rental]:
+    """Return the rentals of a reservation, as nobody else changes them now; everybody locks them in this order."""
+    return [locked(connection, rental.id) for rental in of_group(connection, group_id)]
+
+
 def change(connection: Connection, rental: Rental, **values: Any) -> Rental:
     """Write columns; return the rental with them. Its row must be locked."""
     connection.execute(update(rentals).where(rentals.c.id == rental.id).values(**values))

@@ -30,6 +30,7 @@ SHARE = 8  # a lease is at most this part of the free credit
 EXPIRY_S = 7_200.0  # a lease whose node is gone for so long is given back; its receipts then meet free credit
 RENEWALS = 12  # of living workers' leases, until they would expire
 PASSES = 2  # of the journal's reader: what a worker wrote before it gave back is settled then
+ENDED_AT_ONCE = 1_000
 OWNER_PREFIX = lease_owner("", "").removesuffix("/")  # of the leases of all nodes
 
 Key = tuple[str, str]  # owner of the hold, user id
@@ -160,8 +161,13 @@ class CreditLeases:
 
     async def _end(self, owners: set[str]) -> int:
         """Resolve the leases of workers that are gone, whose receipts are all settled."""
-        async with self._store.writing() as connection:
-            ended = sum([await connection.run_sync(_end, owner) for owner in sorted(owners)])
+        ended = 0
+        for owner in sorted(owners):
+            count = ENDED_AT_ONCE
+            while count == ENDED_AT_ONCE:
+                async with self._store.writing() as connection:
+                    count = await connection.run_sync(_end, owner)
+                ended += count
         for key in [key for key in {**self._idle, **self._owed} if key[0] in owners]:
             self._idle.pop(key, None)
             self._owed.pop(key, None)
@@ -208,17 +214,20 @@ def _of(connection: Connection, owner: str, account_id: str) -> holds.Hold | Non
 
 
 def _end(connection: Connection, owner: str) -> int:
-    found = holds.pending_of(connection, owner)
+    """Resolve holds of an owner, ENDED_AT_ONCE at most; return how many."""
+    found = holds.pending_of(connection, owner)[:ENDED_AT_ONCE]
     lock(connection, {hold.account_id for hold in found})
-    for hold in found:
-        if hold.posted_nanousd:
+    for hold in filter(None, [holds.get(connection, each.id) for each in found]):  # as they are now
+        if hold.state == "pending" and hold.posted_nanousd:
             holds.settle(connection, hold.id, 0, "usage")
-        else:
+        elif hold.state == "pending":
             holds.void(connection, hold.id)
     return len(found)
 
 
 def _renew(connection: Connection, owners: set[str], expiry_s: float) -> None:
+    """Move the end of leases; of one that somebody changes now the next time, or both might wait for each other."""
     expires_at = datetime.now(UTC) + timedelta(seconds=expiry_s)
     chosen = (table.c.state == "pending") & table.c.owner.in_(sorted(owners))
-    connection.execute(update(table).where(chosen).values(expires_at=expires_at))
+    free = select(table.c.id).where(chosen).with_for_update(skip_locked=True)
+    connection.execute(update(table).where(table.c.id.in_(free)).values(expires_at=expires_at))

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,13 +11,15 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from postgres import who_waits
 
+from gpuproxy.access.accounts import create_user
+from gpuproxy.billing.cashier import STALE, Cashier
 from gpuproxy.billing.cents import CENT_NANOUSD, to_cents, to_nanousd
 from gpuproxy.billing.payments import MOVES, Payment
 from gpuproxy.billing.reversals import order_refund
 from gpuproxy.billing.settle import take
 from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.terms import set_overdraft
-from gpuproxy.ledger.transfers import REVENUE, WRITE_OFF, Transfer, credit_account, post
+from gpuproxy.ledger.transfers import PAYMENTS, REVENUE, WRITE_OFF, Transfer, credit_account, lock, lock_made, post
 from gpuproxy.plugin import PaymentEvent
 from gpuproxy.store.engine import open_store
 
@@ -220,3 +223,19 @@ def test_cents_and_nanodollars_are_the_same_money(cents: int) -> None:
     assert to_cents(to_nanousd(cents)) == cents
     with pytest.raises(GatewayError, match="whole cents"):
         to_cents(to_nanousd(cents) + 1 + cents % (CENT_NANOUSD - 1))
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_stale_payments_are_closed_without_a_circle(book: Book) -> None:
+    ids = sorted([book.user_id, (await create_user(book.store, "bob@example.com")).id], reverse=True)
+    books = [Book(book.store, user_id) for user_id in ids]
+    stale = [await each.pay() for each in books]  # that of the account locked last is looked at first
+    await book.do(lock_made, [credit_account(ids[1]), PAYMENTS])
+    tidying = Cashier(book.store, {}, lambda: datetime.now(UTC) + STALE + timedelta(hours=1)).tidy
+    async with book.store.writing() as connection:
+        await connection.run_sync(lock, [credit_account(ids[1])])
+        closing = asyncio.create_task(tidying())
+        await who_waits(book.store)
+        await connection.run_sync(lock, [PAYMENTS])
+    await closing
+    assert [await book.state(payment) for payment in stale] == [("failed", 0, 0)] * 2

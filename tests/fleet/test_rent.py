@@ -4,6 +4,7 @@ import asyncio
 from datetime import timedelta
 
 import pytest
+from postgres import who_waits
 from sqlalchemy import text
 
 from gpuproxy import config
@@ -12,8 +13,8 @@ from gpuproxy.fleet import care
 from gpuproxy.fleet.care import IN_FLIGHT_S
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
-from gpuproxy.fleet.rent import rent, reserve_all, wait_until_running
-from gpuproxy.fleet.rentals import Rental, find, in_states, of_group
+from gpuproxy.fleet.rent import _forget_group, rent, reserve_all, wait_until_running
+from gpuproxy.fleet.rentals import Rental, find, in_states, locked, of_group
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.history import use_pages
 from gpuproxy.ledger.verify import verify
@@ -241,6 +242,18 @@ async def test_a_reservation_gets_all_or_nothing(fleet: Fleet, books: Books, mar
         await reserve_all(fleet, left)
     assert len(await market.there()) == 3
     assert await verify(books.store) == []
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_the_rentals_of_a_reservation_are_locked_in_one_order(fleet: Fleet, books: Books) -> None:
+    await books.give(100)
+    later, first = [await books.rental(id=id, group_id="g") for id in ("z", "a")]  # in the table the other way round
+    async with books.store.writing() as connection:
+        await connection.run_sync(locked, first.id)
+        forgetting = asyncio.create_task(books.do(_forget_group, "g"))
+        await who_waits(books.store)
+        await connection.run_sync(locked, later.id)
+    await forgetting
 
 
 async def test_many_at_once_do_not_disturb_each_other(fleet: Fleet, books: Books, market: Market) -> None:

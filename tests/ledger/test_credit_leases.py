@@ -4,17 +4,19 @@ import asyncio
 import random
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
 from lessors import Site, committed_unheard, held
-from sqlalchemy import update
+from postgres import who_waits
+from sqlalchemy import select, update
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.ledger.book import balance, credit
 from gpuproxy.ledger.credit_leases import EXPIRY_S
 from gpuproxy.ledger.settle import Payer, lease_owner, settle
+from gpuproxy.ledger.transfers import credit_account, lock
 from gpuproxy.ledger.verify import verify
 from gpuproxy.link.messages import HeldCredit
 from gpuproxy.store.engine import Store
@@ -114,6 +116,40 @@ async def test_a_node_that_lives_keeps_its_leases_for_longer_than_one_is_kept_wi
         await site.leases.sweep(["w"], [])
         await asyncio.sleep(0.02)
     assert await balance(store, user_id) == 100
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_leases_that_somebody_changes_now_hold_up_no_renewal(store: Store, site: Site, user_id: str) -> None:
+    await site.ask("w", user_id, 10)
+    other = (await create_user(store, "bob@example.com")).id
+    await credit(store, other, 800, "another start")
+    await site.ask("w", other, 10)
+    soon = datetime.now(UTC) + timedelta(seconds=600)
+    async with store.writing() as connection:
+        await connection.execute(update(table).values(expires_at=soon))
+    async with store.writing() as connection:
+        await connection.execute(
+            update(table).where(table.c.account_id == credit_account(user_id)).values(posted_nanousd=0)
+        )
+        await site.leases.sweep(["w"], [])
+        renewed = await connection.scalars(select(table.c.account_id).where(table.c.expires_at > soon))
+        assert renewed.all() == [credit_account(other)]
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_dead_workers_leases_are_given_back_without_a_circle(store: Store, site: Site) -> None:
+    first, second = sorted([(await create_user(store, f"{name}@example.com")).id for name in ("ann", "bob")])
+    for epoch, user_id in (("w1", second), ("w2", first)):
+        await credit(store, user_id, 800, user_id)
+        await site.ask(epoch, user_id, 10)
+    await site.leases.sweep([], [])
+    async with store.writing() as connection:
+        await connection.run_sync(lock, [credit_account(first)])
+        ending = asyncio.create_task(site.leases.sweep([], []))
+        await who_waits(store)
+        await connection.run_sync(lock, [credit_account(second)])
+    assert await ending == 2
+    assert await verify(store) == []
 
 
 async def test_a_worker_that_was_missed_once_keeps_its_leases(store: Store, site: Site, user_id: str) -> None:
