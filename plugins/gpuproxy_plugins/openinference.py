@@ -78,14 +78,14 @@ class OpenInference:
             is_read = _may_tell_usage(call.path) if call.method == b"POST" else is_socket(call.method, call.path)
             request = UpstreamRequest(identity=is_read)
             if intent.is_stream and call.body:
-                _prepare_stream(request, call, call.path, call.body, intent.note)
+                _prepare_stream(request, call, call.path, call.body, intent)
             return request
         path = completed_path(call)
         route = call.path if path is None else path
         identity = call.method == b"POST" and _may_tell_usage(route)
         request = UpstreamRequest(path=path, headers=content_type_if_absent(call), identity=identity)
         if intent.is_stream and call.body:
-            _prepare_stream(request, call, route, call.body, intent.note)
+            _prepare_stream(request, call, route, call.body, intent)
         return request
 
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
@@ -128,11 +128,13 @@ class OpenInference:
         return refusal(path, error, request_id)
 
 
-def _prepare_stream(request: UpstreamRequest, call: Call, path: bytes, body: bytes, options: bytes | None) -> None:
+def _prepare_stream(request: UpstreamRequest, call: Call, path: bytes, body: bytes, intent: Intent) -> None:
     if len(body) > LONG_BODY_BYTES:
-        call.note = text_size(body)
+        call.note = text_size(body), intent.choice_count
+    elif intent.choice_count > 1:
+        call.note = len(body), intent.choice_count
     if call.may_ask_usage:
-        _ask_usage(request, path, body, options)
+        _ask_usage(request, path, body, intent.note)
 
 
 def _ask_usage(request: UpstreamRequest, path: bytes, body: bytes, options: bytes | None) -> None:
@@ -148,12 +150,12 @@ def _ask_usage(request: UpstreamRequest, path: bytes, body: bytes, options: byte
 def _stream_reader(call: Call) -> UsageReader:
     marker = marker_of(call.path)
     kind = TgiStreamReader if marker is GENERATE else StreamUsageReader
-    return kind(marker, _text_bytes(call))
+    return kind(marker, _text_bytes(call), 1 if call.note is None else call.note[1])
 
 
 def _text_bytes(call: Call) -> int:
     """Return the size of the text that was asked with."""
-    return call.body_bytes if call.note is None else int(call.note)
+    return call.body_bytes if call.note is None else int(call.note[0])
 
 
 @lru_cache(_KINDS_MAX)

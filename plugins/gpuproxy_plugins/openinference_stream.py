@@ -39,6 +39,7 @@ _MARKER_BYTES_MAX = 65_536
 # Some servers write an empty reason in every event.
 _REASON = re.compile(rb'"finish_reason": ?"[^"]')
 _DONE = re.compile(rb'\ndata: ?(?:\[DONE\]|\{"error": ?["{]|\{"object": ?"error")')
+_INDEX = re.compile(rb'"index": ?([0-9]{1,3})[,}]')
 _SPACED_NULL = b'"usage": null'
 _SEAM_BYTES = 64  # hold the end of a stream: [DONE], or the whole event message_stop
 
@@ -77,7 +78,8 @@ class Marker(Struct, frozen=True, gc=False):
 
     `text` stands once in each of them and only at a line's border, so never in a text. Of those counted, `first_count`
     at the start carry none (a chat's first event names the role), and with `has_reason` neither does the event
-    that names the reason of the end, nor any behind it. Nor does one that tells of an error.
+    that names the reason of the end, nor any behind it. Nor does one that tells of an error. Of several answers in one
+    stream each has its own first event and its own end.
     """
 
     text: bytes
@@ -107,15 +109,15 @@ def marker_of(path: bytes) -> Marker:
 
 
 class StreamUsageReader(EventFilter):
-    """Usage of an event stream; `request_bytes` is the size of the request's body."""
+    """Usage of an event stream; `request_bytes` is the size of the request's body, `choice_count` what it asks for."""
 
-    __slots__ = ("_count", "_counts", "_is_between", "_is_over", "_marker", "_request_bytes", "_seam", "_text",
-                 "response_model")  # fmt: skip
+    __slots__ = ("_choices", "_count", "_counts", "_is_between", "_is_over", "_marker", "_open_count",
+                 "_request_bytes", "_seam", "_text", "response_model")  # fmt: skip
 
     word = WORD
     dull = b'"usage":null'  # on every event of a stream whose usage comes at the end
 
-    def __init__(self, marker: Marker = CHAT, request_bytes: int = 0) -> None:
+    def __init__(self, marker: Marker = CHAT, request_bytes: int = 0, choice_count: int = 1) -> None:
         super().__init__()
         self._counts: Counts | None = None
         self._marker = marker
@@ -125,7 +127,9 @@ class StreamUsageReader(EventFilter):
         self._count = 0
         self._is_over = False  # what comes now carries no tokens
         self._seam = b"\n"  # the end of what was fed
-        self._is_between = self._text == _DATA  # events, so that a whole one counts as one
+        self._open_count = choice_count  # answers whose end is still to come
+        self._choices: set[bytes] | None = set() if choice_count > 1 else None  # seen, for a server may give fewer
+        self._is_between = self._text == _DATA and choice_count == 1  # events, so that a whole one counts as one
 
     @property
     def is_terminal(self) -> bool:
@@ -148,16 +152,28 @@ class StreamUsageReader(EventFilter):
             start = len(seam) - len(text) + 1
             self._count += joined.count(text, start if start > 0 else 0)
             if text == _DATA:
-                self._look_for_end(joined)
+                self._look_for_end(joined, len(seam))
         super().feed(data)
-        self._is_between = self._held is None and self._seam[-2:] == b"\n\n" and self._text == _DATA
+        is_between = self._held is None and self._seam[-2:] == b"\n\n" and self._text == _DATA
+        self._is_between = is_between and self._choices is None
 
-    def _look_for_end(self, joined: bytes) -> None:
-        reason = _REASON.search(joined) if self._marker.has_reason else None
-        end = _DONE.search(joined, 0, reason.start() if reason else len(joined)) or reason
-        if end is not None:
+    def _look_for_end(self, joined: bytes, seen: int) -> None:
+        """Look for ends in what was fed, whose first `seen` bytes have been looked at before."""
+        done = _DONE.search(joined)
+        end = len(joined) if done is None else done.start()
+        reasons = _REASON.finditer(joined, 0, end) if self._marker.has_reason else iter(())
+        for reason in reasons:
+            if reason.end() > seen:
+                self._count -= 1
+                self._open_count -= 1
+                if not self._open_count:
+                    end = reason.start()
+                    break
+        if self._choices is not None:
+            self._choices.update(_INDEX.findall(joined, 0, end))
+        if end < len(joined):
             self._is_over = True
-            self._count -= joined.count(self._text, end.start()) + (end is reason)
+            self._count -= joined.count(self._text, end)
 
     def take(self, data: bytes) -> None:
         """Read one event that mentions usage."""
@@ -200,7 +216,8 @@ class StreamUsageReader(EventFilter):
         return told
 
     def _delivered(self) -> int:
-        return max(0, self._count - self._marker.first_count)
+        choice_count = 1 if self._choices is None else len(self._choices) or 1
+        return max(0, self._count - self._marker.first_count * choice_count)
 
     def _is_open(self) -> bool:
         """Tell whether the counts are those of a beginning: Anthropic tells the input first, the output last."""

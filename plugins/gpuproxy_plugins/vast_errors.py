@@ -66,7 +66,9 @@ def failure(name: str, answer: Answer, told: Told, shown: str, now_s: float) -> 
     if "no_such_ask" in words:
         return CapacityGone(name, phase, f"the offer is gone ({shown}); try the next", instance_id=_left(told))
     if _left(told):  # a bid that is too low makes a stopped instance all the same
-        return CapacityGone(name, phase, f"it did not come to run ({shown}); try another offer", instance_id=_left(told))
+        return CapacityGone(
+            name, phase, f"it did not come to run ({shown}); try another offer", instance_id=_left(told)
+        )
     if answer.status >= 500 or answer.status == 408:
         message = f"it fails with {answer.status} ({shown}); try later"
         return ProviderUnavailable(name, phase, message, may_have_worked=phase in CHANGING)

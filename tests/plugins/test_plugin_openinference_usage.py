@@ -168,6 +168,40 @@ def test_what_was_delivered_is_counted_where_the_upstream_tells_no_usage(
     assert read(SSE, *bytewise(body), path=path) == usage
 
 
+def choice(index: int, delta: Any, reason: str | None = None) -> dict[str, Any]:
+    return {"id": "c", "choices": [{"index": index, "delta": delta, "finish_reason": reason}]}
+
+
+ROLES = [choice(index, {"role": "assistant", "content": ""}) for index in range(3)]
+SEVERAL: list[tuple[list[Any], int | None]] = [
+    ([*ROLES, *[choice(0, {"content": '"index":7,'})] * 3, *[choice(2, {"content": "b"})] * 4], 7),
+    ([*ROLES, choice(0, {"content": "a"}), choice(0, {}, "stop"), *[choice(1, {"content": "b"})] * 4], 5),
+    ([*ROLES, *[choice(0, {}, "stop"), choice(1, {"content": "b"})] * 2, choice(2, {}, "length"), b"[DONE]"], 2),
+    ([*ROLES, *[choice(1, {"content": "b"})] * 4, FAILED, choice(5, {"content": "b"}), b"[DONE]"], 4),
+    (CHAT, 7),  # of a server that gives one answer all the same
+    (ROLES, None),
+]
+
+
+def read_several(*pieces: bytes, count: int = 3) -> Usage | None:
+    call = Call(b"POST", b"/v1/chat/completions", [], json.dumps({"model": "m", "stream": True, "n": count}).encode())
+    OPEN.prepare(call, OPEN.inspect(call))
+    reader: Any = OPEN.reader(call, 200, SSE)
+    for piece in pieces:
+        reader.feed(piece)
+    return reader.finish()
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize(("events", "count"), SEVERAL)
+def test_of_several_answers_each_has_its_own_start_and_end(events: list[Any], count: int | None, end: bytes) -> None:
+    body = stream(*events, end=end)
+    told = read_several(body)
+    assert (told and told.output_tokens) == count
+    assert read_several(*bytewise(body)) == told
+    assert read_several(*(event + 2 * end for event in body.split(2 * end) if event)) == told
+
+
 @settings(max_examples=100)
 @given(end=st.sampled_from([b"\n", b"\r\n", b"\r"]), cuts=st.lists(st.integers(0, 1_500), max_size=12))
 @pytest.mark.parametrize(("path", "events"), [(path, events) for path, events, _ in ESTIMATES])
