@@ -15,7 +15,7 @@ from functools import lru_cache
 from msgspec import Struct
 
 from gpuproxy import config
-from gpuproxy.types import RENTED, Receipt, Usage
+from gpuproxy.types import CANCELLED, RENTED, Receipt, Usage
 
 ANY = "*"  # as the model of a price: every model; as the tool: every tool
 RPC_FAULT = "jsonrpc_error"  # so begins the outcome of a call that was not understood, or could not be done
@@ -125,10 +125,15 @@ def cost_of(receipt: Receipt, price: Price) -> int:
 
 
 def _is_served(receipt: Receipt) -> bool:
-    """Tell whether the upstream did what was asked, or did it until the client left or the gateway broke it off."""
-    if receipt.outcome == "ok":
-        return receipt.status < 400 and not receipt.rpc_outcome.startswith(RPC_FAULT)
-    return receipt.outcome in ("client_gone", "cut") and receipt.first_byte_us >= 0
+    """Tell whether the upstream did what was asked, or did it until the client left or the gateway broke it off.
+
+    A tool is at work as soon as it is called, whether its answer begins at once or at its end.
+    """
+    if receipt.status >= 400 or receipt.rpc_outcome.startswith(RPC_FAULT):
+        return False
+    if receipt.outcome in ("client_gone", "cut"):
+        return receipt.first_byte_us >= 0 or receipt.rpc_outcome == CANCELLED
+    return receipt.outcome == "ok"
 
 
 def upper_bound(price: Price, input_tokens: int, output_tokens_max: int, duration_us_max: int = 0) -> int:

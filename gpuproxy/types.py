@@ -11,6 +11,7 @@ from msgspec import Struct
 ALL_SCOPES = ("inference", "account")  # call models; read and manage the own account
 
 TOOL_CALL = "tools/call"  # the JSON-RPC method of MCP that has a tool do its work
+CANCELLED = "cancelled"  # the outcome of a call whose client left while the tool was at work
 
 Outcome = Literal["ok", "refused", "upstream_failed", "client_gone", "cut", "open"]
 UsageSource = Literal["none", "provider", "estimated"]
@@ -97,6 +98,7 @@ class Receipt(Struct, array_like=True, frozen=True, gc=False):
 
     Of a JSON-RPC call ``rpc_method`` is the method ("batch" for several), ``rpc_name`` the tool, prompt or resource it
     names, ``rpc_outcome`` what the answer told: "ok", "tool_error" or "jsonrpc_error:CODE"; all are empty if not known.
+    Of a tool whose client left before its answer began ``rpc_outcome`` is "cancelled": it may have done its work.
     """
 
     id: str

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.proxy import envelope as envelopes
-from gpuproxy.proxy.counts import NO_USAGE, used_by_now, used_in_all
+from gpuproxy.proxy.counts import NO_USAGE, Known, used_by_now, used_in_all
 from gpuproxy.proxy.credit import Bill, unknown_credit
 from gpuproxy.proxy.encoded import reader_of_encoded
 from gpuproxy.proxy.exchange_state import ATTEMPTS, DONE, JOINED_BYTES_MAX, TIME_AHEAD_US
 from gpuproxy.proxy.heads import AnswerHead
 from gpuproxy.proxy.pins import edited
 from gpuproxy.proxy.retry import wait_told
-from gpuproxy.types import Usage
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection
@@ -315,7 +314,7 @@ class Answer(Refusing):
             self.request_id,
             usage,
         )
-        self._reader = _Known(usage, getattr(reader, "rpc_outcome", ""), getattr(reader, "response_model", ""))
+        self._reader = Known(usage, getattr(reader, "rpc_outcome", ""), getattr(reader, "response_model", ""))
         self._write_json(200, answer, b"")
         if sequel is not None and sequel.farewell and head.keeps_alive:
             self._take_leave(connection, sequel.farewell)
@@ -330,19 +329,3 @@ class Answer(Refusing):
         connection.transport.write(farewell + rest)
         connection.transport.close()
         self._finish("ok")
-
-
-class _Known:
-    """Stands in for a reader whose result is known already."""
-
-    def __init__(self, usage: Usage | None, rpc_outcome: str, response_model: str) -> None:
-        self._usage = usage
-        self.rpc_outcome = rpc_outcome
-        self.response_model = response_model
-
-    def feed(self, data: bytes) -> None:
-        """Nothing more comes."""
-
-    def finish(self) -> Usage | None:
-        """Return the usage."""
-        return self._usage

@@ -16,6 +16,22 @@ NO_USAGE = Usage(-1, -1, -1, "none")
 _log = get_logger("gpuproxy.plugin")
 
 
+class Known:
+    """Stands in for a reader whose result is known already."""
+
+    def __init__(self, usage: Usage | None, rpc_outcome: str, response_model: str = "") -> None:
+        self._usage = usage
+        self.rpc_outcome = rpc_outcome
+        self.response_model = response_model
+
+    def feed(self, data: bytes) -> None:
+        """Nothing more comes."""
+
+    def finish(self) -> Usage | None:
+        """Return the usage."""
+        return self._usage
+
+
 def used_in_all(reader: UsageReader, protocol: str) -> Usage:
     """Return what an answer that is over has used; nothing is known if the reader fails or tells what cannot be."""
     try:

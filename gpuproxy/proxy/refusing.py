@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 from gpuproxy.errors import CODES, GatewayError
 from gpuproxy.observe.logs import get_logger
+from gpuproxy.plugin import ToolReader
 from gpuproxy.proxy import refusal
+from gpuproxy.proxy.counts import Known
 from gpuproxy.proxy.exchange_state import (
     ADMITTING,
     ATTEMPTS,
@@ -20,7 +22,7 @@ from gpuproxy.proxy.exchange_state import (
 )
 from gpuproxy.proxy.route import ENVELOPE
 from gpuproxy.proxy.visits import refusal_fields
-from gpuproxy.types import Outcome
+from gpuproxy.types import CANCELLED, Outcome
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection
@@ -122,9 +124,22 @@ class Refusing(Settled):
         """The client is gone: stop the upstream at once and bill what was used."""
         if self.state == DONE:
             return
+        if self.state == SENT and not self._first_byte_ns and self._has_tool_at_work():
+            self._reader = Known(None, CANCELLED)
         self._drop_upstream()
         is_over = getattr(self._reader, "is_terminal", False)
         self._finish("ok" if is_over else "client_gone")
+
+    def _has_tool_at_work(self) -> bool:
+        """Tell whether what was sent last has a tool do its work, which leaving need not stop."""
+        if self._intent is None or not self._intent.tools:
+            return False
+        _, _, _, body, request = self._sending
+        if request.body is not None:
+            body = request.body
+        if body is None:
+            return self.is_received
+        return isinstance(self._handler, ToolReader) and bool(self._handler.tools_in(body))
 
     def expire(self) -> None:
         """The deadline of what this exchange waits for has passed."""

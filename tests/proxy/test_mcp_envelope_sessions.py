@@ -198,7 +198,20 @@ async def test_a_client_that_leaves_within_is_a_client_that_left(gateway: Gatewa
     await say(wire, NO_SESSION, b"400 Bad Request")
     await got(wire)
     client.close()
-    assert (await gateway.receipt()).outcome == "client_gone"
+    receipt = await gateway.receipt()
+    assert (receipt.outcome, receipt.rpc_outcome) == ("client_gone", ""), "the tool was not called yet"
+
+
+async def test_a_client_that_leaves_at_the_end_has_called_the_tool(gateway: Gateway) -> None:
+    client = await gateway.ask(enveloped(gateway))
+    wire = await gateway.tools.accept()
+    for message, status in STEPS[:3]:
+        await got(wire)
+        await say(wire, message, status, SESSION if message is AGREED else b"")
+    await got(wire)
+    client.close()
+    receipt = await gateway.receipt()
+    assert (receipt.outcome, receipt.rpc_outcome) == ("client_gone", "cancelled")
 
 
 async def test_the_time_of_an_envelope_is_for_all_of_it(gateway: Gateway) -> None:

@@ -136,6 +136,57 @@ async def test_a_tool_that_ran_costs_its_price_and_one_that_could_not_costs_noth
     assert await settled(gateway, bank, json_answer(answer)) == cost
 
 
+async def left(gateway: Gateway, bank: Bank, body: bytes = CALL, answer: bytes = b"") -> tuple[str, int]:
+    """Make a call and leave when the upstream has it, or its answer's begin; return the outcome and the cost."""
+    before = bank.rest
+    client = await gateway.ask(request(b"POST " + TOOLS, body=body))
+    upstream = await gateway.tools.accept()
+    await upstream.read_head()
+    await upstream.expect(body)
+    if answer:
+        await upstream.send(answer)
+        await client.read_head()
+    client.close()
+    await upstream.expect_gone()
+    receipt = await gateway.receipt()
+    assert receipt.outcome == "client_gone"
+    catalogue = Catalogue(gateway.link_server.prices)
+    (cost,) = priced(catalogue, [("w", [msgspec.structs.astuple(receipt)])], {}, Notes()).costs
+    await _back(gateway, bank, before - cost)
+    return receipt.rpc_outcome, cost
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome", "cost"),
+    [
+        (b"", "cancelled", 100),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n", "", 100),
+        (b"HTTP/1.1 500 No\r\nContent-Type: text/plain\r\nContent-Length: 9\r\n\r\n", "", 0),
+    ],
+    ids=["no-answer", "begun", "failing"],
+)
+async def test_a_tool_whose_client_leaves_is_paid_whether_its_answer_has_begun_or_not(
+    serve: Serve, answer: bytes, outcome: str, cost: int
+) -> None:
+    gateway, bank = await _open(serve, 1_000, SEARCH)
+    assert await left(gateway, bank, answer=answer) == (outcome, cost)
+
+
+async def test_what_calls_no_tool_is_not_paid_when_its_client_leaves_before_the_answer(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 1_000, SEARCH, Price("*", request_nanousd=7))
+    assert await left(gateway, bank, b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}') == ("", 0)
+
+
+async def test_a_tool_that_was_not_called_yet_is_not_paid_when_its_client_leaves(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 1_000, SEARCH)
+    client = await gateway.ask(request(b"POST " + TOOLS, b"Content-Length: %d" % len(CALL)) + CALL[:-1])
+    await gateway.turn()
+    client.close()
+    assert (await gateway.receipt()).rpc_outcome == ""
+    assert gateway.tools.is_untouched()
+    assert bank.rest == 1_000
+
+
 async def test_other_tools_and_methods_are_free(serve: Serve) -> None:
     gateway, bank = await _open(serve, 1_000, SEARCH)
     assert await settled(gateway, bank, json_answer(OK), CALL.replace(b"search", b"fetch")) == 0
