@@ -12,6 +12,7 @@ from gpuproxy.fleet.purse import release
 from gpuproxy.fleet.rentals import Rental, change
 from gpuproxy.fleet.states import ENDED, State, check_move
 from gpuproxy.ledger.book import format_usd
+from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.schema import changes
 
 EVENT_BY_STATE: dict[State, str] = {
@@ -24,6 +25,8 @@ TIME_IS_OVER = "the time it was rented for is over"
 NOT_ALL = "not all of the reservation could be had"
 LOST = "lost: the provider has it no more"
 REASON_CHARACTERS_MAX = 500
+
+logger = get_logger(__name__)
 
 
 def move(connection: Connection, rental: Rental, to: State, at: datetime, **values: Any) -> Rental:
@@ -118,8 +121,13 @@ def announce(connection: Connection, user_id: str) -> None:
 
 
 def tell(connection: Connection, name: str, rental: Rental, **more: Any) -> None:
-    """Record an event about a rental for its owner."""
+    """Record an event about a rental for its owner, and log it for the operator: ``Instance created``."""
     record(connection, name, rental.user_id, {**facts(rental), **more})
+    logger.info(
+        name.replace(".", " ").capitalize(),
+        user_id=rental.user_id, instance_id=rental.instance_id, provider=rental.provider, contract_id=rental.id,
+        reason=rental.reason,
+    )  # fmt: skip
 
 
 def facts(rental: Rental) -> dict[str, Any]:

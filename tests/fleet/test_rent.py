@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 from postgres import who_waits
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from gpuproxy import config
 from gpuproxy.errors import GatewayError
@@ -40,6 +41,19 @@ async def test_a_rental_holds_its_first_hour_and_runs(fleet: Fleet, books: Books
     rental = await wait_until_running(fleet, rental, 60)
     assert (rental.state, rental.ip, list(rental.ports)) == ("running", (await market.there())[0].ip, ["8000"])
     assert [instance.tag for instance in await market.there()] == [rental.id]
+
+
+async def test_what_becomes_of_a_machine_is_logged_as_the_guide_prints_it(fleet: Fleet, books: Books) -> None:
+    await books.give(10)
+    with capture_logs() as lines:
+        rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+        rental = await wait_until_running(fleet, rental, 60)
+        await care.destroy(fleet, rental, "enough")
+    told = {line["event"]: line for line in lines if line["event"].startswith("Instance ")}
+    assert list(told) == ["Instance created", "Instance running", "Instance destroyed"]
+    printed = {"user_id": books.user_id, "instance_id": rental.instance_id, "provider": "simulated"}
+    assert told["Instance created"].items() >= {"log_level": "info", **printed}.items()
+    assert told["Instance destroyed"]["reason"] == "enough"
 
 
 async def test_the_use_of_a_rental_names_its_key(fleet: Fleet, books: Books) -> None:
