@@ -22,6 +22,7 @@ from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.rounds import pause, rounds
 
 HEARTBEAT_S = 30.0  # half of what common load balancers leave an idle connection
+QUERY = {"ticket": "of POST /api/v1/ws/ticket, for who can send no header"}
 WATCH_S = 2.0  # between two looks whether credentials are still good; 5 s is the promise
 
 logger = get_logger(__name__)

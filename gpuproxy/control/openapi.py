@@ -18,6 +18,12 @@ PROXY = "/api/v1/gpu/proxy"
 REF = "#/components/schemas/{name}"
 SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
 ERROR = {"$ref": "#/components/responses/Error"}
+# What is no text in a query, in whichever route.
+QUERY_TYPES = {
+    **dict.fromkeys(("limit", "tail", "gpu_count"), "integer"),
+    **dict.fromkeys(("min_vram", "max_price", "min_reliability", "cuda"), "number"),
+    **dict.fromkeys(("spot", "living", "all"), "boolean"),
+}
 
 
 class Envelope(Struct):
@@ -105,7 +111,7 @@ def _operation(route: Route, schema_of: dict[Any, Any]) -> dict[str, Any]:
 
 def _parameters(route: Route) -> list[dict[str, Any]]:
     queried = [
-        {"name": name, "in": "query", "description": meaning, "schema": {"type": "string"}}
+        {"name": name, "in": "query", "description": meaning, "schema": {"type": QUERY_TYPES.get(name, "string")}}
         for name, meaning in route.query.items()
     ]
     once = {
@@ -169,7 +175,12 @@ def _forwarded(path: str, summary: str) -> dict[str, Any]:
         "security": SECURITY,
         "x-scope": "inference",
         "parameters": _path_parameters(path),
-        "responses": {"200": {"description": "the upstream's answer, unchanged"}, "default": ERROR},
+        "responses": {
+            "200": {"description": "the upstream's answer, unchanged"},
+            "default": {
+                "description": "the upstream's answer, or a refusal of the gateway in the protocol's own shape"
+            },
+        },
     }
 
 

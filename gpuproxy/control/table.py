@@ -221,7 +221,7 @@ TABLE: tuple[Route, ...] = (
     Route("POST", MODELS, admin_routing.add_model, "admin", Model, admin_routing.ModelInfo, status=201),
     Route("PUT", f"{MODELS}/{{id}}", admin_routing.put_model, "admin", Model, admin_routing.ModelInfo),
     Route("DELETE", f"{MODELS}/{{id}}", admin_routing.delete_model, "admin", gives=admin_routing.Deleted),
-    Route("GET", "/ws", events.events, "anyone", shape="other"),
+    Route("GET", "/ws", events.events, "anyone", shape="other", status=101, query=events.QUERY),
     Route(
         "GET", "/.well-known/oauth-protected-resource", resource.show, "anyone", gives=resource.Resource, shape="plain"
     ),

@@ -16,7 +16,7 @@ from gpuproxy.access.accounts import create_key
 from gpuproxy.access.paging import Page
 from gpuproxy.billing.payments import add, new_payment
 from gpuproxy.billing.settle import complete
-from gpuproxy.control.openapi import Envelope, document
+from gpuproxy.control.openapi import ERROR, FORWARDED, QUERY_TYPES, Envelope, document
 from gpuproxy.control.pages.table import PAGES
 from gpuproxy.control.route import RULES, Route
 from gpuproxy.control.table import TABLE
@@ -331,6 +331,19 @@ async def test_the_description_holds_every_route_and_every_reference(api: Api) -
     names = [operation["operationId"] for path in told["paths"].values() for operation in path.values()]
     assert len(names) == len(set(names))
     assert told["components"]["schemas"]["Error"]["properties"]["code"]["enum"] == list(CODES)
+
+
+def test_the_description_says_what_a_query_takes_and_whose_words_a_refusal_is_in() -> None:
+    paths = document(TABLE)["paths"]
+    taken = {each["name"]: each["schema"]["type"] for each in paths["/api/v1/gpu/instances"]["get"]["parameters"]}
+    assert {"limit": "integer", "min_vram": "number", "spot": "boolean", "region": "string"}.items() <= taken.items()
+    known = {name for route in TABLE for name in route.query}
+    assert known >= set(QUERY_TYPES)
+    assert "101" in paths["/ws"]["get"]["responses"]
+    assert paths["/api/v1/gpu/proxy"]["post"]["responses"]["default"] == ERROR
+    for path in FORWARDED:
+        (operation,) = paths[path].values()
+        assert "$ref" not in operation["responses"]["default"]  # OpenAI's, Anthropic's, JSON-RPC's or the upstream's
 
 
 def test_the_described_envelope_is_the_one_workers_read() -> None:
