@@ -69,7 +69,10 @@ class SecretRotation(Struct, forbid_unknown_fields=True):
 
 
 class WebhookInfo(Struct):
-    """A webhook without its secret. `failing_since` is set while it does not answer."""
+    """A webhook without its secret. `failing_since` is set while it does not answer.
+
+    `old_secret_until` is when the last of its old secrets signs no more.
+    """
 
     id: str
     kind: str
@@ -160,7 +163,7 @@ async def delete_webhook(request: web.Request) -> web.Response:
 
 
 async def rotate_secret(request: web.Request, body: SecretRotation) -> web.Response:
-    """Sign with a new secret; the one before signs too until the overlap ends, older ones no more."""
+    """Sign with a new secret; the one before signs too until the overlap ends. With an overlap of 0 no old one does."""
     user_id, webhook_id = _whose(request)
     secret = _secret(body.secret)
     sealed = request.app[KEYRING].seal(secret.encode(), context_of(webhook_id))

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 from uuid import uuid4
 
+import msgspec
 from msgspec import Struct
 from sqlalchemy import ColumnElement, and_, exists, func, literal_column, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -52,6 +53,13 @@ class Waiting(Struct, frozen=True):
     is_failing: bool
 
 
+class OldSecret(Struct, frozen=True):
+    """A secret before the present one: it signs too until its time is over."""
+
+    sealed: bytes
+    until: datetime
+
+
 class Due(Struct, frozen=True):
     """A claimed delivery with all that an attempt needs. `attempts` counts this one."""
 
@@ -62,8 +70,7 @@ class Due(Struct, frozen=True):
     user_id: str
     url: str
     secret: bytes
-    old_secret: bytes | None
-    old_secret_until: datetime | None
+    old_secrets: list[OldSecret]
     event_id: str
     name: str
     data: Mapping[str, Any]
@@ -139,8 +146,8 @@ async def _claimed(connection: AsyncConnection, ids: list[int]) -> list[Due]:
     query = (
         select(
             deliveries.c.id, deliveries.c.claim, deliveries.c.attempts, deliveries.c.webhook_id, webhooks.c.user_id,
-            webhooks.c.url, webhooks.c.secret, webhooks.c.old_secret, webhooks.c.old_secret_until,
-            deliveries.c.event_id, deliveries.c.name, events.c.data, events.c.at,
+            webhooks.c.url, webhooks.c.secret, webhooks.c.old_secrets, deliveries.c.event_id, deliveries.c.name,
+            events.c.data, events.c.at,
         )
         .select_from(deliveries)
         .join(webhooks, webhooks.c.id == deliveries.c.webhook_id)
@@ -148,7 +155,13 @@ async def _claimed(connection: AsyncConnection, ids: list[int]) -> list[Due]:
         .where(deliveries.c.id.in_(ids))
         .order_by(deliveries.c.id)
     )  # fmt: skip
-    return [Due(**row) for row in (await connection.execute(query)).mappings()]
+    rows = (await connection.execute(query)).mappings()
+    return [Due(**{**row, "old_secrets": old_secrets(row["old_secrets"])}) for row in rows]
+
+
+def old_secrets(stored: Any) -> list[OldSecret]:
+    """Return what the column of that name holds, the newest first."""
+    return msgspec.convert(stored, list[OldSecret])
 
 
 async def settle(store: Store, due: Due, outcome: Outcome, now: datetime) -> str:

@@ -124,9 +124,7 @@ class Sender:
 
     async def _attempt(self, due: Due) -> Outcome:
         now, context = self._now(), context_of(due.webhook_id)
-        sealed = [due.secret]
-        if due.old_secret is not None and due.old_secret_until is not None and now < due.old_secret_until:
-            sealed.append(due.old_secret)
+        sealed = [due.secret, *(old.sealed for old in due.old_secrets if now < old.until)]
         opened = [secret.decode() for each in sealed if (secret := self._seal.unseal(each, context)) is not None]
         if not opened:
             return Outcome(0, "its secret can be read no more: the gateway's own has changed; rotate it", 0)

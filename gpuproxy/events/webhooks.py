@@ -7,18 +7,19 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from msgspec import Struct
+from msgspec import Struct, to_builtins
 from sqlalchemy import Row, and_, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.errors import GatewayError
 from gpuproxy.events import usage
 from gpuproxy.events.catalogue import EVERYTHING, canonical, subscribable
-from gpuproxy.events.deliveries import STATES, after, cancel_open
+from gpuproxy.events.deliveries import STATES, OldSecret, after, cancel_open, old_secrets
 from gpuproxy.events.outbox import store_event
 from gpuproxy.store.schema import deliveries, events, users, webhook_events, webhooks
 
 Kind = Literal["events", "billing"]
+OLD_SECRETS_MAX = 4  # each makes the header that carries signatures longer
 
 
 class Webhook(Struct, frozen=True):
@@ -153,14 +154,18 @@ async def remove_webhook(connection: AsyncConnection, user_id: str, webhook_id: 
 async def replace_secret(
     connection: AsyncConnection, user_id: str, webhook_id: str, sealed: bytes, overlap_s: int
 ) -> Webhook:
-    """Sign with another secret from now on, and with the one before as well until the overlap ends."""
+    """Sign with another secret from now on, and with the one before as well until the overlap ends.
+
+    So do those whose overlap has not ended yet, OLD_SECRETS_MAX in all; with an overlap of 0 none of them does.
+    """
+    is_it, now = webhooks.c.id == webhook_id, datetime.now(UTC)
+    row = (await connection.execute(select(webhooks).where(is_it).with_for_update())).first()
     await own_webhook(connection, user_id, webhook_id)
-    values = {
-        "old_secret": webhooks.c.secret,
-        "old_secret_until": datetime.now(UTC) + timedelta(seconds=overlap_s),
-        "secret": sealed,
-    }
-    await connection.execute(update(webhooks).where(webhooks.c.id == webhook_id).values(values))
+    assert row is not None
+    before = OldSecret(row.secret, now + timedelta(seconds=overlap_s))
+    kept = [before, *(each for each in old_secrets(row.old_secrets) if each.until > now)] if overlap_s else []
+    values = {"secret": sealed, "old_secrets": to_builtins(kept[:OLD_SECRETS_MAX])}
+    await connection.execute(update(webhooks).where(is_it).values(values))
     return await own_webhook(connection, user_id, webhook_id)
 
 
@@ -236,7 +241,7 @@ async def _with_events(connection: AsyncConnection, rows: Sequence[Row[Any]]) ->
     return [
         Webhook(
             row.id, row.kind, row.url, tuple(names[row.id]), row.description, row.state, row.disabled_reason,
-            row.failing_since, row.old_secret_until, row.created_at,
+            row.failing_since, max((old.until for old in old_secrets(row.old_secrets)), default=None), row.created_at,
         )
         for row in rows
     ]  # fmt: skip

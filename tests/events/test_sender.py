@@ -23,7 +23,15 @@ from gpuproxy.events.outbox import DATA_BYTES_MAX, record
 from gpuproxy.events.post import REST_S_MAX, Bounds, Poster, rest_asked
 from gpuproxy.events.sender import Sender, context_of
 from gpuproxy.events.signing import new_secret
-from gpuproxy.events.webhooks import Draft, add_webhook, change_webhook, remove_webhook, replace_secret, replay
+from gpuproxy.events.webhooks import (
+    OLD_SECRETS_MAX,
+    Draft,
+    add_webhook,
+    change_webhook,
+    remove_webhook,
+    replace_secret,
+    replay,
+)
 from gpuproxy.guard import Guard
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import deliveries, events, webhooks
@@ -417,16 +425,42 @@ async def test_each_attempt_judges_the_name_anew_and_dials_what_it_judged(
     assert "not a public address" in error
 
 
-async def test_both_secrets_sign_while_they_overlap(world: World) -> None:
+async def test_all_secrets_sign_while_they_overlap(world: World) -> None:
     webhook_id = await world.webhook("/ok")
-    new = new_secret()
-    async with world.store.writing() as connection:
-        sealed = KEYRING.seal(new.encode(), context_of(webhook_id))
-        await replace_secret(connection, world.users["ann@example.com"], webhook_id, sealed, 3_600)
-    assert await verified_by(world, SECRET, new) == [True, True]
-    async with world.store.writing() as connection:
-        await connection.execute(update(webhooks).values(old_secret_until=datetime.now(UTC)))
-    assert await verified_by(world, SECRET, new) == [False, True]
+    given = [new_secret() for _ in range(3)]
+
+    async def replace(secret: str, overlap_s: int) -> datetime | None:
+        async with world.store.writing() as connection:
+            sealed = KEYRING.seal(secret.encode(), context_of(webhook_id))
+            user_id = world.users["ann@example.com"]
+            return (await replace_secret(connection, user_id, webhook_id, sealed, overlap_s)).old_secret_until
+
+    async def end_overlap(place: int) -> None:
+        async with world.store.writing() as connection:
+            stored = list((await connection.scalars(select(webhooks.c.old_secrets))).one())
+            stored[place] = {**stored[place], "until": datetime.now(UTC).isoformat()}
+            await connection.execute(update(webhooks).values(old_secrets=stored))
+
+    first_until = await replace(given[0], 7_200)
+    assert await replace(given[1], 3_600) == first_until
+    assert await verified_by(world, SECRET, *given[:2]) == [True, True, True]
+    await end_overlap(0)
+    assert await verified_by(world, SECRET, *given[:2]) == [True, False, True]
+    await end_overlap(1)
+    assert await verified_by(world, SECRET, *given[:2]) == [False, False, True]
+    assert await replace(given[2], 0) is None
+    assert await verified_by(world, SECRET, *given) == [False, False, False, True]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_the_oldest_of_many_secrets_signs_no_more(world: World) -> None:
+    webhook_id = await world.webhook("/ok")
+    given = [new_secret() for _ in range(OLD_SECRETS_MAX + 1)]
+    for secret in given:
+        async with world.store.writing() as connection:
+            sealed = KEYRING.seal(secret.encode(), context_of(webhook_id))
+            await replace_secret(connection, world.users["ann@example.com"], webhook_id, sealed, 3_600)
+    assert await verified_by(world, SECRET, *given) == [False] + [True] * len(given)
 
 
 async def verified_by(world: World, *secrets: str) -> list[bool]:

@@ -15,11 +15,12 @@ from sqlalchemy import Connection, select, text
 
 import gpuproxy.store
 from gpuproxy.errors import GatewayError
+from gpuproxy.events.deliveries import OldSecret, old_secrets
 from gpuproxy.ledger.catalogue import list_prices
 from gpuproxy.pricing import Price
 from gpuproxy.store.engine import Store, open_store
 from gpuproxy.store.migrate import NEWEST, migrate, upgrade
-from gpuproxy.store.schema import metadata, prices
+from gpuproxy.store.schema import metadata, prices, webhooks
 
 
 async def test_a_second_migration_has_nothing_to_do(store_url: str) -> None:
@@ -77,6 +78,26 @@ async def test_prices_that_were_set_outlive_their_new_primary_key(store_url: str
     assert await list_prices(store) == [Price("m", "llm", 1, 2, 3, 4, 6, 5)]
     async with store.reading() as connection:
         assert await connection.scalar(select(prices.c.created_at)) == datetime(2026, 1, 2, 3, 4, 5, 6, UTC)
+    await store.close()
+
+
+async def test_an_old_secret_of_a_webhook_outlives_its_column(store_url: str) -> None:
+    store = open_store(store_url)
+    at = "'2026-01-02 03:04:05.000006'"
+    columns = (
+        "id, user_id, kind, url, description, state, disabled_reason, secret, old_secret, old_secret_until, created_at"
+    )
+    async with store.writing() as connection:
+        await connection.run_sync(_migrate_to, "0023")
+        await connection.execute(text(f"INSERT INTO users VALUES ('u', 'u@example.com', false, true, {at})"))
+        values = f"'w', 'u', 'events', 'https://x', '', 'enabled', '', :new, :old, {at}, {at}"
+        await connection.execute(
+            text(f"INSERT INTO webhooks ({columns}) VALUES ({values})"), {"new": b"n", "old": b"o"}
+        )
+    assert await upgrade(store) is True
+    async with store.reading() as connection:
+        stored = await connection.scalar(select(webhooks.c.old_secrets))
+    assert old_secrets(stored) == [OldSecret(b"o", datetime(2026, 1, 2, 3, 4, 5, 6, UTC))]
     await store.close()
 
 

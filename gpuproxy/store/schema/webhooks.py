@@ -1,10 +1,10 @@
 """Who wants to be told of events by HTTP, and what became of each telling."""
 
-from sqlalchemy import Column, ForeignKey, Index, Integer, LargeBinary, Table, Text, text
+from sqlalchemy import JSON, Column, ForeignKey, Index, Integer, LargeBinary, Table, Text, text
 
 from gpuproxy.store.schema.base import Sequence, UtcTime, metadata
 
-# Secrets are sealed. `old_secret` signs beside `secret` until `old_secret_until`.
+# Secrets are sealed. Each of `old_secrets` signs beside `secret` for a time, see `deliveries.OldSecret`.
 webhooks = Table(
     "webhooks",
     metadata,
@@ -16,8 +16,7 @@ webhooks = Table(
     Column("state", Text, nullable=False),
     Column("disabled_reason", Text, nullable=False),
     Column("secret", LargeBinary, nullable=False),
-    Column("old_secret", LargeBinary),
-    Column("old_secret_until", UtcTime),
+    Column("old_secrets", JSON, nullable=False, server_default="[]"),
     Column("failing_since", UtcTime),  # of the first failure after the last success
     Column("rests_until", UtcTime),  # its receiver asked for nothing before that
     Column("created_at", UtcTime, nullable=False),
