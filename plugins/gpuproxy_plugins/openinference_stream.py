@@ -208,20 +208,26 @@ class StreamUsageReader(EventFilter):
 
     def _used(self) -> Usage | None:
         told, delivered = usage_of(self._counts), self._delivered()
+        estimated = self._request_bytes // BYTES_PER_TOKEN
         if told is None:
-            estimated = self._request_bytes // BYTES_PER_TOKEN
             return Usage(estimated, 0, delivered, "estimated") if delivered else None
-        if delivered > told.output_tokens and self._is_open():
-            return Usage(told.input_tokens, told.cached_tokens, delivered, "estimated")
+        if delivered > told.output_tokens and self._is_open(told):
+            return Usage(told.input_tokens or estimated, told.cached_tokens, delivered, "estimated")
         return told
 
     def _delivered(self) -> int:
         choice_count = 1 if self._choices is None else len(self._choices) or 1
-        return max(0, self._count - self._marker.first_count * choice_count)
+        is_amid = not self._is_over and self._seam[-2:] != b"\n\n"  # in an event, of which nobody has all
+        return max(0, self._count - self._marker.first_count * choice_count - is_amid)
 
-    def _is_open(self) -> bool:
-        """Tell whether the counts are those of a beginning: Anthropic tells the input first, the output last."""
-        return self._marker is ANTHROPIC and b'"message_stop"' not in self._seam[-_SEAM_BYTES:]
+    def _is_open(self, told: Usage) -> bool:
+        """Tell whether the counts are those of a beginning.
+
+        Anthropic tells the input first, the output last; Ollama's completions tell zeros in each event but the last.
+        """
+        if self._marker is ANTHROPIC:
+            return b'"message_stop"' not in self._seam[-_SEAM_BYTES:]
+        return self._marker is CHAT and told.output_tokens == 0 and not self._is_over
 
     def _merge(self, counts: Counts | None) -> None:
         if self._counts is None or counts is None:

@@ -18,6 +18,7 @@ BYTES_PER_TOKEN = 6  # where it is estimated: English has four as a rule, and a 
 _TOKENS_MAX = 1 << 40  # beyond any context window; keeps a babbling upstream out of the ledger
 _NAME_CHARS_MAX = 256
 _ERROR_BYTES_MAX = 4_096  # of a line that tells of one
+_START_BYTES = 1_024  # of an answer whose end does not tell its usage
 _CANDIDATES_MAX = 16  # how many "usage" keys of a tail are tried, last first
 _DIGITS_MAX = 13  # of a count written as text: those of _TOKENS_MAX
 _DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
@@ -128,6 +129,11 @@ def _usage_of_tail(tail: bytes) -> Usage | None:
     return tokens(evaluated.get(b"prompt_eval", 0), 0, evaluated.get(b"eval", 0)) if evaluated else None
 
 
+def _usage_of_start(start: bytes) -> Usage | None:
+    """Return what an answer tells before its first list: llama.cpp's embeddings come behind their usage."""
+    return usage_of(last_counts(start.partition(b"[")[0]))
+
+
 def last_counts(tail: bytes) -> Counts | None:
     """Return the last ``"usage": {…}`` in the tail of a JSON text, None if there is none."""
     text = tail.decode("utf-8", "replace")
@@ -173,13 +179,14 @@ def _number(value: Any) -> int | None:
 
 
 class _TailReader:
-    """Keeps the last TAIL_BYTES of a body, and whether that is all of it."""
+    """Keeps the last TAIL_BYTES of a body, whether that is all of it, and how it began if not."""
 
-    __slots__ = ("_is_cut", "_kept")
+    __slots__ = ("_is_cut", "_kept", "_start")
 
     def __init__(self) -> None:
         self._kept: bytes | bytearray = b""
         self._is_cut = False
+        self._start = b""
 
     def feed(self, data: bytes) -> None:
         """Keep the next bytes."""
@@ -190,15 +197,21 @@ class _TailReader:
             self._kept = bytearray(self._kept)
         self._kept += data
         if len(self._kept) > 2 * TAIL_BYTES:
+            self._cut()
             del self._kept[:-TAIL_BYTES]
-            self._is_cut = True
 
     def _tail(self) -> bytes:
         kept = self._kept
         if isinstance(kept, bytes) and len(kept) <= TAIL_BYTES:
             return kept
-        self._is_cut = self._is_cut or len(kept) > TAIL_BYTES
+        if len(kept) > TAIL_BYTES:
+            self._cut()
         return bytes(kept[-TAIL_BYTES:])
+
+    def _cut(self) -> None:
+        if not self._is_cut:
+            self._start = bytes(self._kept[:_START_BYTES])
+            self._is_cut = True
 
 
 class JsonUsageReader(_TailReader):
@@ -219,7 +232,7 @@ class JsonUsageReader(_TailReader):
         if self._is_cut or not isinstance(tail, bytes) or len(tail) > TAIL_BYTES:
             tail = self._tail()
             if self._is_cut:
-                return _usage_of_tail(tail)
+                return _usage_of_tail(tail) or _usage_of_start(self._start)
         try:
             answer = self._answer = _decode_answer(tail)
             return usage_of(answer.usage) if answer.usage is not None else _native_usage(answer)
@@ -291,7 +304,7 @@ class OllamaStreamReader(LinesUsageReader):
         """Return what was delivered by now."""
         estimated = self._request_bytes // BYTES_PER_TOKEN
         last = bytes(self._kept[-_ERROR_BYTES_MAX:]).rstrip().rpartition(b"\n")[2]
-        count = self._line_count - last.startswith(b'{"error"')
+        count = self._line_count - (last.startswith(b'{"error"') or b'"done":true' in last)
         return Usage(estimated if count else -1, 0, count, "estimated")
 
     def finish(self) -> Usage | None:

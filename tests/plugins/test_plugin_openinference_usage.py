@@ -262,7 +262,46 @@ def test_a_cut_stream_tells_what_came_last() -> None:
 
 
 def test_data_over_several_lines_is_joined() -> None:
-    assert read(SSE, b'data: {"usage":\ndata: {"prompt_tokens":3}}\n\n') == Usage(3, 0, 0)
+    assert read(SSE, b'data: {"usage":\ndata: {"prompt_tokens":3}}\n\ndata: [DONE]\n\n') == Usage(3, 0, 0)
+
+
+ZERO = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+PROMPT_ONLY = {"prompt_tokens": 7, "completion_tokens": 0}
+
+
+def completion(usage: Any, reason: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"text": "a", "index": 0, "finish_reason": reason}], "usage": usage}
+
+
+@pytest.mark.parametrize(
+    ("events", "usage"),
+    [
+        ([completion(ZERO)] * 5, Usage(10, 0, 4, "estimated")),  # Ollama tells the numbers with the last one
+        ([completion(ZERO)] * 5 + [{"choices": [], "usage": {**PROMPT_ONLY, "completion_tokens": 5}}], Usage(7, 0, 5)),
+        ([completion(PROMPT_ONLY), *[token("a")] * 4], Usage(7, 0, 4, "estimated")),
+        ([*[completion(ZERO)] * 5, completion(ZERO, "stop")], Usage(0, 0, 0)),
+        ([completion(ZERO), b"[DONE]"], Usage(0, 0, 0)),
+    ],
+)
+def test_zeros_told_in_the_middle_are_not_what_was_used(events: list[Any], usage: Usage) -> None:
+    body = stream(*events)
+    assert read(SSE, body, path=b"/v1/completions") == usage
+    assert read(SSE, *bytewise(body), path=b"/v1/completions") == usage
+
+
+@pytest.mark.parametrize(
+    ("path", "event", "rest"),
+    [
+        (b"/v1/chat/completions", token("a"), 4),
+        (b"/v1/messages", {"type": "content_block_delta"}, 5),
+        (b"/v1/responses", {"type": "response.output_text.delta"}, 5),
+        (b"/generate_stream", {"token": {"text": "a"}}, 5),
+    ],
+)
+def test_an_event_that_did_not_arrive_whole_is_not_counted(path: bytes, event: Any, rest: int) -> None:
+    body = stream(*[event] * 6, names=True)[:-4]
+    assert read(SSE, body, path=path) == Usage(10, 0, rest, "estimated")
+    assert read(SSE, *bytewise(body), path=path) == Usage(10, 0, rest, "estimated")
 
 
 def test_usage_at_the_end_of_an_event_too_long_to_hold_is_still_read() -> None:
@@ -337,10 +376,18 @@ def test_of_a_large_answer_only_the_end_is_searched(indent: int | None) -> None:
 
 @pytest.mark.parametrize("size_bytes", [TAIL_BYTES - 1, TAIL_BYTES, TAIL_BYTES + 40, 2 * TAIL_BYTES + 1])
 def test_the_limit_does_not_depend_on_the_splitting(size_bytes: int) -> None:
-    head, tail = b'{"usage":{"prompt_tokens":3},"x":"', b'"}'
+    head, tail = b'{"x":[],"usage":{"prompt_tokens":3},"y":"', b'"}'
     body = head + b"y" * (size_bytes - len(head) - len(tail)) + tail
     halves = [body[: size_bytes // 2], body[size_bytes // 2 :]]
     assert read(JSON, body) == read(JSON, *halves) == (Usage(3, 0, 0) if size_bytes <= TAIL_BYTES else None)
+
+
+@pytest.mark.parametrize(("first", "usage"), [({}, Usage(3, 0, 0)), ({"x": [{"usage": {"prompt_tokens": 9}}]}, None)])
+def test_usage_before_a_long_list_is_read_too(first: Any, usage: Usage | None) -> None:
+    answer = {**first, "model": "m", "usage": {"prompt_tokens": 3, "total_tokens": 3}, "data": [0.5] * 100_000}
+    body = json.dumps(answer).encode()
+    assert read(JSON, body) == usage
+    assert read(JSON, *(body[at : at + 1_000] for at in range(0, len(body), 1_000))) == usage
 
 
 @settings(max_examples=50)
@@ -428,9 +475,12 @@ def test_a_stream_of_ollamas_is_metered_by_its_lines_when_it_is_cut(path: bytes)
     assert whole.finish() == Usage(4, 0, 6)
 
 
+@pytest.mark.parametrize(
+    "last", [b'{"error":"out of memory"}\n', b'{"response":"","done":true,"done_reason":"load"}\n']
+)
 @pytest.mark.parametrize(("count", "usage"), [(0, None), (2, Usage(10, 0, 2, "estimated"))])
-def test_a_line_that_tells_of_an_error_is_no_token(count: int, usage: Usage | None) -> None:
-    body = b'{"model":"m","response":"x","done":false}\n' * count + b'{"error":"out of memory"}\n'
+def test_a_line_that_tells_of_an_error_or_the_end_is_no_token(count: int, usage: Usage | None, last: bytes) -> None:
+    body = b'{"model":"m","response":"x","done":false}\n' * count + last
     for pieces in ([body], bytewise(body)):
         assert read(b"application/x-ndjson", *pieces, path=b"/api/generate") == usage
 
