@@ -11,12 +11,11 @@ from gpuproxy.plugin import Call, Intent, ModelLister, ModelRenamer, ProtocolHan
 from gpuproxy.proxy.affinity import key_of
 from gpuproxy.proxy.endpoint import Endpoint
 from gpuproxy.proxy.exchange_state import WAITING
-from gpuproxy.proxy.retry import STATUS_REASONS
+from gpuproxy.proxy.retry import IDEMPOTENT, STATUS_REASONS
 from gpuproxy.proxy.tunnelled import Tunnelled
 from gpuproxy.proxy.unasked import is_refusal, without_question
 
 NO_TIME_S = 0.001  # to wait for what is sent when the envelope's time is over
-IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))  # RFC 9110 §9.2.2; TRACE is not served
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.destination import Destination

@@ -1,6 +1,7 @@
 """When a call may be sent once more: never after a byte reached the client, and never so often that it does harm.
 
 Always: a connection that could not be made, and an idle one that turned out to be closed; neither reached anybody.
+At our own control it has died, perhaps at work: what must not be done twice goes there over a connection of its own.
 By the model's ``retry_on``, when the body can be sent again: answers 429, 502, 503, 504, a connection ``lost`` before
 the answer began, a ``first_byte`` that did not come in time. Another endpoint takes the second try; without one the
 answer passes as it is. A budget holds the extra load below a part of the calls.
@@ -11,6 +12,7 @@ import time
 from gpuproxy.codec.retry_after import seconds_asked, unix_time
 from gpuproxy.proxy.heads import AnswerHead
 
+IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))  # RFC 9110 §9.2.2; TRACE is not served
 RESERVE = 10  # repetitions a model may have at once, earned before they are needed
 STATUS_REASONS = {429: "429", 502: "502", 503: "503", 504: "504"}
 WAIT_MAX_S = 3_600  # more in a Retry-After is taken for this

@@ -17,6 +17,7 @@ from gpuproxy.proxy.headers import (
     replace_fields,
     without_nominated,
 )
+from gpuproxy.proxy.retry import IDEMPOTENT
 from gpuproxy.proxy.route import joined_path
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class Sending(Attempts):
         if head.expects_continue and not self.is_received:
             self._write(CONTINUE)
         self._sending = self.method, head.target, fields, None, _UNCHANGED
-        self._forward(self.plane.control_endpoint)
+        plane = self.plane
+        self._forward(plane.control_endpoint if self.method in IDEMPOTENT else plane.control_changes)
 
     def _connect_to(self, origin: "Origin") -> None:
         self.state = CONNECTING

@@ -64,6 +64,7 @@ LINK_START_S = 5.0  # how long the start waits for the link; keys cannot be chec
 FRESH_S = 3.0  # how long a drain waits for the first request of a connection just opened, on a busy machine too
 PARTING_S = 3.0  # how long a worker with a successor waits for the next call of a connection: closing it may meet one
 CONTROL_KEEPALIVE_S = 30.0  # below the control server's own 75 s
+NO_KEEPALIVE_S = -1.0  # over before it begins
 
 
 class Plane:
@@ -130,10 +131,15 @@ class Plane:
         self.instances = Instances(link, lambda: self._time())
         link.on_forget_machines = self.instances.forget
         link.on_reconnect = self._relinked
-        control = OriginKey("http", "control", 0, unix_path=control_path)
-        origin = self.pools.configured(control, "the management plane", keepalive_s=CONTROL_KEEPALIVE_S)
-        self.control_endpoint = Endpoint(origin, b"localhost", self.timeouts.first_byte_s, self.timeouts.idle_s)
-        self.control_endpoint.preserves_host = True
+        self.control_endpoint = self._control("control", control_path, CONTROL_KEEPALIVE_S)
+        self.control_changes = self._control("changes", control_path, NO_KEEPALIVE_S)
+
+    def _control(self, name: str, path: str, keepalive_s: float) -> Endpoint:
+        key = OriginKey("http", name, 0, unix_path=path)
+        origin = self.pools.configured(key, "the management plane", keepalive_s=keepalive_s)
+        endpoint = Endpoint(origin, b"localhost", self.timeouts.first_byte_s, self.timeouts.idle_s)
+        endpoint.preserves_host = True
+        return endpoint
 
     def build_router(self, config: Config) -> Router:
         """Return a router for these upstreams and models, on the pools and replicas there are."""

@@ -121,6 +121,34 @@ async def test_a_model_call_on_a_stale_connection_is_sent_again_whole(gateway: G
     assert (await gateway.receipt(2)).attempts == 2
 
 
+@pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize("method", [b"GET", b"DELETE", b"POST", b"PATCH"])
+async def test_control_that_dies_is_asked_again_only_for_what_it_has_not_read_or_may_do_twice(
+    gateway: Gateway, method: bytes, is_read: bool
+) -> None:
+    client = await gateway.ask(request(b"GET /api/v1/user/credits"))
+    control = await gateway.control.accept()
+    await control.read_head()
+    await control.send(OK)
+    assert (await client.answer()).body == b"ok"
+    is_change = method in (b"POST", b"PATCH")
+    if not is_read:
+        control.close()
+    await client.send(request(method + b" /api/v1/gpu/instances/vast.ai/1"))
+    if is_read:
+        control = await gateway.control.accept() if is_change else control
+        await control.read_head()
+        control.close()
+    if not is_change or not is_read:
+        control = await gateway.control.accept()
+        await control.read_head()
+        await control.send(OK)
+        assert (await client.answer()).body == b"ok"
+    else:
+        assert (await client.answer()).status == 502
+        assert gateway.control.is_untouched()
+
+
 async def test_a_fresh_connection_that_closes_is_not_tried_again(gateway: Gateway) -> None:
     client = await gateway.client()
     upstream = await _idle_connection(gateway, client)
