@@ -17,7 +17,7 @@ from gpuproxy.access.audit import note
 from gpuproxy.config import Model, Upstream
 from gpuproxy.control.parts import BUS, CALLER, ROUTING, STORE
 from gpuproxy.control.respond import listing, success
-from gpuproxy.control.routing import TOPIC, written
+from gpuproxy.control.routing import TOPIC, blocks_set, written
 from gpuproxy.errors import GatewayError
 from gpuproxy.link.messages import EndpointState
 from gpuproxy.store.engine import insert_into
@@ -122,10 +122,11 @@ async def _set(request: web.Request, kind: str, body: Upstream | Model, is_new: 
         changed_at = await _turn(connection)
         if is_new and (name in feed.configured(kind) or await _is_there(connection, kind, name)):
             raise GatewayError("CONFLICT", f"{name!r} is there already; PUT replaces it", param="name")
+        before = await blocks_set(connection)
         row = {"kind": kind, "name": name, "block": block, "changed_at": changed_at}
         wanted = insert_into(routing_blocks, connection.dialect).values(**row)
         await connection.execute(wanted.on_conflict_do_update(index_elements=["kind", "name"], set_=row))
-        await feed.check(connection)
+        await feed.check(connection, before, (kind, name))
         shown = block | ({"headers": _hidden(block["headers"])} if block.get("headers") else {})
         await note(connection, request[CALLER], f"{kind}.set", name, shown)
     await _tell(request)
@@ -139,8 +140,9 @@ async def _delete(request: web.Request, kind: str) -> Deleted:
             if name in feed.configured(kind):
                 raise GatewayError("CONFLICT", f"{name!r} stands in the configuration file; take it out there")
             raise GatewayError("NOT_FOUND", f"no {kind.removesuffix('s')} {name[:100]!r} was set while running")
+        before = await blocks_set(connection)
         await connection.execute(delete(routing_blocks).where(*_where(kind, name)))
-        await feed.check(connection)
+        await feed.check(connection, before, (kind, name))
         await note(connection, request[CALLER], f"{kind}.delete", name, {})
     await _tell(request)
     return Deleted(name, "file" if name in feed.configured(kind) else "")

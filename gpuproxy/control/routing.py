@@ -17,6 +17,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.config import Config, build
+from gpuproxy.config.checks import show
 from gpuproxy.errors import ConfigError, GatewayError
 from gpuproxy.link.messages import EndpointState, Routing
 from gpuproxy.link.server import LinkServer
@@ -28,7 +29,7 @@ from gpuproxy.store.schema import routing_blocks
 
 POLL_S = 1.0  # how late changes of other nodes may be noticed
 TOPIC = "routing"
-PLACE = re.compile(r"\b(upstreams|models)\[(\d+)\]")  # of a fault
+PLACE = re.compile(r"(?<![.\w])(upstreams|models)\[(\d+)\]")  # of a fault
 PUSHED_BYTES_MAX = 900_000  # of all upstreams and models, as a worker is told: a frame of the link holds them
 
 logger = get_logger(__name__)
@@ -40,6 +41,11 @@ class Block(NamedTuple):
     kind: str
     name: str
     block: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Return kind and name."""
+        return self.kind, self.name
 
 
 class RoutingFeed:
@@ -89,21 +95,30 @@ class RoutingFeed:
             kinds[block.kind][block.name] = block.block
         return kinds
 
-    def _fitting(self, blocks: list[Block], error: ConfigError) -> list[Block]:
-        """Return the blocks but for those that have these faults; none if they are not to be found."""
-        names = {kind: list(named) for kind, named in self._laid_over(blocks).items()}
-        found = [PLACE.search(fault) for fault in error.faults]
-        faulty = {(place[1], names[place[1]][int(place[2])]) for place in found if place is not None}
-        kept = [block for block in blocks if (block.kind, block.name) not in faulty]
-        return kept if len(kept) < len(blocks) else []
+    def fitting(self, blocks: list[Block]) -> tuple[Config, list[Block], list[str]]:
+        """Return the configuration with the blocks that fit over it, these, and the faults of the others by name."""
+        faults: list[str] = []
+        while blocks:
+            try:
+                return self.merged(blocks), blocks, faults
+            except ConfigError as error:
+                names = {kind: list(named) for kind, named in self._laid_over(blocks).items()}
+                faults += [_by_name(fault.removeprefix("config: "), names) for fault in error.faults]
+                found = [PLACE.search(fault) for fault in error.faults]
+                faulty = {(place[1], names[place[1]][int(place[2])]) for place in found if place is not None}
+                kept = [block for block in blocks if block.place not in faulty]
+                blocks = kept if len(kept) < len(blocks) else []
+        return self._configured, [], faults
 
-    async def check(self, connection: AsyncConnection) -> None:
-        """Refuse the transaction if what it leaves behind does not fit. Raises GatewayError with every fault."""
-        try:
-            self.merged(await _blocks(connection))
-        except ConfigError as error:
-            faults = "; ".join(fault.removeprefix("config: ") for fault in error.faults)
-            raise GatewayError("UNPROCESSABLE", faults) from None
+    async def check(self, connection: AsyncConnection, before: list[Block], changed: tuple[str, str]) -> None:
+        """Refuse the transaction if what it sets does not fit, or something no more that did `before`; what did not
+        then is no hindrance. Raises GatewayError with every fault.
+        """
+        after = await blocks_set(connection)
+        _, fit, faults = self.fitting(after)
+        wanted = {changed, *(block.place for block in self.fitting(before)[1])}
+        if wanted.intersection(block.place for block in after) - {block.place for block in fit}:
+            raise GatewayError("UNPROCESSABLE", "; ".join(faults))
 
     async def poll_once(self) -> None:
         """Push what is in force, if it has changed."""
@@ -112,21 +127,16 @@ class RoutingFeed:
         if seen == self._seen:
             return
         async with self._store.reading() as connection:
-            blocks = await _blocks(connection)
+            blocks = await blocks_set(connection)
         self._take(blocks)
         self._seen = seen
 
     def _take(self, blocks: list[Block]) -> None:
-        config = self._configured
-        while blocks:
-            try:
-                config = self.merged(blocks)
-                break
-            except ConfigError as error:
-                logger.error("some of what was set while running does not fit, it is left out", faults=str(error))
-                blocks = self._fitting(blocks, error)
+        config, fit, faults = self.fitting(blocks)
+        if faults:
+            logger.error("some of what was set while running does not fit, it is left out", faults="; ".join(faults))
         self._use(config)
-        self.set_names = {(block.kind, block.name) for block in blocks}
+        self.set_names = {block.place for block in fit}
         if self._link is not None:
             self._link.publish_routing(Routing(self.config.upstreams, self.config.models))
 
@@ -148,7 +158,18 @@ def _model_names(config: Config) -> Iterator[str]:
         yield from (model.name, *model.aliases, *(target.name_there for target in model.targets))
 
 
-async def _blocks(connection: AsyncConnection) -> list[Block]:
+def _by_name(fault: str, names: Mapping[str, list[str]]) -> str:
+    """Name the blocks that a fault counts: their numbers are nowhere to be seen."""
+
+    def name(place: re.Match[str]) -> str:
+        known = names[place[1]]
+        return f"{place[1]}[{show(known[int(place[2])])}]" if int(place[2]) < len(known) else place[0]
+
+    return PLACE.sub(name, fault)
+
+
+async def blocks_set(connection: AsyncConnection) -> list[Block]:
+    """Return the blocks set while running, whether they fit or not."""
     table = routing_blocks.c
     rows = await connection.execute(select(table.kind, table.name, table.block).order_by(table.kind, table.name))
     return [Block(*row) for row in rows]

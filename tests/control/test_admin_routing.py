@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 
 from gpuproxy.config import Config, build
 from gpuproxy.control.parts import ROUTING
@@ -165,6 +165,24 @@ async def test_blocks_that_fit_no_more_are_left_out_and_the_others_stay(ask: Cal
     assert link.told == [["renamed", "made"]]
     assert [model.name for model in feed.config.models] == ["y"], "z falls back to what is not there"
     assert feed.set_names == {("upstreams", "made"), ("models", "y")}
+
+
+async def test_what_fits_no_more_hinders_no_change_and_can_be_deleted(ask: Callable[..., Any], api: Api) -> None:
+    lost = {"upstream": "lost"}
+    await ask(201, "POST", UPSTREAMS, {**MADE, "name": "lost"})
+    await ask(201, "POST", MODELS, {"name": "y", "targets": [lost]})
+    await ask(201, "POST", MODELS, {"name": "z", "targets": [lost]})
+    async with api.store.writing() as connection:  # as one of the file that was taken out there
+        await connection.execute(delete(routing_blocks).where(routing_blocks.c.name == "lost"))
+    await ask(201, "POST", UPSTREAMS, MADE)
+    assert (
+        'models["y"].targets[0].upstream: unknown'
+        in (await ask(422, "PUT", f"{MODELS}/y", {"name": "y", "targets": [lost, {"upstream": "made"}]}))["error"]
+    )
+    await ask(200, "PUT", f"{MODELS}/y", {"name": "y", "targets": [{"upstream": "made"}]})
+    assert 'models["y"]' in (await ask(422, "DELETE", f"{UPSTREAMS}/made"))["error"], "it is in use"
+    await ask(200, "DELETE", f"{MODELS}/z")
+    assert [each["id"] for each in (await ask(200, "GET", MODELS))["data"]] == ["y"]
 
 
 async def test_blocks_whose_fault_is_elsewhere_leave_the_file_in_force(ask: Callable[..., Any], api: Api) -> None:
