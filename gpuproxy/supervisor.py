@@ -229,13 +229,22 @@ class Supervisor:
             _log.warning("changes of [server] need a restart; the others are taken")
             config = msgspec.structs.replace(config, server=self._config.server)
         notify("RELOADING=1")
-        self._config = config
+        before, self._config = self._config, config
+        taken_count = 0
         for slot in sorted(self._children):
-            self._replace(slot)
-        _log.info("configuration taken", children=len(self._children))
+            is_taken = self._replace(slot)
+            taken_count += is_taken
+            if not is_taken and slot == CONTROL:  # the first: nothing has changed yet
+                self._config = before
+                break
+        if taken_count:
+            _log.info("configuration taken", children=taken_count)
+        else:
+            _log.error("configuration refused, the old one stays", faults="no child starts with it; see above why")
         notify("READY=1")
 
-    def _replace(self, slot: int) -> None:
+    def _replace(self, slot: int) -> bool:
+        """Put a new child in a slot's place; False if it does not start and the old one stays."""
         old = self._children[slot]
         new = self._spawn(slot)
         if not new.await_report(READY, time.monotonic() + START_S):
@@ -243,7 +252,7 @@ class Supervisor:
             new.process.kill()
             new.process.wait()
             new.is_dead()
-            return
+            return False
         self._children[slot] = new
         self._leaving.append(old)
         if slot == CONTROL:
@@ -251,6 +260,7 @@ class Supervisor:
         else:
             old.tell_to_leave()
             old.await_report(DRAINING, time.monotonic() + HANDOVER_S)  # until then it answers by the old configuration
+        return True
 
     def _stop_all(self) -> None:
         for listening in self._sockets:  # else new connections would wait in a backlog nobody serves any more

@@ -4,14 +4,14 @@ import asyncio
 import signal
 import subprocess
 
-from callers import HELD, Caller, Load
+from callers import HELD, Answer, Caller, Load
 from clients.gateway import GPUPROXY, upstream
 from conftest import MakeCaller, MakePlace
 from gateways import MODEL, children, is_alive, kill, running, until
 from inference import STREAM_BODY, Inference
 
 
-async def health(caller: Caller) -> object:
+async def health(caller: Caller) -> Answer:
     return await caller.get("/health")
 
 
@@ -87,6 +87,22 @@ async def test_a_changed_file_is_taken_by_itself_and_a_wrong_one_is_not(
         assert gateway.stop() == 0
     assert 'no upstream serves "x"' in here.log.read_text()
     assert here.log.read_text().count("configuration taken") == 1
+
+
+async def test_a_configuration_no_control_starts_with_is_not_taken(place: MakePlace, new_caller: MakeCaller) -> None:
+    here = place()
+    with running(here) as gateway:
+        first = children(gateway.process.pid)
+        here.configure("new-model", store={"url": "postgresql://nobody@127.0.0.1:1/gone"})
+        kill(gateway.process.pid, signal.SIGHUP)
+        await until(lambda: "configuration refused" in gateway.logged(), 30, "the fault is told")
+        assert "the store cannot be used" in gateway.logged()
+        assert children(gateway.process.pid) == first
+        kill(gateway.control())
+        await until(lambda: gateway.control() not in (0, *first), 20, "control is started again")
+        assert (await health(new_caller(gateway))).status == 200
+        assert gateway.stop() == 0
+    assert "configuration taken" not in here.log.read_text()
 
 
 async def test_a_command_reloads_the_gateway_that_runs(place: MakePlace, new_caller: MakeCaller) -> None:
