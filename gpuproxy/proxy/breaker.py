@@ -214,7 +214,8 @@ class Replica:
         config = self._registry.config
         if not wait_s:
             self._open_for_s = wait_s = min(config.open_max_s, self._open_for_s * 2 or config.open_s)
-        self.open_until_s = self._registry.now_s + min(wait_s, config.open_max_s)
+        wait_s = min(wait_s, config.open_max_s)
+        self.open_until_s = self._registry.now_s + wait_s
         self.opened_count += 1
         self._move(event)
         self._registry.restless[self] = None

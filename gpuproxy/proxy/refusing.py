@@ -114,7 +114,8 @@ class Refusing(Settled):
 
     def upstream_faulted(self, connection: "UpstreamConnection", reason: str) -> None:
         """The upstream's bytes cannot be passed on."""
-        self.refuse(GatewayError("UPSTREAM_INVALID", f"{connection.origin.label}: {reason}"))
+        if connection.has_head or not self._goes_elsewhere("lost"):
+            self.refuse(GatewayError("UPSTREAM_INVALID", f"{connection.origin.label}: {reason}"))
 
     def _can_replay(self) -> bool:
         is_held = self._is_body_whole or self.request_bytes <= JOINED_BYTES_MAX

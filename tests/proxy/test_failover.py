@@ -73,6 +73,15 @@ async def test_one_that_dies_before_its_answer_is_stood_in_for(
     assert told(await gateway.receipt()) == ("b", 200, "ok", "", 2)
 
 
+async def test_one_that_speaks_no_http_is_stood_in_for(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair))
+    client = await ask(gateway)
+    await (await take(pair[0])).send(b"SSH-2.0-OpenSSH\r\n")
+    await (await take(pair[1])).send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    assert told(await gateway.receipt()) == ("b", 200, "ok", "", 2)
+
+
 async def test_one_that_dies_with_the_connections_it_had_is_stood_in_for(serve: Serve, pair: Pair) -> None:
     gateway = await serve(**blocks(pair))
     client = await ask(gateway)
