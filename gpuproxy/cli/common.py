@@ -94,7 +94,7 @@ def on_store(config_path: Path | None, work: "Callable[[Store], Awaitable[T]]") 
     url = config_of(config_path).store.url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from gpuproxy.store.engine import fault_of, open_store
+    from gpuproxy.store.engine import fault_of, open_store, shown
 
     async def run() -> T:
         store = open_store(url)
@@ -106,7 +106,8 @@ def on_store(config_path: Path | None, work: "Callable[[Store], Awaitable[T]]") 
     try:
         return asyncio.run(run())
     except (SQLAlchemyError, OSError) as error:
-        raise click.ClickException(f"the store cannot be used: {fault_of(error)}; see [store] url") from None
+        message = f"the store {shown(url)} cannot be used: {fault_of(error)}; see [store] url"
+        raise click.ClickException(message) from None
 
 
 def usage_fault(parse: Callable[[str], T], text: str, name: str = "--credits") -> T:

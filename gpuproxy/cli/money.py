@@ -41,6 +41,7 @@ def _adjust(email: str, usd: str, config_path: Path | None, as_json: bool, done:
     from uuid import uuid4
 
     from gpuproxy.access.accounts import find_user
+    from gpuproxy.errors import GatewayError
     from gpuproxy.ledger.book import balance, credit, format_usd, parse_usd, take_credit
 
     nanousd = usage_fault(parse_usd, usd, "USD")
@@ -48,7 +49,13 @@ def _adjust(email: str, usd: str, config_path: Path | None, as_json: bool, done:
 
     async def work(store: "Store") -> int:
         user = await find_user(store, email)
-        await move(store, user.id, nanousd, f"credits-{done}:{uuid4()}")
+        try:
+            await move(store, user.id, nanousd, f"credits-{done}:{uuid4()}")
+        except GatewayError as error:
+            if error.code != "INSUFFICIENT_CREDITS":
+                raise
+            left = format_usd(await balance(store, user.id))
+            raise GatewayError(error.code, f"{email} has {left} USD; take no more than that") from None
         return await balance(store, user.id)
 
     left = format_usd(with_store(config_path, work))
@@ -92,6 +99,8 @@ def price_set(
     from gpuproxy.pricing import from_config
 
     usd = (input_usd, cached_usd, output_usd, request_usd, second_usd)
+    if not any(usd):
+        raise click.UsageError(f"no price is given for {model}; name one, such as --request 0.01, or 0 to make it free")
     written = config.Price("" if is_tool else model, upstream, *usd, tool=model if is_tool else "")
     config.build({"prices": [msgspec.to_builtins(written)]})  # names what is wrong
     wanted = msgspec.structs.replace(from_config(written), valid_from_ns=valid_from_now())

@@ -88,7 +88,7 @@ from gpuproxy.observe.access_log import access_log
 from gpuproxy.observe.logs import configure_logs, get_logger, is_json
 from gpuproxy.plugin import PaymentProvider, Registry, build_providers, load_plugins
 from gpuproxy.process import Boot, on_stop, receive_boot, report_ready
-from gpuproxy.store.engine import Store, fault_of, open_store
+from gpuproxy.store.engine import Store, fault_of, open_store, shown
 from gpuproxy.store.migrate import upgrade
 from gpuproxy.types import Grant
 
@@ -128,7 +128,8 @@ async def serve(boot: Boot) -> int:
     try:
         store = await _opened(boot.config.store.url)
     except (SQLAlchemyError, GatewayError, ValueError, OSError) as error:
-        logger.error("the store cannot be used; see [store] url", cause=fault_of(error))
+        cause = fault_of(error)
+        logger.error("the store cannot be used; see [store] url", store=shown(boot.config.store.url), cause=cause)
         return 1
     try:
         await _serve(boot, store, keyring, stopping, providers, exporter)

@@ -3,8 +3,8 @@
 Always: a connection that could not be made, and an idle one that turned out to be closed; neither reached anybody.
 At our own control it has died, perhaps at work: what must not be done twice goes there over a connection of its own.
 By the model's ``retry_on``, when the body can be sent again: answers 429, 502, 503, 504, a connection ``lost`` before
-the answer began, or with no HTTP on it, a ``first_byte`` that did not come in time. Another endpoint takes the second try; without one the
-answer passes as it is. A budget holds the extra load below a part of the calls.
+the answer began, or with no HTTP on it, a ``first_byte`` that did not come in time. Another endpoint takes the second
+try; without one the answer passes as it is. A budget holds the extra load below a part of the calls.
 """
 
 import time

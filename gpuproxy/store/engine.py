@@ -156,6 +156,11 @@ def open_store(url: str) -> Store:
     return Store(_postgresql_engine(parsed, str(ssl_mode)), str(ssl_mode))
 
 
+def shown(url: str) -> str:
+    """Return the URL of a store as it may be told: without password and parameters."""
+    return _parse(url).set(query={}).render_as_string(hide_password=True)
+
+
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)

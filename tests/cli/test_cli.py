@@ -149,7 +149,7 @@ def test_credit_is_added_and_what_is_there_is_taken_back(run: Run) -> None:
     run("user", "create", EMAIL)
     assert run("credits", "add", EMAIL, "12.50") == (0, f"{EMAIL} has 12.50 USD\n", "")
     assert run("credits", "take", EMAIL, "2.50") == (0, f"{EMAIL} has 10.00 USD\n", "")
-    assert run("credits", "take", EMAIL, "11") == (1, "", "error: the account has not enough credit left\n")
+    assert run("credits", "take", EMAIL, "11") == (1, "", f"error: {EMAIL} has 10.00 USD; take no more than that\n")
     assert json.loads(run("credits", "take", EMAIL, "10", "--json")[1])["taken"] == "10.00"
 
 
@@ -233,12 +233,15 @@ def test_credit_is_added_and_prices_are_set_and_listed(run: Run) -> None:
     assert (told["tool"], told["upstream"], told["request_nanousd"]) == ("search", "tools", 10**7)
     code, _, err = run("price", "set", "m", "--request", "ten")
     assert (code, "per_request_usd" in err) == (2, True)
+    code, _, err = run("price", "set", "m")
+    assert (code, "no price is given for m" in err) == (2, True), "a forgotten option must not make it free"
+    assert run("price", "set", "m", "--request", "0")[0] == 0
 
 
 def test_a_database_that_is_away_is_named_with_its_key(run: Run) -> None:
     Path("config.toml").write_text('[store]\nurl = "postgresql://u:hunter2@127.0.0.1:9/x"\n')
     code, out, err = run("user", "list")
     assert (code, out) == (1, "")
-    assert "the store cannot be used" in err
+    assert "the store postgresql://u:***@127.0.0.1:9/x cannot be used" in err
     assert "see [store] url" in err
     assert "hunter2" not in err
