@@ -14,6 +14,7 @@ from gpuproxy.ledger.rates import Window
 NS_PER_S = 1_000_000_000
 SUBJECTS_MAX = 10_000  # remembered before those that count no more are forgotten
 OVERRIDE_MAX = 1 << 31
+WAIT_S_MAX = 60  # many clients heed no longer wait; who is early is asked for the last second
 
 
 class Count(Struct, frozen=True):
@@ -70,7 +71,7 @@ def count_request(request: web.Request, caller: Caller) -> None:
     passes, request[COUNT] = counted
     if not passes:
         count = counted[1]
-        wait_s = max(1, count.reset_s)
+        wait_s = min(max(1, count.reset_s), WAIT_S_MAX)
         raise GatewayError("RATE_LIMITED", f"over {count.limit} requests a minute; wait {wait_s} s", wait_s)
 
 

@@ -21,6 +21,7 @@ from gpuproxy.types import Grant
 
 NS_PER_S = 1_000_000_000
 UNKNOWN_RESET_S = 60
+WAIT_MOST_S = 59.9  # many SDKs heed no longer wait, and try again at once; who is early is asked for the last second
 WAIT_LEAST_S = 0.1  # to come back sooner is not worth the while
 AHEAD_PER_MINUTE = 600  # a lease is asked for at least a tenth of a second's worth of the limit
 OVERRIDE = b"x-rate-limit-override"
@@ -80,7 +81,7 @@ class Purse:
 
     def refusal(self) -> GatewayError:
         """Return the error for a limit that is used up."""
-        wait_s = max(WAIT_LEAST_S, self._until_reset_s()) if self.reset_ns else UNKNOWN_RESET_S
+        wait_s = min(max(WAIT_LEAST_S, self._until_reset_s()), WAIT_MOST_S) if self.reset_ns else UNKNOWN_RESET_S
         whose = "with this key" if self._subject[1] else "with this account"
         message = f"over {self.limit} {self._kind} a minute {whose}; wait {math.ceil(wait_s)} s"
         return GatewayError("RATE_LIMITED", message, wait_s)

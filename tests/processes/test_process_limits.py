@@ -47,8 +47,8 @@ async def test_answers_tell_the_limit_and_a_refusal_when_to_come_back(place: Mak
         assert [answer.headers["X-RateLimit-Limit"] for answer in answers] == ["2", "2", "2"]
         assert [answer.headers["X-RateLimit-Remaining"] for answer in answers] == ["1", "0", "0"]
         wait_s = int(answers[2].headers["Retry-After"])
-        assert 0 < wait_s <= 61
-        assert int(answers[2].headers["X-RateLimit-Reset"]) <= wait_s
+        assert 0 < wait_s <= 60
+        assert int(answers[2].headers["X-RateLimit-Reset"]) <= 61
         assert answers[2].json()["error"]["type"] == "rate_limit_error"
         assert gateway.stop() == 0
 

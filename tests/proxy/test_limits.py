@@ -262,7 +262,9 @@ async def test_a_limit_says_to_the_millisecond_when_it_is_free_again(serve: Serv
     assert await _statuses(gateway, [key]) == [200]
     purse = next(iter(gateway.plane.limits_by_key._purses.values()))
     now_ns = time.monotonic_ns()
-    for reset_ns, least_ms, most_ms in ((now_ns + 3_500_000_000, 1_000, 3_500), (now_ns, 100, 100)):
+    # The last: as of a minute used up in a burst. Many SDKs do not wait for a minute or more, but try again at once.
+    resets = ((now_ns + 3_500_000_000, 1_000, 3_500), (now_ns, 100, 100), (now_ns + 300 * 10**9, 59_900, 59_900))
+    for reset_ns, least_ms, most_ms in resets:
         purse.reset_ns = reset_ns
         error = purse.refusal()
         assert error.retry_after_s is not None
