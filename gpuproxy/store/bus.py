@@ -4,6 +4,9 @@ A word is a topic and a text. It is a hint and may be lost, with the connection 
 passes no LISTEN: whoever acts on words also looks at the store now and then. Triggers tell of new rows in `changes`
 and `events` when their transaction commits, whoever wrote them; the topic is the name of the table, the text empty.
 
+The connection also serves to see whether anybody has written, for `Store.version`: who looks at the store several times
+a second need not when nobody has. PostgreSQL numbers transactions that write, and none ends without another snapshot.
+
 On SQLite one control process is all there is, so `tell` reaches its own listeners and nobody else.
 """
 
@@ -18,7 +21,7 @@ from gpuproxy.store.rounds import pause, rounds
 
 CHANNEL = "gpuproxy"
 TELL_S = 1.0
-CHECK_S = 5.0  # between two looks whether the connection is alive
+CHECK_S = 0.2  # between two looks at the snapshot, which also tell whether the connection is alive
 RECONNECT_S = 0.5
 TEXT_BYTES_MAX = 7_000  # PostgreSQL takes 8,000 with the topic
 
@@ -48,7 +51,7 @@ class Bus:
         if self._store.is_sqlite:
             asyncio.get_running_loop().call_soon(self._hear, topic, text)
             return True
-        return await self._say("SELECT pg_notify($1, $2)", CHANNEL, f"{topic} {text}")
+        return await self._ask("SELECT pg_notify($1, $2)", CHANNEL, f"{topic} {text}") is not None
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Listen until `stopping` is set, through outages."""
@@ -76,30 +79,33 @@ class Bus:
 
     async def _listen(self, stopping: asyncio.Event) -> None:
         while not stopping.is_set() and not self._lost.is_set():
-            await pause(CHECK_S, stopping, self._lost)
-            if not await self._say("SELECT 1"):
+            rows = await self._ask("SELECT txid_current_snapshot()::text")
+            if rows is None:
                 return
+            self._store.snapshot = rows[0][0]
+            await pause(CHECK_S, stopping, self._lost)
 
-    async def _say(self, statement: str, *words: str) -> bool:
-        """Run a statement on the connection, for at most TELL_S; a connection that fails is given up."""
+    async def _ask(self, statement: str, *words: str) -> Any:
+        """Run a statement on the connection, for at most TELL_S, and return its rows; a connection that fails is given
+        up, and None returned.
+        """
         try:
             async with asyncio.timeout(TELL_S), self._speaking:
-                if self._connection is None:
-                    return False
-                await self._connection.execute(statement, *words)
+                return await self._connection.fetch(statement, *words) if self._connection is not None else None
         except Exception as error:  # asyncpg raises errors of its own, of the system, and of its own faults
             logger.debug("word is lost", error=fault_of(error))
             self._lost.set()
-            return False
-        return True
+            return None
 
     def _drop(self) -> None:
+        self._store.snapshot = None
         if self._connection is not None:
             self._connection.terminate()
         self._connection = None
 
     def _notified(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
         topic, _, text = payload.partition(" ")
+        self._store.snapshot = None  # who is woken by this must look
         self._hear(topic, text)
 
     def _hear(self, topic: str, text: str) -> None:

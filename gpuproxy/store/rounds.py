@@ -47,9 +47,9 @@ def unless_unchanged(
     """Return `work` that is passed over as long as the store is as it was when it last found nothing to do.
 
     It found nothing if it returned something false. After `again_s` it is done anyway: time passes for the store too.
-    PostgreSQL cannot tell at once whether it has changed, so there it is done every time.
+    While nobody knows whether the store has changed it is done every time.
     """
-    seen: int | None = None
+    seen: int | str | None = None
     done_s = 0.0
 
     async def look() -> None:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from sqlalchemy import insert, text
 
+from gpuproxy.access.accounts import create_user
 from gpuproxy.events.outbox import record
 from gpuproxy.store.bus import Bus
 from gpuproxy.store.engine import Store
@@ -77,6 +78,29 @@ async def test_new_changes_and_events_are_told_when_they_are_committed(store: St
             await connection.run_sync(record, "payment.failed", None, {})
         await changed.hears("")
         await happened.hears("")
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_while_it_listens_it_knows_whether_anybody_has_written(store: Store) -> None:
+    heard: list[int | str | None] = []
+    async with listening(store, "changes") as ear:
+        ear.bus.on("changes", lambda _: heard.append(store.version()))
+        before = await version_other_than(store, None)
+        await create_user(store, "ann@example.com")  # of which no word is said
+        assert await version_other_than(store, None, before)
+        async with store.writing() as connection:
+            row = {"kind": "key_revoked", "subject_id": "k1", "at": datetime.now(UTC)}
+            await connection.execute(insert(changes).values(row))
+        await ear.hears("")
+        assert heard == [None], "who is woken would find nothing changed, and sleep on"
+    assert store.version() is None
+
+
+async def version_other_than(store: Store, *known: int | str | None) -> int | str | None:
+    async with asyncio.timeout(SOON_S):
+        while (version := store.version()) in known:
+            await asyncio.sleep(0.01)
+    return version
 
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
