@@ -45,7 +45,7 @@ class Refusing(Settled):
             return
         self._error = error.code
         self._drop_upstream()
-        handler = self._handler
+        handler = self._handler or self.route.speaker
         if handler is not None and self._collected is None and self.route.kind != ENVELOPE:
             body = handler.refuse(self.route.path, error, self.request_id)
         else:

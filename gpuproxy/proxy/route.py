@@ -24,12 +24,17 @@ from gpuproxy.proxy.served import served_by_upstreams
 PREFIX = PROXY_PREFIX
 ALIAS = b"/v1/"  # /v1/... is short for PREFIX/v1/...
 ROUTES_MAX = 4096  # targets remembered
+# What SDKs call below their base URL: where one lacks its /v1, they show an error only if it speaks their dialect.
+_SDK_ROUTES = (b"/chat/completions", b"/completions", b"/embeddings", b"/responses")
 
 CONTROL, ENVELOPE, MOUNT, UPSTREAM, UNKNOWN, INSTANCE = range(6)
 
 
 class Route(Struct, frozen=True, gc=False):
-    """What a request target means. `path` is what the handler sees; `shown` is the target without its query."""
+    """What a request target means. `path` is what the handler sees; `shown` is the target without its query.
+
+    Of one that is unknown `speaker` is who refuses it, if it is called by a protocol's clients.
+    """
 
     kind: int
     handler: ProtocolHandler | None = None
@@ -40,6 +45,7 @@ class Route(Struct, frozen=True, gc=False):
     fault: str = ""
     contract_id: str = ""  # of a rented machine, with a port inside
     port: int = 0
+    speaker: ProtocolHandler | None = None
 
 
 class Router:
@@ -112,19 +118,22 @@ class Router:
             if self._groups and path[len(PREFIX) :].removesuffix(b"/") in self._groups:
                 return Route(CONTROL, shown=shown)
             return self._mount(rest, shown)
+        if path in _SDK_ROUTES:
+            return self._unknown(path, shown, "NOT_FOUND", f"no path {shown!r}; the base URL of SDKs ends in /v1 here")
         return Route(CONTROL, shown=shown)
+
+    def _unknown(self, path: bytes, shown: str, code: str, fault: str) -> Route:
+        is_of_sdk = b"/v1/" in path or path.partition(b"?")[0] in _SDK_ROUTES
+        speaker = self.registry.mounts.get("v1") if is_of_sdk else None
+        return Route(UNKNOWN, path=path, shown=shown, code=code, fault=fault, speaker=speaker)
 
     def _mount(self, rest: bytes, shown: str) -> Route:
         segment = rest[1:].split(b"?", 1)[0].split(b"/", 1)[0].decode("latin-1")
         handler = self.registry.mounts.get(segment)
         if handler is None:
             known = ", ".join(sorted((*self.registry.mounts, "upstreams", "instances")))
-            return Route(
-                UNKNOWN,
-                shown=shown,
-                code="NOT_FOUND",
-                fault=f"no route {shown!r}; below {PREFIX.decode()}/ are: {known}",
-            )
+            fault = f"no route {shown!r}; below {PREFIX.decode()}/ are: {known}"
+            return self._unknown(rest, shown, "NOT_FOUND", fault)
         return Route(MOUNT, handler, rest, shown)
 
     def _named(self, rest: bytes, shown: str) -> Route:
@@ -135,7 +144,7 @@ class Router:
         try:
             destination = self.upstream(name_bytes.decode("latin-1"))
         except GatewayError as error:
-            return Route(UNKNOWN, shown=shown, code=error.code, fault=error.message)
+            return self._unknown(slash + path, shown, error.code, error.message)
         return Route(UPSTREAM, destination.handler, slash + path, shown, destination)
 
     def _rented(self, rest: bytes, shown: str) -> Route:
@@ -145,7 +154,7 @@ class Router:
             handler = self.registry.mounts.get(mount) if mount in ("v1", "v2") else None
             handler = handler or self.handler("https")
         except GatewayError as error:
-            return Route(UNKNOWN, shown=shown, code=error.code, fault=error.message)
+            return self._unknown(rest, shown, error.code, error.message)
         return Route(INSTANCE, handler, path, shown, contract_id=contract_id, port=port)
 
     def upstream(self, name: str) -> Destination:

@@ -275,6 +275,31 @@ DIALECTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (b"/chat/completions", "no path '/chat/completions'; the base URL of SDKs ends in /v1 here"),
+        (b"/embeddings?x=1", "no path '/embeddings'; the base URL of SDKs ends in /v1 here"),
+        (PREFIX + b"/chat/completions", "are: instances, mcp, upstreams, v1, v2"),
+        (PREFIX + b"/upstreams/nope/v1/chat/completions", "no upstream 'nope'; known: llm, raw, tools"),
+        (PREFIX + b"/upstreams/nope/v1/messages", "no upstream 'nope'; known: llm, raw, tools"),
+    ],
+)
+async def test_an_sdk_with_a_wrong_base_url_is_told_so_in_its_dialect(
+    gateway: Gateway, target: bytes, message: str
+) -> None:
+    status, body, _ = await _refused(gateway, request(b"POST " + target, body=CHAT_BODY))
+    assert status == 404
+    assert message in body["error"]["message"]
+    assert ("type" in body) == target.endswith(b"/messages")
+
+
+@pytest.mark.parametrize("target", [PREFIX + b"/nope/x", PREFIX + b"/upstreams/nope/x"])
+async def test_others_are_told_in_the_gateways_own_form(gateway: Gateway, target: bytes) -> None:
+    status, body, _ = await _refused(gateway, request(b"POST " + target, body=CHAT_BODY))
+    assert (status, set(body)) == (404, {"error", "code", "request_id"})
+
+
 @pytest.mark.parametrize("target", DIALECTS)
 async def test_a_refusal_speaks_the_dialect_of_its_path(gateway: Gateway, target: bytes) -> None:
     status, body, fields = await _refused(gateway, request(b"POST " + target, body=CHAT_BODY, key=b""))
