@@ -105,12 +105,15 @@ class Refusing(Settled):
             self._cut("UPSTREAM_INVALID")
         elif connection.is_reused and not connection.has_begun and self._can_replay():
             # it closed an idle connection while our request was on its way: ask on a new one, once
-            assert self._origin is not None
-            self._attempts += 1
-            self._connect_to(self._origin)
+            self._ask_anew()
         elif connection.has_head or not self._goes_elsewhere("lost"):
             message = f"{connection.origin.label} closed the connection before its answer was whole"
             self.refuse(GatewayError("UPSTREAM_INVALID", message))
+
+    def _ask_anew(self) -> None:
+        assert self._origin is not None
+        self._attempts += 1
+        self._connect_to(self._origin)
 
     def upstream_faulted(self, connection: "UpstreamConnection", reason: str) -> None:
         """The upstream's bytes cannot be passed on."""

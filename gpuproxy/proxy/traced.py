@@ -121,9 +121,15 @@ class TracedExchange(Exchange):
             note = self._note or self._begin(fields)
             if not note.operation and self._intent is not None and self._intent.model:
                 note.operation = operation_of(path)
-            key = endpoint.origin.key
-            self.trace_lines = note.begin(key.host, key.port, self._since_start_us(time.monotonic_ns()))
+            self.trace_lines = self._next_attempt(note, endpoint)
         super()._forward(endpoint)
+
+    def _ask_anew(self) -> None:
+        if self._note is not None and self._endpoint is not None:
+            self._note.reason = 0, "lost"
+            before, self.trace_lines = self.trace_lines, self._next_attempt(self._note, self._endpoint)
+            self._head = self._head.replace(before, self.trace_lines, 1)
+        super()._ask_anew()
 
     def _goes_elsewhere(
         self, reason: str, connection: "UpstreamConnection | None" = None, has_failed: bool = True
@@ -159,6 +165,10 @@ class TracedExchange(Exchange):
             inherited = head.inherited = take_over(fields)
         note = self._note = Note(inherited, self.plane.config.traces.sample_ratio)
         return note
+
+    def _next_attempt(self, note: Note, endpoint: "Endpoint") -> bytes:
+        key = endpoint.origin.key
+        return note.begin(key.host, key.port, self._since_start_us(time.monotonic_ns()))
 
     def _since_start_us(self, now_ns: int) -> int:
         return (now_ns - self._started_ns) // 1000

@@ -241,6 +241,24 @@ async def test_an_endpoint_that_takes_no_connection_is_an_attempt(
     assert context(head).span_id == id_of(trace, 2)
 
 
+async def test_a_call_that_met_a_closed_connection_is_sent_in_an_attempt_of_its_own(serve: Serve) -> None:
+    gateway = await serve(traces=ON)
+    client = await gateway.ask(request(b"GET " + RAW + b"/first"))
+    upstream = await gateway.raw.accept()
+    await upstream.read_head()
+    await upstream.send(OK)
+    await client.answer()
+    await client.send(request(b"GET " + RAW + b"/second", SAMPLED))
+    first = context(await upstream.read_head())
+    upstream.close()
+    second = context(await gateway.answer_one(gateway.raw))
+    receipt = await gateway.receipt(2)
+    trace = trace_of(receipt)
+    assert [(each.status, each.error) for each in trace.attempts] == [(0, "lost"), (200, "")]
+    assert [first.span_id, second.span_id] == [id_of(trace, 1), id_of(trace, 2)]
+    assert receipt.attempts == 2
+
+
 async def test_a_question_for_usage_that_is_refused_is_an_attempt(serve: Serve) -> None:
     gateway = await serve(traces=ON, llm={"include_usage": True})
     client = await gateway.ask(request(b"POST " + CHAT, SAMPLED, body=b'{"model":"m","messages":[],"stream":true}'))
