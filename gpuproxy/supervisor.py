@@ -65,9 +65,8 @@ class Child:
         self._was_told = True
 
     def tell_to_leave(self) -> None:
-        """Let a worker stop that has a successor: clients may bring it one more call meanwhile."""
+        """Let a worker end its calls that has a successor; it can still be told to stop."""
         self.process.send_signal(LEAVE)
-        self._was_told = True
 
     def is_dead(self) -> bool:
         """Tell whether the process has ended; if so it leaves nothing behind here."""

@@ -63,6 +63,7 @@ UNREAD_S = 0.05  # how often connections we do not read from are asked whether t
 LINK_START_S = 5.0  # how long the start waits for the link; keys cannot be checked without it
 FRESH_S = 3.0  # how long a drain waits for the first request of a connection just opened, on a busy machine too
 PARTING_S = 3.0  # how long a worker with a successor waits for the next call of a connection: closing it may meet one
+LEAVE_S = 600.0  # how long a worker with a successor lets open calls go on: as long as clients wait for an answer
 CONTROL_KEEPALIVE_S = 30.0  # below the control server's own 75 s
 NO_KEEPALIVE_S = -1.0  # over before it begins
 
@@ -89,6 +90,7 @@ class Plane:
         self.is_draining = False
         self.is_hurried = False
         self.parting_s = 0.0  # how long after a call a drain waits for the next one on its connection
+        self.drain_until_s = 0.0  # 0: as ``drain_s`` says
         self.wall_offset_ns = time.time_ns() - time.monotonic_ns()
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
@@ -263,9 +265,9 @@ class Plane:
                 downstream.part()
 
     async def drain(self) -> None:
-        """Let calls in flight end, for at most ``drain_s`` and until ``is_hurried``; then cut the rest."""
-        deadline_s = self._time() + self.config.server.drain_s
-        while (self.downstreams or self.tunnels) and self._time() < deadline_s and not self.is_hurried:
+        """Let calls in flight end, until ``drain_until_s`` or ``is_hurried``; then cut the rest."""
+        self.drain_until_s = self.drain_until_s or self._time() + self.config.server.drain_s
+        while (self.downstreams or self.tunnels) and self._time() < self.drain_until_s and not self.is_hurried:
             self.sweep()
             await asyncio.sleep(0.02)
         for downstream in list(self.downstreams):
@@ -309,13 +311,17 @@ async def serve(boot: Boot) -> None:
     journal = Journal(Path(config.server.data_dir) / "journal", epoch, config.journal)
     plane = Plane(config, registry, link, journal, boot.control_path, boot.slot)
     stopping = asyncio.Event()
+    was_told = False
 
     def stop() -> None:
-        plane.is_hurried = stopping.is_set()  # told again
+        nonlocal was_told
+        plane.is_hurried, was_told = was_told, True  # told again
+        plane.drain_until_s = loop.time() + config.server.drain_s
         stopping.set()
 
     def leave() -> None:
         plane.parting_s = PARTING_S
+        plane.drain_until_s = loop.time() + LEAVE_S
         stopping.set()
 
     on_stop(boot, stop, leave)

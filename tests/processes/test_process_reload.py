@@ -4,10 +4,11 @@ import asyncio
 import signal
 import subprocess
 
-from callers import HELD, Answer, Caller, Load
+import pytest
+from callers import HELD, Answer, Caller, CutError, Load
 from clients.gateway import GPUPROXY, upstream
 from conftest import MakeCaller, MakePlace
-from gateways import MODEL, children, is_alive, kill, running, until
+from gateways import MODEL, STOP_S, children, is_alive, kill, running, until
 from inference import STREAM_BODY, Inference
 
 
@@ -56,6 +57,27 @@ async def test_no_call_fails_while_the_configuration_is_read_anew(
     assert len(told) == len(set(told))
     assert set(calls) <= set(told)
     assert "ingest failed" not in here.log.read_text()
+
+
+async def test_a_reload_cuts_no_call_that_lasts_longer_than_a_stop_would_wait(
+    place: MakePlace, inference: Inference, new_caller: MakeCaller
+) -> None:
+    here = place(server={"drain_s": 0.3})
+    inference.hold()
+    with running(here) as gateway:
+        several = [new_caller(gateway) for _ in range(2)]
+        streams = [asyncio.create_task(caller.post(HELD)) for caller in several]
+        await until(lambda: inference.held_count == 2, 5, "the streams reach the upstream")
+        kill(gateway.process.pid, signal.SIGHUP)
+        await until(lambda: "configuration taken" in gateway.logged(), 15, "the reload is over")
+        await asyncio.sleep(1)
+        assert not any(stream.done() for stream in streams)
+        gateway.process.terminate()
+        for stream in streams:
+            with pytest.raises(CutError):
+                await stream
+        assert await asyncio.to_thread(gateway.process.wait, STOP_S) == 0
+    assert len(here.receipts()) == 2
 
 
 async def test_changes_of_the_server_section_wait_for_a_restart(place: MakePlace, new_caller: MakeCaller) -> None:
