@@ -32,6 +32,7 @@ CONTENT_TYPE = 16
 BUFFERING = 17
 ENCODING = 18
 SUBPROTOCOL = 19
+VENDOR_KEY = 20  # where some vendors' SDKs put their key: it may be one of ours, or meant for the upstream
 
 _HOP_BY_HOP = dict.fromkeys(
     (
@@ -69,6 +70,8 @@ _REQUEST: dict[bytes, int] = {
     b"x-request-id": REQUEST_ID,
     b"accept-encoding": ACCEPT_ENCODING,
     b"sec-websocket-protocol": SUBPROTOCOL,
+    b"api-key": VENDOR_KEY,  # Azure
+    b"x-goog-api-key": VENDOR_KEY,
 }
 
 _RESPONSE: dict[bytes, int] = {
@@ -177,7 +180,7 @@ def checked_fields(given: dict[str, str]) -> list[Field]:
                 "BAD_REQUEST", f"headers: {name_text!r} has characters a header cannot carry", param="headers"
             )
         rule = classify_request(name)
-        if rule in (KEEP, BEARER, API_KEY, ACCEPT_ENCODING) or name.lower() in (
+        if rule in (KEEP, BEARER, API_KEY, VENDOR_KEY, ACCEPT_ENCODING) or name.lower() in (
             b"cookie",
             b"idempotency-key",
         ):

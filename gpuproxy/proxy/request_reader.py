@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import httptools
 
+from gpuproxy.codec.key import PREFIX as KEY_PREFIX
 from gpuproxy.errors import GatewayError
 from gpuproxy.proxy.exchange import Exchange
 from gpuproxy.proxy.exchange_state import READ_BUFFER
@@ -28,6 +29,7 @@ from gpuproxy.proxy.headers import (
     REQUEST_ID,
     SUBPROTOCOL,
     UPGRADE,
+    VENDOR_KEY,
     VIA,
     classify_request,
     hosts_seen,
@@ -280,6 +282,10 @@ class RequestReader(asyncio.Protocol):
             head.upgrade = value
         elif rule == SUBPROTOCOL:
             self._take_subprotocols(head, name, value)
+        elif rule == VENDOR_KEY and value.startswith(KEY_PREFIX):
+            self._take_credential(head, b"X-API-Key", value, value)
+        elif rule == VENDOR_KEY:
+            head.fields.append((name, value))
         elif rule == INVALID:
             shown = name[:60].decode("latin-1")
             self._refuse_head("BAD_REQUEST", f"field name {shown!r} has an underscore; use '-'")

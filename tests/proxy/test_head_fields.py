@@ -83,13 +83,26 @@ async def test_a_nominated_framing_field_still_frames_the_body(gateway: Gateway)
     await client.expect(OK_SENT)
 
 
-@pytest.mark.parametrize("credential", [b"X-API-Key: ", b"Authorization: Bearer ", b"authorization: bEARER  "])
+@pytest.mark.parametrize(
+    "credential",
+    [b"X-API-Key: ", b"Authorization: Bearer ", b"authorization: bEARER  ", b"api-key: ", b"X-Goog-Api-Key: "],
+)
 async def test_the_callers_credential_stays_here(gateway: Gateway, credential: bytes) -> None:
     await gateway.ask(request(b"GET " + RAW + b"/x", credential + KEY, key=b""))
     upstream = await gateway.raw.accept()
     head = await upstream.read_head()
     assert KEY not in head
     assert b"authorization" not in head.lower()
+    assert b"api-key" not in head.lower()
+    await upstream.send(OK)
+    await gateway.receipt()
+
+
+@pytest.mark.parametrize("name", [b"api-key", b"X-Goog-Api-Key"])
+async def test_a_vendors_key_beside_the_callers_goes_to_the_vendor(gateway: Gateway, name: bytes) -> None:
+    await gateway.ask(request(b"GET " + RAW + b"/x", name + b": theirs"))
+    upstream = await gateway.raw.accept()
+    await upstream.expect_request(forwarded(b"GET /x", name + b": theirs", port=gateway.raw.port))
     await upstream.send(OK)
     await gateway.receipt()
 
