@@ -42,6 +42,8 @@ from gpuproxy_plugins.openinference_stream import GENERATE, StreamUsageReader, T
 from gpuproxy_plugins.openinference_usage import GeneratedReader, JsonUsageReader, LinesUsageReader, OllamaStreamReader
 
 _JSON_STARTS = b"{ \t\r\n"  # a form may name a model too
+# Wherever below its URL an upstream has them: Azure has deployments, Google /v1beta/openai, Zhipu /v4.
+_SHAPES = (*OLLAMA_PATHS, b"/completions", b"/embeddings", b"/responses", b"/messages")
 _PATHS_MAX = 128  # remembered: nearly all calls have one of a few, and one may have 64 KiB
 JSON, EVENTS, LINES, UNTOLD, OTHER = range(5)  # kinds of content
 _JSON = (b"application/json", b"text/json")
@@ -57,7 +59,7 @@ class OpenInference:
     mounts: tuple[str, ...] = ("v1", "v2")
 
     def needs_body(self, method: bytes, path: bytes) -> bool:
-        """Whatever is posted under /v1 names its model in the body, and so do Ollama's own calls."""
+        """Whatever is posted under /v1 names its model in the body, and so do calls of a known shape elsewhere."""
         return method == b"POST" and _names_model_in_body(path)
 
     def inspect(self, call: Call) -> Intent:
@@ -183,7 +185,7 @@ def _checked(path: bytes) -> Callable[[Call], Intent] | None:
 @lru_cache(_PATHS_MAX)
 def _names_model_in_body(path: bytes) -> bool:
     route = path.partition(b"?")[0]
-    return b"/v1/" in route or route.endswith(OLLAMA_PATHS)
+    return b"/v1/" in route or b"/deployments/" in route or route.endswith(_SHAPES)
 
 
 @lru_cache(_PATHS_MAX)

@@ -3,7 +3,7 @@
 import pytest
 
 from .conftest import Serve
-from .harness import CHAT, ENVELOPE, Gateway, request
+from .harness import CHAT, ENVELOPE, OK, PREFIX, Gateway, request
 
 BODY = b'{"model":"m","stream":true}'
 ASKING = b'{"stream_options":{"include_usage":true},"model":"m","stream":true}'
@@ -120,3 +120,16 @@ async def test_a_stream_cut_while_something_is_held_back_ends_visibly(asking: Ga
     await client.expect_end()
     receipt = await asking.receipt()  # of the first event nothing is known: it may name the role
     assert (receipt.outcome, receipt.output_tokens, receipt.usage_source) == ("upstream_failed", 2, "estimated")
+
+
+@pytest.mark.parametrize(
+    "path", [b"/chat/completions", b"/v4/chat/completions", b"/openai/deployments/m/chat/completions?api-version=1"]
+)
+async def test_an_upstream_that_has_its_chats_elsewhere_is_asked_too(asking: Gateway, path: bytes) -> None:
+    await asking.ask(request(b"POST " + PREFIX + b"/upstreams/llm" + path, body=BODY))
+    upstream = await asking.llm.accept()
+    assert (await upstream.read_head()).startswith(b"POST " + path + b" ")
+    await upstream.expect(ASKING)
+    await upstream.send(OK)
+    receipt = await asking.receipt()
+    assert (receipt.model, receipt.is_stream) == ("m", True)

@@ -71,7 +71,7 @@ NAMELESS = [
     (b"/v1/chat/completions", b'{"messages":[]}'),
     (b"/v1/chat/completions", '{"model":"dear"}'.encode("utf-16")),
     (b"/v1/chat/completions", b'\xef\xbb\xbf{"model":"dear"}'),
-    (b"/%76%31/chat/completions", b'{"model":"dear"}'),
+    (b"/%76%31/chat/completion%73", b'{"model":"dear"}'),
     (b"/v1/batches", b'{"input_file_id":"f"}'),
 ]
 
