@@ -17,9 +17,9 @@ from sqlalchemy.util import await_only
 
 import gpuproxy.store
 from gpuproxy.access.accounts import create_user
-from gpuproxy.ledger import days, retention
+from gpuproxy.ledger import days, history, retention
 from gpuproxy.ledger.book import credit
-from gpuproxy.ledger.history import use_pages
+from gpuproxy.ledger.history import Use, use_pages
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.ledger.retention import Retention
 from gpuproxy.ledger.usage import usage_summary
@@ -167,6 +167,26 @@ async def test_a_summary_is_of_one_moment_while_receipts_go(kept: Kept, store_ur
     event.remove(kept.store.engine.sync_engine, "after_cursor_execute", after_each_statement)
     await other.store.close()
     assert went.count(True) == DAYS - 3
+
+
+@pytest.mark.parametrize("quiet_pages", [0, 4, 9])
+async def test_an_export_is_whole_while_receipts_go(
+    filled: Kept, monkeypatch: pytest.MonkeyPatch, quiet_pages: int
+) -> None:
+    before = (await filled.shown())["uses"]
+    monkeypatch.setattr(history, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(retention, "ROWS_AT_ONCE", 11)
+    tender = filled.retention(1, filled.today)
+    uses: list[Use] = []
+    async for page in use_pages(filled.store, filled.user_id):
+        uses += page
+        quiet_pages -= 1
+        if quiet_pages < 0:
+            await tender.step()
+    assert (sum(use.cost_nanousd for use in uses), sum(use.duration_us for use in uses)) == before
+    calls = [use.id for use in uses if use.id.startswith("r")]
+    assert len(calls) == len(set(calls))
+    assert await filled.run(select(func.count()).select_from(receipt_days)) != [(0,)], "something has gone meanwhile"
 
 
 async def test_a_receipt_of_a_day_that_has_gone_is_taken_and_goes_too(filled: Kept) -> None:
