@@ -15,6 +15,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import findings
 from gpuproxy.fleet.findings import KINDS, Look
 from gpuproxy.fleet.rentals import in_states
+from gpuproxy.fleet.sight import unreachable_counts
 
 FINDINGS_QUERY = {
     "provider": "of this provider; all if left out",
@@ -39,7 +40,8 @@ class Compared(Struct):
 class ProviderInfo(Struct):
     """A provider: when it last told what is rented, and what is amiss; `error` is empty if the last look went well.
 
-    `instance_count` is of its last list, `rental_count` of ours that have not ended; the other counts are of findings.
+    `instance_count` is of its last list, `rental_count` of ours that have not ended, `unreachable_count` of those that
+    should run and nobody knows how they are; the other counts are of findings.
     """
 
     id: str
@@ -53,6 +55,7 @@ class ProviderInfo(Struct):
     stray_count: int
     foreign_count: int
     difference_count: int
+    unreachable_count: int
     compare_error: str
     compared: Compared | None
 
@@ -62,7 +65,7 @@ async def list_providers(request: web.Request) -> web.Response:
     fleet, faults = request.app[FLEET], request.app[OFFERS].faults()
     looks = await fleet.read(findings.looks)
     counts = await fleet.read(findings.open_counts)
-    rows = await fleet.read(in_states)
+    rows, unreachable = await fleet.read(in_states), await fleet.read(unreachable_counts)
     shown = []
     for name, adapter in fleet.providers.items():
         look = looks.get(name, Look(name))
@@ -79,6 +82,7 @@ async def list_providers(request: web.Request) -> web.Response:
                 stray_count=counts.get((name, "stray"), 0),
                 foreign_count=counts.get((name, "foreign"), 0),
                 difference_count=counts.get((name, "difference"), 0),
+                unreachable_count=unreachable.get(name, 0),
                 compare_error=look.compare_error,
                 compared=_compared(look),
             )

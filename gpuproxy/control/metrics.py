@@ -19,6 +19,7 @@ from sqlalchemy import func, select
 
 from gpuproxy.control.parts import FLEET, ROUTING, STORE
 from gpuproxy.fleet import findings
+from gpuproxy.fleet.sight import unreachable_counts
 from gpuproxy.fleet.states import ENDED
 from gpuproxy.link.messages import EndpointState
 from gpuproxy.observe.series import GAUGES, MANAGEMENT, Labels
@@ -27,7 +28,12 @@ from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import rentals
 
 Reading = dict[Labels, float]
-STORED = ("gpuproxy_active_instances", "gpuproxy_fleet_findings", "gpuproxy_provider_listed_seconds")
+STORED = (
+    "gpuproxy_active_instances",
+    "gpuproxy_fleet_findings",
+    "gpuproxy_provider_listed_seconds",
+    "gpuproxy_unreachable_instances",
+)
 MANAGED_NAME = "gpuproxy_management_seconds"
 LASTING = ("/ws",)  # a WebSocket lasts for hours
 PROXIED = "/api/v1/gpu/proxy/"  # these are calls of their own, with receipts
@@ -129,11 +135,13 @@ async def _stored(store: Store, providers: Iterable[str]) -> dict[str, Reading]:
         counted = (await connection.execute(query)).all()
         found = await connection.run_sync(findings.open_counts)
         looks = (await connection.run_sync(findings.looks)).values()
-    active: Reading = {(provider,): 0.0 for provider in providers}  # none is a number too
-    active |= {(provider,): float(count) for provider, count in counted}
+        unseen = await connection.run_sync(unreachable_counts)
+    none: Reading = {(provider,): 0.0 for provider in providers}  # is a number too
+    active = none | {(provider,): float(count) for provider, count in counted}
     amiss: Reading = {labels: float(count) for labels, count in found.items()}
     listed: Reading = {(look.provider,): look.listed_at.timestamp() for look in looks if look.listed_at}
-    return dict(zip(STORED, (active, amiss, listed), strict=True))
+    unreachable = none | {(provider,): float(count) for provider, count in unseen.items()}
+    return dict(zip(STORED, (active, amiss, listed, unreachable), strict=True))
 
 
 def open_breakers(states: Iterable[EndpointState]) -> Reading:

@@ -30,7 +30,8 @@ EVENTS: dict[str, Kind] = {
     "instance.created": Kind("instance_events", "an instance is rented and will be started"),
     "instance.running": Kind("instance_events", "it is up"),
     "instance.unreachable": Kind(
-        "instance_events", "its provider has lost sight of it; it is not charged until it is seen, and told as running"
+        "instance_events",
+        "its provider has lost sight of it, or does not answer about it: see `reason`; told as running when it is seen",
     ),
     "instance.stopped": Kind("instance_events", "it is stopped; its disk is kept and costs"),
     "instance.failed": Kind("instance_events", "it could not be had, or broke"),

@@ -22,7 +22,7 @@ from gpuproxy.fleet.findings import Kind, note_failure, note_list
 from gpuproxy.fleet.moves import is_overdue
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rentals import Rental, find, in_states
-from gpuproxy.fleet.sight import is_as_expected
+from gpuproxy.fleet.sight import UNREACHABLE, UNSEEN_S, is_as_expected, silence
 from gpuproxy.fleet.states import ENDED, SETTLED, UNDER_WAY
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderAdapter, ProviderError, ProviderInstance
@@ -38,12 +38,16 @@ class Reconciler:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
+        self._silent_since: dict[str, datetime] = {}  # those that nobody has answered about since
         self._suspects: set[tuple[str, str]] = set()  # provider, native id: seen once with our tag, but no row
 
     async def cycle(self) -> None:
         """Look at what every provider has, all at once. Raises what the store raises."""
         rows = await self._fleet.read(in_states, SETTLED)
-        works: list[Awaitable[None]] = []
+        self._silent_since = {row.id: self._silent_since[row.id] for row in rows if row.id in self._silent_since}
+        works: list[Awaitable[None]] = [
+            self._note_silence(row) for row in rows if row.provider not in self._fleet.providers
+        ]
         for name, adapter in self._fleet.providers.items():
             ours, asked = [row for row in rows if row.provider == name], set[str]()
             works += [self._prove(adapter, ours, asked), self._compare(adapter, ours, asked)]
@@ -110,8 +114,16 @@ class Reconciler:
         """See one machine for itself."""
         try:
             await look(self._fleet, adapter, rental)
+            self._silent_since.pop(rental.id, None)
         except ProviderError as error:
             logger.warning("instance cannot be looked at", contract_id=rental.id, error=str(error))
+            await self._note_silence(rental)
+
+    async def _note_silence(self, rental: Rental) -> None:
+        now = self._fleet.now()
+        since = self._silent_since.setdefault(rental.id, now)
+        if rental.reason not in UNREACHABLE and now - since >= timedelta(seconds=UNSEEN_S):
+            await self._fleet.write(silence, rental.id, since)
 
     async def _look_at_strays(self, adapter: ProviderAdapter, listed: Sequence[ProviderInstance]) -> None:
         suspects = set()

@@ -8,7 +8,7 @@ older than the rental's last move says nothing about the state after it and is p
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, func, select
 
 from gpuproxy.fleet.meter import PREPAID, commit_cost, meter, prove, proven_until, rates_in
 from gpuproxy.fleet.moves import adopt, announce, begin_destroy, end, is_overdue, lose, move, overdue, tell
@@ -16,12 +16,15 @@ from gpuproxy.fleet.rentals import Rental, change, locked
 from gpuproxy.fleet.states import ENDED
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderInstance
+from gpuproxy.store.schema import rentals
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 ASKED = "asked by its owner"
 INTERRUPTED = "interrupted by the provider"
 BOOTS_AGAIN = "boots again at the provider"
 UNSEEN = "the provider has lost sight of it; it is not charged until it is seen again"
+SILENT = "its provider does not answer about it; if it runs meanwhile, that is charged once it is seen"
+UNREACHABLE = (UNSEEN, SILENT)
 UNSEEN_S = 300.0  # how long that lasts before the owner is told: a heartbeat may be missed
 MISSES_MAX = 2  # how often the provider has to say that there is none, before a machine is lost,
 MISSED_S = 120.0  # and for how long: a new one may not be shown at once
@@ -104,7 +107,7 @@ def _runs_by_itself(rental: Rental) -> bool:
 def _proven(connection: Connection, rental: Rental, at: datetime, last_seen: datetime) -> Rental:
     """Charge one that runs, no further than it was rented for; tell if its owner was told that it is out of sight."""
     rental = prove(connection, rental, min(at, rental.expires_at or at), last_seen)
-    if rental.reason == UNSEEN:
+    if rental.reason in UNREACHABLE:
         rental = change(connection, rental, reason="")
         tell(connection, "instance.running", rental)
     return rental
@@ -121,6 +124,21 @@ def _unseen(connection: Connection, rental: Rental, at: datetime, last_seen: dat
     rental = change(connection, rental, reason=UNSEEN)
     tell(connection, "instance.unreachable", rental)
     return rental
+
+
+def silence(connection: Connection, rental_id: str, since: datetime) -> None:
+    """Tell the owner of a running machine that its provider has not answered about it since then."""
+    rental = locked(connection, rental_id)
+    is_seen = rental.seen_at is not None and rental.seen_at > since
+    if rental.state == "running" and rental.reason not in UNREACHABLE and not is_seen:
+        tell(connection, "instance.unreachable", change(connection, rental, reason=SILENT))
+
+
+def unreachable_counts(connection: Connection) -> dict[str, int]:
+    """Return of how many running machines nobody knows how they are, by provider."""
+    chosen = (rentals.c.state == "running") & rentals.c.reason.in_(UNREACHABLE)
+    query = select(rentals.c.provider, func.count().label("unreachable")).where(chosen).group_by(rentals.c.provider)
+    return {row.provider: row.unreachable for row in connection.execute(query)}
 
 
 def miss(connection: Connection, rental_id: str, at: datetime) -> Rental:

@@ -58,6 +58,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gpuproxy_endpoint_calls": ("calls an endpoint serves now", ("upstream", "endpoint")),
     "gpuproxy_fleet_findings": ("strays, foreign instances, charges that differ", ("provider", "kind")),
     "gpuproxy_provider_listed_seconds": ("when a provider last told what is rented, unix time", ("provider",)),
+    "gpuproxy_unreachable_instances": ("instances that should run and nobody knows how they are", ("provider",)),
     "gpuproxy_journal_bytes": ("receipts on their way to the store", ()),
     "gpuproxy_waiting_calls": ("calls that wait for room at an endpoint", ("model",)),
     "gpuproxy_workers": ("workers that are linked to control", ()),

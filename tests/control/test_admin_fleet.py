@@ -36,6 +36,7 @@ async def test_an_admin_sees_how_providers_are_and_what_is_amiss(api: Api) -> No
     provider = told["data"][0]
     assert (provider["basis"], provider["error"], provider["instance_count"]) == ("per_second", "", 1)
     assert (provider["foreign_count"], provider["stray_count"], provider["rental_count"]) == (1, 0, 0)
+    assert provider["unreachable_count"] == 0
     assert provider["listed_at"] == provider["looked_at"] is not None
     _, told = await api.call("GET", f"{FLEET}/findings?kind=foreign&provider=sim", headers=admin.by_token)
     assert [(each["subject_id"], each["detail"]["tag"]) for each in told["data"]] == [(id, "theirs")]
@@ -56,6 +57,7 @@ async def test_a_finding_is_acknowledged_and_counted_no_more(api: Api) -> None:
     text = await metrics(api)
     assert "gpuproxy_fleet_findings{" not in text
     assert 'gpuproxy_provider_listed_seconds{provider="simulated"}' in text
+    assert 'gpuproxy_unreachable_instances{provider="simulated"} 0.0' in text
 
 
 @pytest.mark.parametrize(("query", "status"), [("kind=lost", 422), ("provider=aws", 404), ("all=maybe", 422)])

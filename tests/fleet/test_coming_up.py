@@ -10,7 +10,7 @@ from gpuproxy.fleet.care import IN_FLIGHT_S
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import rent, reserve_all, wait_until_running
 from gpuproxy.fleet.rentals import Rental, of_group
-from gpuproxy.fleet.sight import BOOTS_AGAIN, UNSEEN, UNSEEN_S, unseen_since
+from gpuproxy.fleet.sight import BOOTS_AGAIN, SILENT, UNSEEN, UNSEEN_S, unreachable_counts, unseen_since
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.verify import verify
 from gpuproxy.plugin import OfferQuery
@@ -241,3 +241,32 @@ async def test_a_machine_is_charged_no_longer_than_it_was_rented_for(
     assert ended.state == "destroyed"
     assert ended.running_us == (rental.expires_at - rental.running_at).total_seconds() * 1e6  # type: ignore[operator]
     assert ended.cost_posted_nanousd > ended.cost_nanousd_per_hour * ended.running_us // 3_600_000_000
+
+
+async def test_the_owner_is_told_when_a_provider_does_not_answer_about_a_machine(
+    fleet: Fleet, running: Rental, reconciler: Rounds, clock: Clock, market: Market
+) -> None:
+    """One answer that fails is no news; the time is charged as soon as it is proven to have run."""
+    market.get = silent  # type: ignore[method-assign]
+    await pass_by(reconciler, clock, UNSEEN_S - 60)
+    assert (await now(fleet, running)).reason == ""
+    await pass_by(reconciler, clock, 180)
+    told = await now(fleet, running)
+    assert (told.state, told.reason, told.charged_nanousd) == ("running", SILENT, running.charged_nanousd)
+    assert (await names(fleet)).count("instance.unreachable") == 1
+    assert await fleet.read(unreachable_counts) == {"simulated": 1}
+    del market.get
+    await pass_by(reconciler, clock, 60)
+    seen = await now(fleet, running)
+    assert (seen.reason, seen.running_us - running.running_us) == ("", (UNSEEN_S + 180) * 1e6)
+    assert (await names(fleet))[-2:] == ["instance.unreachable", "instance.running"]
+    assert await fleet.read(unreachable_counts) == {}
+
+
+async def test_the_owner_is_told_when_the_provider_of_a_machine_is_switched_off(
+    fleet: Fleet, running: Rental, clock: Clock
+) -> None:
+    fleet.providers = {}
+    reconciler = Rounds(fleet)
+    await pass_by(reconciler, clock, UNSEEN_S + 60)
+    assert (await now(fleet, running)).reason == SILENT
