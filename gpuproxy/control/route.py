@@ -72,6 +72,7 @@ def _served(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespons
             request[CALLER] = await identify(request)
             count_request(request, request[CALLER])
             check_scope(route, request)
+            check_query(route, request)
         arguments: list[Any] = [decode(route.takes, await request.read())] if route.takes else []
         response = await route.handler(request, *arguments)
         if not response.prepared and "Cache-Control" not in response.headers:
@@ -79,6 +80,14 @@ def _served(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespons
         return response
 
     return serve
+
+
+def check_query(route: Route, request: web.Request) -> None:
+    """Raise GatewayError UNPROCESSABLE for a parameter `route` does not know: a misspelt filter filters nothing."""
+    for name in request.query if route.query else ():
+        if name not in route.query:
+            message = f"no parameter {name[:40]!r}; known: {', '.join(route.query)}"
+            raise GatewayError("UNPROCESSABLE", message, param=name[:40])
 
 
 def check_scope(route: Route, request: web.Request) -> None:

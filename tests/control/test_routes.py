@@ -346,6 +346,15 @@ def test_the_description_says_what_a_query_takes_and_whose_words_a_refusal_is_in
         assert "$ref" not in operation["responses"]["default"]  # OpenAI's, Anthropic's, JSON-RPC's or the upstream's
 
 
+async def test_a_parameter_that_a_route_does_not_know_is_refused_and_named(api: Api) -> None:
+    ann = await api.person()
+    status, told = await api.call("GET", "/api/v1/gpu/instances?min_vrm=80", None, ann.by_key)
+    assert (status, told["code"]) == (422, "UNPROCESSABLE")
+    assert told["error"].startswith("no parameter 'min_vrm'; known: provider, min_vram, ")
+    assert (await api.call("GET", "/api/v1/gpu/instances?min_vram=80", None, ann.by_key))[0] == 200
+    assert (await api.call("GET", "/api/v1/user/profile?_=1", None, ann.by_key))[0] == 200  # it takes none
+
+
 def test_the_described_envelope_is_the_one_workers_read() -> None:
     described = {field.name: field.required for field in structs.fields(Envelope)}
     assert described == {field.name: field.required for field in structs.fields(envelope.Envelope)}
