@@ -30,6 +30,15 @@ class EncodedReader:
         return getattr(self._reader, name)
 
 
+def decoded(body: bytes, coding: bytes) -> bytes:
+    """Return what a whole body of a Content-Encoding decodes to, nothing if it cannot be decoded."""
+    decoder = decoder_of(coding)
+    try:
+        return b"" if decoder is None else b"".join(decoder.feed(body))
+    except UnreadableError:
+        return b""
+
+
 def reader_of_encoded(reader: UsageReader | None, coding: bytes) -> UsageReader | None:
     """Return a reader for content of a Content-Encoding, None if there is none or it cannot be decoded."""
     decoder = None if reader is None else decoder_of(coding)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import AnswerEditor, UpstreamRequest
+from gpuproxy.proxy.encoded import decoded
 
 if TYPE_CHECKING:
     from gpuproxy.proxy.upstream import UpstreamConnection
@@ -36,11 +37,11 @@ def is_refusal(editor: AnswerEditor, connection: "UpstreamConnection", body: byt
     """Tell whether an answer refuses the question; None if that cannot be told before more of it has come."""
     was_refused = getattr(editor, "was_refused", None)
     head = connection.head
-    if was_refused is None or head.status not in REFUSING or head.coding or len(body) > REFUSAL_BYTES_MAX:
+    if was_refused is None or head.status not in REFUSING or len(body) > REFUSAL_BYTES_MAX:
         return False
     if not connection.is_complete:
         return None if connection.content_length <= REFUSAL_BYTES_MAX else False
-    return bool(was_refused(body))
+    return bool(was_refused(decoded(body, head.coding) if head.coding else body))
 
 
 class UsageRefusals:

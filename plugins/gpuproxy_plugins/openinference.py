@@ -38,7 +38,7 @@ from gpuproxy_plugins.openinference_refusal import refusal
 from gpuproxy_plugins.openinference_rename import renamed
 from gpuproxy_plugins.openinference_shape import completed_path
 from gpuproxy_plugins.openinference_sniff import SniffingReader
-from gpuproxy_plugins.openinference_stream import GENERATE, StreamUsageReader, TgiStreamReader, marker_of
+from gpuproxy_plugins.openinference_stream import GENERATE, TGI_ROOTS, StreamUsageReader, TgiStreamReader, marker_of
 from gpuproxy_plugins.openinference_usage import GeneratedReader, JsonUsageReader, LinesUsageReader, OllamaStreamReader
 
 _JSON_STARTS = b"{ \t\r\n"  # a form may name a model too
@@ -185,14 +185,14 @@ def _checked(path: bytes) -> Callable[[Call], Intent] | None:
 @lru_cache(_PATHS_MAX)
 def _names_model_in_body(path: bytes) -> bool:
     route = path.partition(b"?")[0]
-    return b"/v1/" in route or b"/deployments/" in route or route.endswith(_SHAPES)
+    return b"/v1/" in route or b"/deployments/" in route or route.endswith(_SHAPES) or route in TGI_ROOTS
 
 
 @lru_cache(_PATHS_MAX)
 def _is_generate(path: bytes) -> bool:
     """Tell whether a path is TGI's or V2's own to generate a text, not Ollama's."""
     route = path.partition(b"?")[0]
-    return route.endswith(b"/generate") and not route.endswith(b"/api/generate")
+    return route in TGI_ROOTS or (route.endswith(b"/generate") and not route.endswith(b"/api/generate"))
 
 
 @lru_cache(_PATHS_MAX)

@@ -94,6 +94,8 @@ ANTHROPIC = Marker(b"\nevent: content_block_delta")
 RESPONSES = Marker(b".delta\n")
 GENERATE = Marker(_DATA)  # Open Inference and TGI: each is a token, and nothing marks the end
 
+TGI_ROOTS = (b"", b"/")  # where Hugging Face's clients call a server of theirs, streamed or not
+
 _decode_event = msgspec.json.Decoder(Event).decode
 _decode_tgi_event = msgspec.json.Decoder(TgiEvent).decode
 
@@ -105,7 +107,7 @@ def marker_of(path: bytes) -> Marker:
         return ANTHROPIC
     if route.endswith(b"/responses"):
         return RESPONSES
-    return GENERATE if route.endswith(b"/generate_stream") else CHAT
+    return GENERATE if route.endswith(b"/generate_stream") or route in TGI_ROOTS else CHAT
 
 
 class StreamUsageReader(EventFilter):

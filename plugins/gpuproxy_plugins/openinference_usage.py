@@ -252,6 +252,8 @@ class GeneratedReader(JsonUsageReader):
 
     def finish(self) -> Usage | None:
         """Return what was used: told, or estimated from what was asked and generated."""
+        if not self._is_cut and (whole := bytes(self._kept).strip())[:1] == b"[":
+            self._kept = whole[1:-1]  # TGI's answer at the root is a list of one
         if (told := super().finish()) is not None:
             return told
         try:

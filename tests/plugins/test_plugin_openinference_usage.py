@@ -149,6 +149,8 @@ ESTIMATES: list[tuple[bytes, list[Any], Usage | None]] = [
     (b"/v1/responses", [responses("completed")[0], *DELTAS, responses("incomplete")[2]], Usage(12, 4, 8)),
     (b"/v2/models/m/generate_stream", GENERATED, Usage(10, 0, 4, "estimated")),
     (b"/generate_stream", [*GENERATED, TGI_END], Usage(17, 0, 6)),
+    (b"/", [*GENERATED, TGI_END], Usage(17, 0, 6)),
+    (b"?x=1", GENERATED, Usage(10, 0, 4, "estimated")),
     (b"/v1/chat/completions", [ROLE, FAILED, b"[DONE]"], None),
     (b"/v1/chat/completions", [ROLE, token("a"), token('"error"'), FAILED, b"[DONE]"], Usage(10, 0, 2, "estimated")),
     (b"/v1/completions", [ROLE, token("a"), OLD_FAILED], Usage(10, 0, 1, "estimated")),
@@ -433,13 +435,18 @@ def test_an_answer_tells_the_model_it_is_of(kind: bytes, body: bytes, model: str
         (b'{"generated_text":"twelve bytes"}', Usage(10, 0, 2, "estimated")),
         (b'{"model_name":"m","text_output":"a"}', Usage(10, 0, 1, "estimated")),
         (b'{"generated_text":"a","details":{"generated_tokens":7,"prefill":[]}}', Usage(0, 0, 7)),
+        (b'[{"generated_text":"twelve bytes"}]\n', Usage(10, 0, 2, "estimated")),
+        (b'[{"generated_text":"a","details":{"generated_tokens":7,"prefill":[]}}]', Usage(0, 0, 7)),
+        (b"[[0.5],[0.25]]", None),
+        (b"[]", None),
+        (b"[", None),
         (b'{"generated_text":""}', None),
         (b'{"generated_text":["odd"]}', None),
         (b'{"error":"x"}', None),
         (b'{"generated_text":"cut', None),
     ],
 )
-@pytest.mark.parametrize("path", [b"/generate", b"/v2/models/m/generate?x"])
+@pytest.mark.parametrize("path", [b"/generate", b"/", b"/v2/models/m/generate?x"])
 def test_a_text_whose_usage_is_not_told_is_estimated_by_its_size(path: bytes, body: bytes, usage: Usage | None) -> None:
     assert read(JSON, body, path=path) == read(JSON, *bytewise(body), path=path) == usage
 

@@ -1,5 +1,6 @@
 """An upstream that refuses to be asked for usage gets the call again without, and is not asked for an hour."""
 
+import gzip
 from typing import Any
 
 import pytest
@@ -65,6 +66,17 @@ async def test_a_refused_question_is_taken_back_and_the_client_sees_nothing_of_i
     assert (receipt.status, receipt.outcome, receipt.attempts, receipt.upstream) == (200, "ok", 2, "llm")
     (replica,) = [each for each in gateway.plane.replicas.all() if each.upstream == "llm"]
     assert (replica.begun_count, replica.ended_count, replica.failure_count) == (2, 2, 0)
+
+
+async def test_a_compressed_refusal_is_one_too(gateway: Gateway) -> None:
+    client = await ask(gateway)
+    upstream = await gateway.llm.accept()
+    await take(upstream, ASKING)
+    await upstream.send(answer(gzip.compress(NAMED), kind=b"application/json\r\nContent-Encoding: gzip"))
+    await take(upstream, BODY)
+    await upstream.send(OK)
+    await client.expect(OK_SENT_AGAIN)
+    assert (await gateway.receipt()).attempts == 2
 
 
 @pytest.mark.parametrize("closes", [False, True])
