@@ -9,6 +9,7 @@ left out, and the log says so. Streams that tell of changes at all servers are t
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from time import monotonic
 
 import aiohttp
@@ -260,7 +261,7 @@ class Group:
                 for server, body in bodies.items():
                     place = places.by_server.get(server)
                     headers = {"last_event_id": place} if place else {}
-                    call = self._inner.call(turn.request, server, body, turn.seats[server], **headers)
+                    call = partial(self._inner.call, turn.request, server, body, turn.seats[server], **headers)
                     opening.append(Source(server).open(stack, call, self._settings.timeout_s, body is not None))
                 sources = await asyncio.gather(*opening)
                 self._check_all(turn, [each.told for each in sources])

@@ -8,7 +8,7 @@ theirs again, and then all servers are asked anew.
 
 import asyncio
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from urllib.parse import parse_qsl, urlencode
 
@@ -21,10 +21,12 @@ from gpuproxy.codec.mcp import UNREADABLE, Fields, decode_fields, encode, object
 from gpuproxy.codec.sse import event_payloads
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Told, passed_fields, told_by
 from gpuproxy.control.mcp_names import URI_MARK, outward, shown_uri, split, texts_of
-from gpuproxy.control.mcp_relay import EVENTS
+from gpuproxy.control.mcp_relay import EVENTS, LOOK_S
 
 STREAMS_MAX = 1_000  # at once, of all groups: each holds a connection for each server, and wakes up to look around
 LISTENING = "~"  # begins the ids of events in such a stream; no name of a server does
+TAKEN = 409  # says a server that has one stream for a session, and that is open
+TAKEN_TRIES_MAX = 3
 PLACES_BYTES_MAX = 4_096  # of an id: aiohttp takes fields of 8,190 bytes from a client that brings it back
 LISTEN = "subscriptions/listen"
 ACKNOWLEDGED = "notifications/subscriptions/acknowledged"
@@ -45,11 +47,13 @@ class Source:
         self._cutter = EventCutter()
         self._events: deque[bytes] = deque()
 
-    async def open(self, stack: AsyncExitStack, call: Call, timeout_s: float, is_subscription: bool) -> "Source":
+    async def open(
+        self, stack: AsyncExitStack, call: Callable[[], Call], timeout_s: float, is_subscription: bool
+    ) -> "Source":
         """Send the call; the stream stays open as long as the stack. One that cannot be had in time stays closed."""
         with suppress(aiohttp.ClientError, TimeoutError, OSError, *UNREADABLE):
             async with asyncio.timeout(timeout_s):
-                response = self._response = await stack.enter_async_context(call)
+                response = self._response = await self._answered(stack, call)
                 if response.status != 200 or response.content_type != EVENTS:
                     self.told = await told_by(self.server, response)
                 else:
@@ -60,6 +64,15 @@ class Source:
             if self.told.status == 200 and not self.told.response:  # it has said nothing
                 self.told = Told(self.server, 0, CIMultiDict())
         return self
+
+    async def _answered(self, stack: AsyncExitStack, call: Callable[[], Call]) -> aiohttp.ClientResponse:
+        """Send the call, again while the server has the client's last stream still: that ends when we see it gone."""
+        for _ in range(TAKEN_TRIES_MAX - 1):
+            response = await stack.enter_async_context(call())
+            if response.status != TAKEN:
+                return response
+            await asyncio.sleep(LOOK_S)
+        return await stack.enter_async_context(call())
 
     async def _is_acknowledged(self) -> bool:
         while event := await self.next_event():
