@@ -18,7 +18,9 @@ from gpuproxy import config
 from gpuproxy.types import CANCELLED, RENTED, Receipt, Usage
 
 ANY = "*"  # as the model of a price: every model; as the tool: every tool
-RPC_FAULT = "jsonrpc_error"  # so begins the outcome of a call that was not understood, or could not be done
+# So begins the outcome of a call that was not understood or could not be done, and of one whose server wants to know
+# more first: the call is then made anew with what it asked for (MCP 2026-07-28, Multi Round-Trip Requests).
+UNDONE = ("jsonrpc_error", "input_required")
 MILLION = 1_000_000
 US_PER_HOUR = 3_600_000_000
 PRICE_NANOUSD_MAX = 10**15  # a million dollars, per million tokens or per call
@@ -129,7 +131,7 @@ def _is_served(receipt: Receipt) -> bool:
 
     A tool is at work as soon as it is called, whether its answer begins at once or at its end.
     """
-    if receipt.status >= 400 or receipt.rpc_outcome.startswith(RPC_FAULT):
+    if receipt.status >= 400 or receipt.rpc_outcome.startswith(UNDONE):
         return False
     if receipt.outcome in ("client_gone", "cut"):
         return receipt.first_byte_us >= 0 or receipt.rpc_outcome == CANCELLED

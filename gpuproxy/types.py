@@ -97,8 +97,9 @@ class Receipt(Struct, array_like=True, frozen=True, gc=False):
     ``trace_id`` is empty while traces are off, ``trace`` None unless spans of this call are wanted.
 
     Of a JSON-RPC call ``rpc_method`` is the method ("batch" for several), ``rpc_name`` the tool, prompt or resource it
-    names, ``rpc_outcome`` what the answer told: "ok", "tool_error" or "jsonrpc_error:CODE"; all are empty if not known.
-    Of a tool whose client left before its answer began ``rpc_outcome`` is "cancelled": it may have done its work.
+    names, ``rpc_outcome`` what the answer told: "ok", "tool_error", "input_required" or "jsonrpc_error:CODE"; all are
+    empty if not known. Of a tool whose client left before its answer began ``rpc_outcome`` is "cancelled": it may have
+    done its work.
     """
 
     id: str

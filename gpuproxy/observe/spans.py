@@ -128,7 +128,7 @@ def _error_of(receipt: Receipt, attempt: Attempt, is_last: bool) -> str:
         return attempt.error
     if receipt.outcome in FAILED and receipt.error:
         return receipt.error
-    if receipt.rpc_outcome not in ("", "ok"):
+    if receipt.rpc_outcome not in ("", "ok", "input_required"):
         return receipt.rpc_outcome.partition(":")[2] or receipt.rpc_outcome
     return str(attempt.status) if attempt.status >= 400 else ""
 

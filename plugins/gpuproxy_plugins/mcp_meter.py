@@ -82,6 +82,7 @@ class _Fault(Struct, gc=False):
 
 class _Result(Struct, gc=False, rename="camel"):
     is_error: bool = False
+    result_type: Raw = Raw()
 
 
 class _Answer(Struct, gc=False):
@@ -203,7 +204,10 @@ def _outcome(answer: _Answer) -> str:
         return f"jsonrpc_error:{_read(_decode_fault, answer.error, _Fault()).code}"
     if not bytes(answer.result):
         return ""
-    return "tool_error" if _read(_decode_result, answer.result, _Result()).is_error else "ok"
+    result: _Result = _read(_decode_result, answer.result, _Result())
+    if bytes(result.result_type) == b'"input_required"':
+        return "input_required"
+    return "tool_error" if result.is_error else "ok"
 
 
 def _badness(outcome: str) -> tuple[bool, str]:

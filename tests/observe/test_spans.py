@@ -165,6 +165,7 @@ def test_a_call_of_mcp_is_named_by_its_method_and_tool(
     ("outcome", "error", "code"),
     [
         ("ok", None, None),
+        ("input_required", None, None),
         ("tool_error", "tool_error", None),
         ("jsonrpc_error:-32602", "-32602", "-32602"),
         ("", None, None),

@@ -159,6 +159,9 @@ def stream_of(*messages: Any, end: str = "\n") -> bytes:
 ANSWERS = [
     (OK, "ok"),
     (TOOL_ERROR, "tool_error"),
+    ({"jsonrpc": "2.0", "id": 7, "result": {"resultType": "input_required", "requestState": "s"}}, "input_required"),
+    ({"jsonrpc": "2.0", "id": 7, "result": {"resultType": "complete", "content": [], "isError": True}}, "tool_error"),
+    ({"jsonrpc": "2.0", "id": 7, "result": {"resultType": 5, "isError": True}}, "tool_error"),
     (RPC_ERROR, "jsonrpc_error:-32601"),
     ({"jsonrpc": "2.0", "id": 7, "result": "text"}, "ok"),
     ({"jsonrpc": "2.0", "id": 7, "error": "odd"}, "jsonrpc_error:0"),

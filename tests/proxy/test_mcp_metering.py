@@ -20,6 +20,7 @@ CALL = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"search"
 OK = b'{"jsonrpc":"2.0","id":1,"result":{"content":[],"isError":false}}'
 FAILED = b'{"jsonrpc":"2.0","id":1,"result":{"content":[],"isError":true}}'
 SEARCH = Price("", "tools", request_nanousd=100, tool="search")
+ASKING = b'{"jsonrpc":"2.0","id":1,"result":{"resultType":"input_required","inputRequests":{},"requestState":"s"}}'
 UNKNOWN = b'{"jsonrpc":"2.0","id":1,"error":{"code":-32602,"message":"Unknown tool"}}'
 
 
@@ -126,8 +127,8 @@ async def settled(gateway: Gateway, bank: Bank, answer: bytes, body: bytes = CAL
 
 @pytest.mark.parametrize(
     ("answer", "cost"),
-    [(OK, 100), (FAILED, 100), (UNKNOWN, 0)],
-    ids=["ok", "tool-error", "rpc-error"],
+    [(OK, 100), (FAILED, 100), (UNKNOWN, 0), (ASKING, 0)],
+    ids=["ok", "tool-error", "rpc-error", "asking"],
 )
 async def test_a_tool_that_ran_costs_its_price_and_one_that_could_not_costs_nothing(
     serve: Serve, answer: bytes, cost: int
