@@ -27,6 +27,7 @@ from gpuproxy_plugins.openinference_intent import (
     description,
     intent_of_body,
     intent_of_path,
+    is_of_earlier_call,
     is_ollama,
     may_lack_model,
     refuse_dot_segments,
@@ -93,9 +94,9 @@ class OpenInference:
     def reader(self, call: Call, status: int, content_type: bytes) -> UsageReader | None:
         """Return a reader for JSON, event streams, JSON lines and WebSockets; None for errors and all else.
 
-        A GET may show what an earlier call has used, and was counted for.
+        A GET may show what an earlier call has used, and was counted for; so may what ends or changes an answer.
         """
-        if status >= 400:
+        if status >= 400 or not _may_tell_usage(call.path):
             return None
         if call.method != b"POST":
             return reader_of(call) if status == 101 else None
@@ -106,8 +107,7 @@ class OpenInference:
             return _stream_reader(call)
         if kind == LINES:
             return OllamaStreamReader(_text_bytes(call)) if is_ollama(call.path) else LinesUsageReader()
-        is_read = kind == UNTOLD and _may_tell_usage(call.path)
-        return SniffingReader(lambda: _stream_reader(call)) if is_read else None
+        return SniffingReader(lambda: _stream_reader(call)) if kind == UNTOLD else None
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
         """Return the answer as it is."""
@@ -198,7 +198,7 @@ def _is_generate(path: bytes) -> bool:
 @lru_cache(_PATHS_MAX)
 def _may_tell_usage(path: bytes) -> bool:
     """Tell whether an answer to a POST is worth reading; V2 tensors tell nothing, and may well be compressed."""
-    return not path.partition(b"?")[0].endswith(b"/infer")
+    return not path.partition(b"?")[0].endswith(b"/infer") and not is_of_earlier_call(path)
 
 
 def register(registry: Registry) -> None:

@@ -23,6 +23,7 @@ _KEPT = re.compile(
     rb"/v1/(?:files|uploads|batches|messages/batches|vector_stores|conversations|threads|containers|evals|skills"
     rb"|responses/[^/]+/cancel|chat/completions/[^/]+|(?:assistants|fine_tuning/jobs)/[^/]+)(?:[/?]|\Z)"
 )
+_EARLIER = re.compile(rb"/v1/(?:responses/[^/?]+/cancel|chat/completions/[^/?]+)(?:\?|\Z)")
 OLLAMA_PATHS = (*_OLLAMA_STREAMS, b"/api/embed", b"/api/embeddings")  # its own, not OpenAI-shaped ones
 
 
@@ -115,6 +116,11 @@ def _prompt_count(prompt: bytes) -> int:
 def may_lack_model(path: bytes) -> bool:
     """Tell whether what is posted to a path need not name a model."""
     return _KEPT.match(path) is not None
+
+
+def is_of_earlier_call(path: bytes) -> bool:
+    """Tell whether the answer to a POST is that of an earlier call, which shows what that one has used."""
+    return _EARLIER.search(path) is not None
 
 
 def model_of(body: bytes) -> str:

@@ -219,6 +219,8 @@ def test_a_dot_segment_is_refused_with_a_body_too() -> None:
         (b"POST", b"/openai/v1/embeddings?x=1", True),
         (b"POST", b"/v2/models/m/generate", True),
         (b"POST", b"/v2/models/m/infer?x", False),
+        (b"POST", b"/v1/responses/resp_1/cancel", False),
+        (b"POST", b"/v1/chat/completions/c_1?x", False),
         (b"GET", b"/v1/models", False),
     ],
 )

@@ -551,6 +551,11 @@ def test_a_stream_without_a_type_tells_what_was_delivered_and_where_it_ends() ->
     assert (reader.so_far().output_tokens, reader.is_terminal) == (2, True)
 
 
+@pytest.mark.parametrize("path", [b"/v1/responses/resp_1/cancel", b"/openai/v1/chat/completions/c_1"])
+def test_what_an_earlier_call_has_used_is_not_counted_again(path: bytes) -> None:
+    assert OPEN.reader(Call(b"POST", path, []), 200, JSON) is None
+
+
 def test_an_answer_of_another_type_is_not_looked_at() -> None:
     assert OPEN.reader(CALL, 200, b"audio/mpeg") is None
     assert OPEN.reader(Call(b"GET", b"/v1/files/x/content", []), 200, b"") is None
