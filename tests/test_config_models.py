@@ -103,7 +103,7 @@ def test_a_model_survives_the_way_to_a_child_process(tmp_path: Path) -> None:
         ),
         (
             'targets = [{ upstream = "a" }]\naliases = ["x",\n"short"]',
-            '5: models[0].aliases[1]: "short" stands at upstreams.models already; rename one',
+            '5: models[0].aliases[1]: "short" stands at upstreams[0].models already; rename one',
         ),
         (
             'targets = [{ upstream = "a" }]\naliases = ["m"]',

@@ -3,7 +3,7 @@
 A model may also be named in ``models`` of an upstream, the short form: that upstream is then one more target of it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Annotated, Any, TypeGuard
 
 from msgspec import Meta, Struct, field
@@ -54,9 +54,12 @@ def check_models(tree: Any, faults: Faults) -> None:
     if not isinstance(tree, dict):
         return
     upstreams = {block["name"]: block for _, block in _items(tree, "upstreams") if _is_text(block.get("name"))}
-    short = {model for block in upstreams.values() for model in _texts(block.get("models"))}
+    short: dict[str, str] = {}  # and where each is named first
+    for index, block in _items(tree, "upstreams"):
+        for model in _texts(block.get("models")):
+            short.setdefault(model, f"upstreams[{index}].models")
     _check_names(tree, short, faults)
-    known = short | {block["name"] for _, block in _items(tree, "models") if _is_text(block.get("name"))}
+    known = short.keys() | {block["name"] for _, block in _items(tree, "models") if _is_text(block.get("name"))}
     protocols = _protocols(tree, upstreams)
     for index, block in _items(tree, "models"):
         place = ("models", index)
@@ -65,9 +68,9 @@ def check_models(tree: Any, faults: Faults) -> None:
             _check_fallback((*place, "fallback", at), block, other, known, protocols, faults)
 
 
-def _check_names(tree: dict[str, Any], short: set[str], faults: Faults) -> None:
+def _check_names(tree: dict[str, Any], short: dict[str, str], faults: Faults) -> None:
     """A name means one model: neither a name nor an alias may stand twice."""
-    taken: dict[str, str] = dict.fromkeys(sorted(short), "upstreams.models")
+    taken = dict(short)
     for index, block in _items(tree, "models"):
         name = block.get("name")
         if _is_text(name):
@@ -82,7 +85,11 @@ def _check_names(tree: dict[str, Any], short: set[str], faults: Faults) -> None:
 
 
 def _check_targets(
-    place: tuple[str | int, ...], block: dict[str, Any], upstreams: dict[str, Any], short: set[str], faults: Faults
+    place: tuple[str | int, ...],
+    block: dict[str, Any],
+    upstreams: dict[str, Any],
+    short: Container[str],
+    faults: Faults,
 ) -> None:
     seen: dict[tuple[str, str], int] = {}
     first = ""

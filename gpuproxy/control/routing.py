@@ -104,11 +104,20 @@ class RoutingFeed:
             except ConfigError as error:
                 names = {kind: list(named) for kind, named in self._laid_over(blocks).items()}
                 faults += [_by_name(fault.removeprefix("config: "), names) for fault in error.faults]
-                found = [PLACE.search(fault) for fault in error.faults]
-                faulty = {(place[1], names[place[1]][int(place[2])]) for place in found if place is not None}
-                kept = [block for block in blocks if block.place not in faulty]
-                blocks = kept if len(kept) < len(blocks) else []
+                blocks = self._without(blocks, error, names)
         return self._configured, [], faults
+
+    def _without(self, blocks: list[Block], error: ConfigError, names: Mapping[str, list[str]]) -> list[Block]:
+        """Return the blocks but for those that have these faults; where the file's have them, but for those that these
+        name, else for those that replace some of the file.
+        """
+        known = {block.place for block in blocks}
+        faulty = {next((place for place in _places(fault, names) if place in known), None) for fault in error.faults}
+        for suspects in (faulty, {(kind, name) for kind, name in known if name in self.configured(kind)}):
+            kept = [block for block in blocks if block.place not in suspects]
+            if len(kept) < len(blocks):
+                return kept
+        return []
 
     async def check(self, connection: AsyncConnection, before: list[Block], changed: tuple[str, str]) -> None:
         """Refuse the transaction if what it sets does not fit, or something no more that did `before`; what did not
@@ -156,6 +165,13 @@ def _model_names(config: Config) -> Iterator[str]:
         yield from upstream.models
     for model in config.models:
         yield from (model.name, *model.aliases, *(target.name_there for target in model.targets))
+
+
+def _places(fault: str, names: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """Yield kind and name of each block that a fault counts."""
+    for kind, index in PLACE.findall(fault):
+        if int(index) < len(names[kind]):
+            yield kind, names[kind][int(index)]
 
 
 def _by_name(fault: str, names: Mapping[str, list[str]]) -> str:

@@ -194,6 +194,25 @@ async def test_blocks_whose_fault_is_elsewhere_leave_the_file_in_force(ask: Call
     assert feed.set_names == set()
 
 
+async def test_only_what_clashes_with_a_changed_file_is_left_out(ask: Callable[..., Any], api: Api) -> None:
+    target = {"upstream": "file"}
+    await ask(201, "POST", UPSTREAMS, {**MADE, "models": ["short"]})
+    await ask(201, "POST", UPSTREAMS, {**MADE, "name": "other"})
+    await ask(201, "POST", MODELS, {"name": "x", "targets": [target]})
+    await ask(201, "POST", MODELS, {"name": "y", "targets": [target]})
+    for aliases, left in ((["x"], {"made", "other", "y"}), (["short"], {"other", "x", "y"})):
+        named = {"name": "own", "aliases": aliases, "targets": [target]}
+        feed = RoutingFeed(api.store, build({"upstreams": [FILE], "models": [named]}))
+        await feed.poll_once()
+        assert {name for _, name in feed.set_names} == left
+    await ask(200, "PUT", f"{UPSTREAMS}/file", {**FILE, "protocol": "https", "models": []})
+    beside = {"name": "beside", "protocol": "openinference", "urls": ["http://beside"]}
+    both = {"name": "own", "targets": [{"upstream": "beside"}, target]}
+    feed = RoutingFeed(api.store, build({"upstreams": [FILE, beside], "models": [both]}))
+    await feed.poll_once()
+    assert {name for _, name in feed.set_names} == {"made", "other", "x", "y"}, "what replaces the file's is the cause"
+
+
 async def test_blocks_are_bounded(api: Api) -> None:
     feed = RoutingFeed(api.store, build({"upstreams": [FILE]}))
     many = [
