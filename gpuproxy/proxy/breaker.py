@@ -11,6 +11,8 @@ breaker once, and none of them closes it again or lengthens its time.
 Workers tell each other of their moves: what one has opened all have, and one call of all workers tries it. Two may
 if they come within the same millisecond. A try elsewhere is waited for no longer than `open_max_s`.
 
+Bad probes in a row open it whatever calls say, and keep it open until one is good.
+
 A replica that comes back gets a growing share of its calls (slow start).
 """
 
@@ -70,6 +72,7 @@ class Replica:
     __slots__ = (
         "_open_for_s",
         "_registry",
+        "bad_probe_count",
         "begun_count",
         "ended_count",
         "endpoints",
@@ -100,6 +103,7 @@ class Replica:
         self.begun_count = self.ended_count = 0  # calls; the difference is under way
         self.failed_count = self.opened_count = 0
         self.failure_count = 0  # in a row
+        self.bad_probe_count = 0  # in a row, whatever calls told between them
         self.ewma_us = 0.0  # of the time to the first byte; 0: nothing known
         self.ewma_s = 0.0  # when it was last tried
         self.open_until_s = 0.0
@@ -188,19 +192,27 @@ class Replica:
 
     def probed(self, is_good: bool) -> None:
         """Learn from an active probe."""
+        self.bad_probe_count = 0 if is_good else self.bad_probe_count + 1
         if not is_good:
             if self.state == HALF_OPEN:
                 self._open(BAD)
             else:
                 self.failed(self.generation)
+                if self.state == CLOSED and self.is_unfit:
+                    self._open(FAILURES)
         elif self.state in (OPEN, HALF_OPEN):
             self._close()
         else:
             self.failure_count = 0
             self.calm()
 
+    @property
+    def is_unfit(self) -> bool:
+        """Tell whether its probes say that it should get no calls."""
+        return self.bad_probe_count >= self._registry.config.failures_max
+
     def _succeeded(self, generation: int) -> None:
-        if generation != self.generation:
+        if generation != self.generation or (self.state != CLOSED and self.is_unfit):
             return
         if self.state == CLOSED:
             self.failure_count = 0
@@ -211,6 +223,8 @@ class Replica:
     # -- moves ------------------------------------------------------------------------------------------------
 
     def _open(self, event: int, wait_s: float = 0.0) -> None:
+        if not self._registry.has(self):  # taken out of the configuration while a call was under way
+            return
         config = self._registry.config
         if not wait_s:
             self._open_for_s = wait_s = min(config.open_max_s, self._open_for_s * 2 or config.open_s)
@@ -284,7 +298,7 @@ class Replica:
 
     def sweep(self, now_s: float) -> bool:
         """Do what time brings; False when nothing more is to be expected."""
-        if self.state == OPEN and now_s >= self.open_until_s:
+        if self.state == OPEN and now_s >= self.open_until_s and not self.is_unfit:
             self._move(TIME)
         if self.state == CLOSED and self.share < 1.0:
             self._take_share()
@@ -332,6 +346,10 @@ class Replicas:
             replica = self._by_place[place] = Replica(self, upstream, url)
         return replica
 
+    def has(self, replica: Replica) -> bool:
+        """Tell whether it is still one of them."""
+        return self._by_place.get((replica.upstream, replica.url)) is replica
+
     def told(self, move: BreakerMove) -> None:
         """Take what another worker tells."""
         replica = self._by_place.get((move.upstream, move.url))
@@ -348,6 +366,7 @@ class Replicas:
         for replica in self._by_place.values():
             replica.endpoints = []
             replica.watchers = ()
+            replica.bad_probe_count = 0  # it may be probed no more
         self.rooms.begin_rebuild()
         self.resting.clear()
 

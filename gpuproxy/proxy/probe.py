@@ -95,7 +95,10 @@ class Probes:
     def sweep(self, now_s: float) -> None:
         """Ask those whose time has come."""
         every_s = self._plane.replicas.config.probe_s
-        for endpoint, path in self._plane.router.probed:
+        probed = self._plane.router.probed
+        if len(self._asked_s) > len(probed):  # some were taken out
+            self._asked_s = {}
+        for endpoint, path in probed:
             replica = endpoint.replica
             assert replica is not None
             place = replica.upstream, replica.url

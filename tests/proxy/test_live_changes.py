@@ -53,6 +53,16 @@ async def test_calls_under_way_end_where_they_are_and_new_ones_go_where_they_sho
     assert {replica.upstream for replica in gateway.plane.replicas.all()} == {"b"}
 
 
+async def test_what_fails_after_it_was_taken_out_leaves_nothing_behind(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**blocks(pair[0]), routing={"failures_max": 1})
+    client = await ask(gateway)
+    upstream = await take(pair[0])
+    await push(gateway, blocks(pair[1], "b"))
+    upstream.close()
+    assert (await client.answer()).status == 502
+    assert not gateway.plane.replicas.restless
+
+
 async def test_what_is_known_of_an_endpoint_outlives_a_change(serve: Serve, pair: Pair) -> None:
     gateway = await serve(**blocks(pair[0], concurrency_max=1))
     (replica,) = [each for each in gateway.plane.replicas.all() if each.upstream == "a"]

@@ -51,6 +51,23 @@ async def test_an_endpoint_that_fails_its_probes_is_left_alone_until_one_is_good
     assert (await gateway.receipt()).attempts == 1, "a probe is nobody's call"
 
 
+async def test_calls_that_go_well_are_no_answer_to_a_probe(serve: Serve, pair: Pair) -> None:
+    gateway = await serve(**tree(pair))
+    for expected in (0, 1, 1):
+        upstream = await probe(gateway, pair[0])
+        await upstream.send(BAD)
+        await idle(gateway)
+        assert state(gateway) == expected
+        client = await gateway.ask(request(b"POST " + CHAT, body=b'{"model":"one"}'))  # it is the last one
+        await upstream.read_head()
+        await upstream.send(OK)
+        assert (await client.answer()).status == 200
+        assert state(gateway) == expected
+        upstream.close()
+        gateway.passes(0)
+        gateway.plane.probes._asked_s.clear()
+
+
 async def test_there_is_one_probe_at_a_time(serve: Serve, pair: Pair) -> None:
     gateway = await serve(**tree(pair))
     upstream = await probe(gateway, pair[0])
