@@ -237,6 +237,7 @@ class Supervisor:
                 self._config = before
                 break
         if taken_count:
+            configure_logs(config.log)
             _log.info("configuration taken", children=taken_count)
         else:
             _log.error("configuration refused, the old one stays", faults="no child starts with it; see above why")

@@ -86,7 +86,10 @@ async def add_upstream(request: web.Request, body: Upstream) -> web.Response:
 
 
 async def put_upstream(request: web.Request, body: Upstream) -> web.Response:
-    """Set an upstream, whether there is one of that name or not."""
+    """Set an upstream, whether there is one of that name or not; header values that are not shown stay as they are."""
+    known = {block.name: block.headers for block in request.app[ROUTING].config.upstreams}.get(body.name, {})
+    headers = {name: known.get(name, value) if value == HIDDEN else value for name, value in body.headers.items()}
+    body = msgspec.structs.replace(body, headers=headers)
     await _set(request, "upstreams", body, is_new=False)
     return success(_upstream(request, body, []))
 

@@ -49,12 +49,16 @@ async def test_an_upstream_is_added_replaced_and_deleted(ask: Callable[..., Any]
     listed = await ask(200, "GET", UPSTREAMS)
     assert listed["data"][1]["block"]["urls"] == ["http://other"]
     assert "hunter2" not in repr(listed)
+    await ask(200, "PUT", f"{UPSTREAMS}/made", listed["data"][1]["block"])
+    (made,) = [each for each in api.client.app[ROUTING].config.upstreams if each.name == "made"]
+    assert made.headers == MADE["headers"], "what is not shown can be sent back"
     assert (await ask(200, "DELETE", f"{UPSTREAMS}/made"))["source"] == ""
     assert (await ask(200, "GET", UPSTREAMS))["count"] == 1
     async with api.store.reading() as connection:
         rows = (await connection.execute(select(audit.c.actor_user_id, audit.c.action, audit.c.detail))).all()
     admin: Person = ask.admin  # type: ignore[attr-defined]
     assert [(row.actor_user_id, row.action) for row in rows] == [
+        (admin.id, "upstreams.set"),
         (admin.id, "upstreams.set"),
         (admin.id, "upstreams.set"),
         (admin.id, "upstreams.delete"),

@@ -130,10 +130,12 @@ async def test_a_configuration_no_control_starts_with_is_not_taken(place: MakePl
 async def test_a_command_reloads_the_gateway_that_runs(place: MakePlace, new_caller: MakeCaller) -> None:
     here = place(server={"watch_config": False})
     with running(here) as gateway:
-        here.configure("new-model")
+        here.configure("new-model", log={"format": "json"})
         told = await asyncio.to_thread(here.command, "reload")
         assert told == f"gateway {gateway.process.pid} was told to take the configuration"
-        await until(lambda: "configuration taken" in gateway.logged(), 20, "the change is taken")
+        await until(
+            lambda: '"message": "configuration taken"' in gateway.logged(), 20, "the change is taken, of logs too"
+        )
         assert (await new_caller(gateway).post({"model": "new-model"})).status == 200
         here.configure(tail=upstream("odd", "nope", here.upstream_url))
         line = [str(GPUPROXY), "reload", "-c", str(here.config)]
