@@ -25,8 +25,9 @@ from gpuproxy.control.parts import CALLER, FLEET, OFFERS
 from gpuproxy.control.respond import success
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import rentals
-from gpuproxy.fleet.rent import Wish, rent, reserve_all, wait_until_running
+from gpuproxy.fleet.rent import Wish, cost_with_disk, rent, reserve_all, wait_until_running
 from gpuproxy.plugin import SHELL, InstanceSpec, Offer, OfferQuery
+from gpuproxy.pricing import with_markup
 
 _encode = msgspec.json.Encoder(order="deterministic").encode
 NO_OFFER = Offer(id="", provider="", gpu_model="", gpu_count=0, vram_gb=0, price_nanousd_per_hour=0)
@@ -84,12 +85,22 @@ async def _choose(request: web.Request, body: NewInstance, wish: Wish, offer: Of
         message = "a spot offer needs a bid" if offer.is_spot else "a bid belongs to a spot offer; leave it out"
         raise GatewayError("UNPROCESSABLE", message, param="bid")
     fitting = [offer, *(await offers.like(offer, most, body.disk_gb) if body.next_best else ())]
-    price = offers.price(offer)
-    if most is not None and price > most:
+    if refusal := _misfit(request, body, offer, most):
         fitting = fitting[1:]
-    if not fitting:
-        raise GatewayError("CAPACITY_GONE", f"the offer costs {price / NANOUSD} now, over max_price; list offers anew")
+        if not fitting:
+            raise refusal
     return structs.replace(wish, offer=fitting[0], others=tuple(fitting[1:]))
+
+
+def _misfit(request: web.Request, body: NewInstance, offer: Offer, most: int | None) -> GatewayError | None:
+    """Return why an offer is none for this caller: others may want it, so the provider is not asked in vain."""
+    if 0 < offer.disk_gb < body.disk_gb:
+        message = f"disk_gb {body.disk_gb} is over the {offer.disk_gb} of this offer; ask for less, or choose another"
+        return GatewayError("UNPROCESSABLE", message, param="disk_gb")
+    price = with_markup(cost_with_disk(offer, body.disk_gb), request.app[FLEET].markup(offer.provider))
+    if most is not None and price > most:
+        return GatewayError("CAPACITY_GONE", f"the offer costs {price / NANOUSD} now, over max_price; list offers anew")
+    return None
 
 
 async def _choose_best(request: web.Request, body: Reservation, wishes: list[Wish]) -> list[Wish]:

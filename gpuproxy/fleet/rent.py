@@ -182,7 +182,7 @@ def _check_count(connection: Connection, fleet: Fleet, user_id: str) -> None:
 def _terms(fleet: Fleet, wish: Wish, offer: Offer) -> dict[str, Any]:
     """Return what an offer makes of a rental, as columns."""
     markup = fleet.markup(offer.provider)
-    cost = _bid(fleet, wish, offer) or _cost(wish, offer)
+    cost = _bid(fleet, wish, offer) or cost_with_disk(offer, wish.spec.disk_gb)
     storage = offer.storage_nanousd_per_gb_hour * wish.spec.disk_gb
     basis = fleet.providers[offer.provider].basis
     return {
@@ -200,12 +200,12 @@ def _terms(fleet: Fleet, wish: Wish, offer: Offer) -> dict[str, Any]:
     }
 
 
-def _cost(wish: Wish, offer: Offer) -> int:
-    """Return what the provider takes for an offer with the wished disk; its price includes a small one.
+def cost_with_disk(offer: Offer, disk_gb: int) -> int:
+    """Return what the provider takes for an offer with so large a disk; its price includes a small one.
 
     A nanodollar more per gigabyte, for what is lost where a provider's price of storage is rounded.
     """
-    more_gb = max(0, wish.spec.disk_gb - DISK_GB)
+    more_gb = max(0, disk_gb - DISK_GB)
     return offer.price_nanousd_per_hour + more_gb * (offer.storage_nanousd_per_gb_hour + 1)
 
 
@@ -341,7 +341,7 @@ def _turn_to(connection: Connection, fleet: Fleet, rental_id: str, wish: Wish, o
 
 def _provider_spec(fleet: Fleet, wish: Wish, offer: Offer) -> InstanceSpec:
     """Return the spec with the prices the provider is told: never dearer than what the customer has seen or allows."""
-    most = _cost(wish, offer)
+    most = cost_with_disk(offer, wish.spec.disk_gb)
     if wish.max_price_nanousd_per_hour is not None:
         most = without_markup(wish.max_price_nanousd_per_hour, fleet.markup(offer.provider))
     bid = _bid(fleet, wish, offer)

@@ -1,5 +1,6 @@
 """Which offers fit a query: the rules every adapter applies to what its provider lists."""
 
+import re
 from collections.abc import Iterable
 
 from gpuproxy.plugin.provider import Offer, OfferQuery
@@ -17,13 +18,13 @@ def short_model(name: str) -> str:
 
 
 def is_same_model(wanted: str, offered: str) -> bool:
-    """Tell whether a GPU is of the model asked for, whatever its form: "rtx_4090" is "RTX 4090", not "RTX 4090 D"."""
+    """Tell whether a GPU is of the model asked for, whatever its form: "rtx4090" is "RTX 4090", not "RTX 4090 D"."""
     asked, given = _words(wanted), _words(offered)
     return bool(asked) and asked <= given and all(word in _FORMS or word.endswith("gb") for word in given - asked)
 
 
 def _words(name: str) -> set[str]:
-    return set(short_model(name.replace("-", " ")).lower().split())
+    return set(re.sub(r"\b([rg]tx)(?=\d)", r"\1 ", short_model(name.replace("-", " ")).lower()).split())
 
 
 def is_fitting(offer: Offer, query: OfferQuery) -> bool:

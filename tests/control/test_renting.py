@@ -158,6 +158,19 @@ async def test_an_offer_over_the_most_is_passed_over_for_the_next_best(
     assert dear["id"] in [each["id"] for each in (await listed(api, person))["data"]]
 
 
+async def test_an_offer_that_does_not_fit_one_caller_stays_there_for_others(
+    api: Api, person: Person, market: Market
+) -> None:
+    offer = (await listed(api, person))["data"][0]
+    status, told = await rent(api, person, offer["id"], disk_gb=offer["disk_gb"] + 1)
+    assert (status, told["code"]) == (422, "UNPROCESSABLE")
+    assert "disk_gb" in told["error"]
+    status, told = await rent(api, person, offer["id"], disk_gb=offer["disk_gb"], max_price=offer["price_per_hour"])
+    assert (status, told["code"]) == (409, "CAPACITY_GONE")
+    assert market.asked == []
+    assert offer["id"] in [each["id"] for each in (await listed(api, person))["data"]]
+
+
 @pytest.mark.parametrize(
     "body", [{"image": "a b"}, {"image": "x\ny"}, {"ssh_key": "my key"}, {"ssh_key": "MIIEpAIBAAKCAQEA"}], ids=str
 )

@@ -65,6 +65,8 @@ def test_the_cheapest_come_first_and_no_more_than_asked_for() -> None:
     ("wanted", "offered", "same"),
     [
         ("4090", "RTX 4090", True),
+        ("rtx4090", "RTX 4090", True),
+        ("RTX4090D", "RTX 4090", False),
         ("GeForce RTX 4090", "RTX 4090", True),
         ("RTX 4090", "NVIDIA GeForce RTX 4090", True),
         ("RTX 4090", "RTX 4090 D", False),
