@@ -131,17 +131,24 @@ class Ingest:
             await pause(wait_s, self._stopping)
 
     async def _load_offsets(self) -> None:
-        """Read the offsets at the first pass and forget those whose file is gone."""
+        """Read the offsets at the first pass and forget those of this node whose file is gone."""
         if self._offsets is not None:
             return
-        table = journal_segments
+        here, offsets, gone = set(_names(self._directory)), dict[str, int](), list[str]()
         async with self._store.writing() as connection:
-            rows = (await connection.execute(select(table.c.name, table.c.offset))).all()
-            offsets = {row.name: row.offset for row in rows if (self._directory / row.name).exists()}
-            gone = [row.name for row in rows if row.name not in offsets]
+            for key, offset in await connection.execute(select(journal_segments.c.name, journal_segments.c.offset)):
+                node, _, name = key.rpartition("/")
+                if name in here and node in (self._node, ""):  # "": written before nodes were told apart
+                    offsets[name] = max(offset, offsets.get(name, 0))
+                elif node == self._node:
+                    gone.append(key)
             await _forget(connection, gone)
             self._open = await connection.run_sync(open_calls.load, lease_owner(self._node, ""))
         self._offsets = offsets
+
+    def _key(self, name: str) -> str:
+        """Return what a segment is called in the store, which other nodes may share."""
+        return f"{self._node}/{name}" if self._node else name
 
     def _has_journal(self) -> bool:
         """Take the lock on the directory if nobody has it; False while somebody has, or there is no directory."""
@@ -186,7 +193,7 @@ class Ingest:
     async def _commit(self, taken: list["Taken"]) -> int:
         """Store receipts and offsets in one transaction, then believe it. Return how many receipts."""
         parts = [(lease_owner(self._node, epoch_of(part.segment.name)), part.rows) for part in taken]
-        offsets = {part.segment.name: part.end for part in taken}
+        offsets = {self._key(part.segment.name): part.end for part in taken}
         batch = await asyncio.to_thread(self._batch, parts, offsets)
         await write_storable(self._writer, batch)
         for part in taken:
@@ -251,7 +258,8 @@ class Ingest:
             self._put_away(segment)
         if done:
             async with self._store.writing() as connection:
-                await _forget(connection, [segment.name for segment in done])
+                names = [segment.name for segment in done]
+                await _forget(connection, [*names, *map(self._key, names)])
 
     def _put_away(self, segment: Segment) -> None:
         size = segment.size()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from journals import Hire, frame, frames, hiring, ids, open_files, receipt, stored
-from sqlalchemy import func, select, text
+from sqlalchemy import delete, func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from structlog.testing import capture_logs
 
@@ -189,6 +189,36 @@ async def test_a_kill_between_delete_and_forgetting_is_tidied_at_the_next_start(
     async with store.writing() as connection:
         await connection.execute(text("INSERT INTO journal_segments VALUES ('gone.log', 7)"))
     await ingest.ingest_once()
+    assert await offsets(store) == {}
+
+
+async def test_the_start_of_another_node_lets_nothing_be_read_anew(
+    store: Store, directory: Path, hire: Hire, tmp_path: Path
+) -> None:
+    hire().write(frames(0, 3))
+    (tmp_path / "there").mkdir()
+    for place, node in ((directory, "here"), (tmp_path / "there", "there")):
+        ingest = Ingest(store, place, node=node)
+        await ingest.ingest_once()
+        ingest.close()
+    async with store.writing() as connection:
+        await connection.execute(delete(receipts))  # they have become old meanwhile, while their worker lives on
+    again = Ingest(store, directory, node="here")
+    assert await again.ingest_once() == 0
+    again.close()
+
+
+async def test_offsets_from_before_nodes_were_told_apart_hold(store: Store, directory: Path, hire: Hire) -> None:
+    worker = hire()
+    worker.write(frames(0, 3))
+    for node in ("", "here", "here"):
+        ingest = Ingest(store, directory, node=node)
+        assert await ingest.ingest_once() == (3 if node == "" else 0)
+        ingest.close()
+    worker.leaves()
+    last = Ingest(store, directory, node="here")
+    await last.ingest_once()
+    last.close()
     assert await offsets(store) == {}
 
 
