@@ -10,7 +10,7 @@ from gpuproxy.link.wallet import Outcome as LeaseOutcome
 from gpuproxy.proxy import envelope as envelopes
 from gpuproxy.proxy.counts import NO_USAGE, Known, used_by_now, used_in_all
 from gpuproxy.proxy.credit import Bill, unknown_credit
-from gpuproxy.proxy.encoded import reader_of_encoded
+from gpuproxy.proxy.encoded import EncodedReader, reader_of_encoded
 from gpuproxy.proxy.exchange_state import ATTEMPTS, DONE, JOINED_BYTES_MAX, TIME_AHEAD_US
 from gpuproxy.proxy.heads import AnswerHead
 from gpuproxy.proxy.pins import edited
@@ -147,7 +147,7 @@ class Answer(Refusing):
                 self._reader = reader_of_encoded(self._reader, head.coding)
             bill = self._bill
             if bill is not None and bill.price.output_nanousd_per_million and hasattr(self._reader, "so_far"):
-                self._look_at_bytes = bill.output_max
+                self._look_at_bytes = 1 if head.coding else bill.output_max
         if not connection.is_complete:
             self._idle_s = self.stream_idle_s()
         if not self.keeps_alive or not self.is_received or self.plane.is_draining:
@@ -221,6 +221,7 @@ class Answer(Refusing):
 
     def _look(self) -> None:
         # Each token has at least one byte: the answer is looked at again once it may have used up what is reserved.
+        # Not so if it is compressed: then it is looked at whenever something has come.
         bill = self._bill
         assert bill is not None
         used = used_by_now(self._reader)
@@ -228,7 +229,8 @@ class Answer(Refusing):
         rest = bill.output_max - used.output_tokens
         if rest <= 0 and not bill.waiting_for:
             self._extend(bill, is_time=False)
-        self._look_at_bytes = self._response_bytes + max(1, rest)
+        is_encoded = type(self._reader) is EncodedReader
+        self._look_at_bytes = self._response_bytes + (1 if is_encoded else max(1, rest))
 
     def prolong(self) -> None:
         """Reserve for more time, if what is reserved ends before the next look."""

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import time
+import zlib
 from typing import Any
 
 import pytest
@@ -384,6 +385,26 @@ async def test_a_stream_without_a_bound_reserves_more_on_its_way(serve: Serve) -
     answer = await client.answer()
     assert (answer.body, answer.is_whole) == (DELTA * 30 + usage, True)
     await _back(gateway, bank, 1_000 - 5 - 60 - 100)
+
+
+async def test_a_compressed_stream_has_more_tokens_than_bytes(serve: Serve) -> None:
+    gateway, bank = await _open(serve, 3_000, credit={"output_tokens_default": 200})
+    client = await gateway.ask(request(b"POST " + CHAT, body=b'{"model":"m","stream":true}'))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    deflater = zlib.compressobj(wbits=zlib.MAX_WBITS + 16)
+    data = deflater.compress(DELTA * 500) + deflater.flush(zlib.Z_SYNC_FLUSH)
+    assert len(data) < 200
+    await upstream.send(STREAM.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n") + _chunk(data))
+    await client.read_head()
+    await client.expect(_chunk(data))
+    (wallet,) = gateway.plane.credit._wallets.values()
+    await until(lambda: wallet.reserved >= 27 + 2 * 400 + 100, "more to be set aside")
+    upstream.close()
+    await client.expect_end()
+    receipt = await gateway.receipt()
+    assert receipt.output_tokens == 499
+    await _back(gateway, bank, 3_000 - _cost(receipt))
 
 
 async def test_a_stream_that_cannot_reserve_more_is_told_why_and_cut(serve: Serve) -> None:
