@@ -56,14 +56,26 @@ CODES: dict[str, Code] = {
 
 
 class GatewayError(Exception):
-    """A failure with a code of the table; `message` names the value at fault and the remedy."""
+    """A failure with a code of the table; `message` names the value at fault and the remedy.
 
-    def __init__(self, code: str, message: str, retry_after_s: float | None = None, param: str | None = None) -> None:
+    `allow` is what METHOD_NOT_ALLOWED owes: the methods that are served, "GET, HEAD" (RFC 9110 §15.5.6).
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        retry_after_s: float | None = None,
+        param: str | None = None,
+        *,
+        allow: str = "",
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
         self.param = param
+        self.allow = allow
 
     @property
     def status(self) -> int:

@@ -177,7 +177,8 @@ class Exchange(Paying):
         if route.kind == UNKNOWN:
             raise GatewayError(route.code, route.fault)
         if route.kind == ENVELOPE and self.method != b"POST":
-            raise GatewayError("METHOD_NOT_ALLOWED", f"{route.shown} takes POST with a JSON envelope")
+            message = f"{route.shown} takes POST with a JSON envelope"
+            raise GatewayError("METHOD_NOT_ALLOWED", message, allow="POST")
 
     # -- the body --------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ def fields_of(error: GatewayError, attempt_count: int = 0) -> bytes:
     ``retry-after-ms`` and ``x-should-retry`` are obeyed by OpenAI's and Anthropic's SDKs. A call that was sent in vain
     more than once is not to be multiplied by the client's own tries.
     """
-    lines = b""
+    lines = _allow(error)
     wait_s = error.retry_after_s
     if wait_s is not None:
         lines += b"Retry-After: %d\r\n" % math.ceil(wait_s)
@@ -49,4 +49,9 @@ def json_answer(status: int, body: bytes, request_id: str, fields: bytes, has_bo
 
 def head_refusal(error: GatewayError, request_id: str) -> bytes:
     """Return the answer to a head that never became an exchange; the connection closes after it."""
-    return json_answer(error.status, body_of(error, request_id), request_id, b"Connection: close\r\n")
+    fields = _allow(error) + b"Connection: close\r\n"
+    return json_answer(error.status, body_of(error, request_id), request_id, fields)
+
+
+def _allow(error: GatewayError) -> bytes:
+    return b"Allow: %b\r\n" % error.allow.encode() if error.allow else b""

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from gpuproxy.proxy.worker import Plane
 
 URL_BYTES_MAX = 8_192
+SERVED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 LEARNED_BYTES_MAX = 8_192  # messages up to this are worth remembering the head of
 
 
@@ -336,7 +337,7 @@ class RequestReader(asyncio.Protocol):
         if head.host not in hosts_seen and not (head.is_http_1_0 and not head.host):
             self._check_host(head.host)
         if method == b"CONNECT" or method == b"TRACE":
-            self._refuse_head("METHOD_NOT_ALLOWED", f"{method.decode()} is not served")
+            self._refuse_head("METHOD_NOT_ALLOWED", f"{method.decode()} is not served", SERVED_METHODS)
         if head.upgrade:
             self._check_upgrade(head)
         self.receiving = exchange = self.new_exchange(head, self._length)
@@ -373,8 +374,8 @@ class RequestReader(asyncio.Protocol):
         path = rest[end:]
         head.target = path if path.startswith(b"/") else b"/" + path
 
-    def _refuse_head(self, code: str, message: str) -> None:
-        self._fault = GatewayError(code, message)
+    def _refuse_head(self, code: str, message: str, allow: str = "") -> None:
+        self._fault = GatewayError(code, message, allow=allow)
         raise self._fault
 
     def on_body(self, body: bytes) -> None:

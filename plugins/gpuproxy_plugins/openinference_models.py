@@ -25,7 +25,7 @@ def asks_for_models(call: Call) -> bool:
 def listing(call: Call, offers: Sequence[ModelOffer]) -> bytes:
     """Return the list, or the one model asked for; Anthropic's clients name themselves by a header."""
     if call.method not in (b"GET", b"HEAD"):
-        raise GatewayError("METHOD_NOT_ALLOWED", "/v1/models takes GET")
+        raise GatewayError("METHOD_NOT_ALLOWED", "/v1/models takes GET", allow="GET, HEAD")
     is_anthropic = call.header(b"anthropic-version") is not None
     name = unquote_to_bytes(call.path.partition(b"?")[0][len(_LIST) :].strip(b"/")).decode("utf-8", "replace")
     if name:

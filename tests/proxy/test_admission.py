@@ -341,8 +341,10 @@ async def test_an_unknown_upstream_names_the_known_ones(gateway: Gateway, target
 
 @pytest.mark.parametrize("method", [b"GET", b"PUT", b"DELETE", b"OPTIONS"])
 async def test_the_envelope_takes_post_only(gateway: Gateway, method: bytes) -> None:
-    status, body, _ = await _refused(gateway, request(method + b" " + ENVELOPE))
-    assert (status, body["code"]) == (405, "METHOD_NOT_ALLOWED")
+    client = await gateway.ask(request(method + b" " + ENVELOPE))
+    answer = await client.answer()
+    assert (answer.status, answer.field(b"allow")) == (405, b"POST")
+    assert answer.json()["code"] == "METHOD_NOT_ALLOWED"
 
 
 async def test_a_full_journal_takes_no_more_calls(serve: Serve) -> None:

@@ -134,6 +134,7 @@ async def test_a_malformed_head_is_refused_and_reaches_nobody(gateway: Gateway, 
     if expected is not None:
         assert answer.status in (expected if isinstance(expected, tuple) else (expected,))
     assert answer.field(b"connection") == b"close"
+    assert (answer.field(b"allow") is not None) == (answer.status == 405)
     assert set(answer.json()) == {"error", "code", "request_id"}
     await client.expect_end()
     assert gateway.raw.is_untouched()
