@@ -18,9 +18,9 @@ _MODEL_CHARS_MAX = 256  # the longest known ids (paths of fine-tunes) are under 
 _UNREADABLE = (ValueError, RecursionError)
 _OLLAMA_STREAMS = (b"/api/chat", b"/api/generate")
 _LATER = (b"/batches", b"/runs")  # what is done elsewhere, after the answer
-# What is posted there tells of things that are kept (files, stored answers), and no model.
+# What is posted there tells of things that are kept (files, stored answers), and no model; moderations need not.
 _KEPT = re.compile(
-    rb"/v1/(?:files|uploads|batches|messages/batches|vector_stores|conversations|threads|containers|evals|skills"
+    rb"/v1/(?:files|uploads|batches|messages/batches|vector_stores|conversations|threads|containers|evals|skills|moderations"
     rb"|responses/[^/]+/cancel|chat/completions/[^/]+|(?:assistants|fine_tuning/jobs)/[^/]+)(?:[/?]|\Z)"
 )
 _EARLIER = re.compile(rb"/v1/(?:responses/[^/?]+/cancel|chat/completions/[^/?]+)(?:\?|\Z)")

@@ -19,6 +19,7 @@ KEPT: list[tuple[bytes, bytes | None]] = [
     (b"/v1/batches?x=1", b'{"input_file_id":"f"}'),
     (b"/v1/vector_stores/vs_1/search", b'{"query":"x"}'),
     (b"/v1/threads", b"{}"),
+    (b"/v1/moderations", b'{"input":"x"}'),
     (b"/v1/chat/completions/c_1", b'{"metadata":{}}'),
 ]
 OTHER = {"name": "other", "protocol": "openinference", "urls": ["http://127.0.0.1:1"], "models": ["x"]}
