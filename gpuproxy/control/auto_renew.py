@@ -7,6 +7,7 @@ from msgspec import UNSET, Struct, UnsetType
 from sqlalchemy import Connection
 
 from gpuproxy.billing import renewals
+from gpuproxy.billing.payments import lock_customer
 from gpuproxy.billing.renewals import Renewal
 from gpuproxy.control.billing import ProviderName, amount_given, check_amount, provider_named
 from gpuproxy.control.money import GivenUsd, Usd, usd
@@ -55,6 +56,7 @@ async def set_auto_renew(request: web.Request, body: AutoRenew) -> web.Response:
     wished = _wished(request, body)
 
     def put(connection: Connection) -> AutoRenewInfo:
+        lock_customer(connection, user_id)  # whoever begins a charge, or notes one that failed, has it too
         if wished is None:
             renewals.switch_off(connection, user_id, "")
         elif not renewals.saved_method(connection, user_id, wished.provider):

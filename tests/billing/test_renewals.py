@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from control.conftest import Api, Person
 from gpuproxy_plugins.stripe import Stripe as Provider
+from postgres import who_waits
 from sqlalchemy import select
 
 from gpuproxy.access.accounts import set_user_flags
@@ -238,3 +239,16 @@ async def test_renewal_can_be_switched_off_and_shown(api: Api, ann: Person, book
     await api.call("PUT", f"{BILLING}/auto-renew", {"is_enabled": False}, ann.by_token)
     _, told = await api.call("GET", f"{BILLING}/auto-renew", headers=ann.by_token)
     assert told["is_enabled"] is False
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_who_switches_renewal_off_is_answered_after_a_charge_that_has_begun(
+    api: Api, ann: Person, book: Book, clock: Clock
+) -> None:
+    await spend(book, 20)
+    async with book.store.writing() as connection:
+        assert await connection.run_sync(renewals.intend, ann.id, clock()) is not None
+        asking = asyncio.create_task(api.call("PUT", f"{BILLING}/auto-renew", {"is_enabled": False}, ann.by_token))
+        await who_waits(book.store)
+    status, told = await asking
+    assert (status, told["is_enabled"]) == (200, False)
