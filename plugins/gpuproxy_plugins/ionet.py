@@ -51,7 +51,7 @@ from gpuproxy_plugins.ionet_wire import (
 )
 from gpuproxy_plugins.provider_account import ProviderAccount
 from gpuproxy_plugins.provider_http import Answer
-from gpuproxy_plugins.provider_money import nanousd, usd_text
+from gpuproxy_plugins.provider_money import nanousd
 
 BASE_URL = "https://api.io.solutions"
 ROOT = "/enterprise/v1/io-cloud"
@@ -222,10 +222,7 @@ class IoNet:
             paid = nanousd(self._http.decode(answer, Data[Quote]).data.total_cost_usdc)
         most = spec.max_price_nanousd_per_hour
         if most is not None and paid > most * spec.duration_hours:
-            price = usd_text(round(paid / spec.duration_hours))
-            raise CapacityGone(
-                NAME, "create", f"offer {row.id} costs ${price:g} an hour, over max_price; ask for offers"
-            )
+            raise CapacityGone(NAME, "create", f"offer {row.id} is dearer now than listed or allowed; ask for offers")
         return paid
 
     async def _deployment(self, phase: Phase, id: str) -> Deployment:

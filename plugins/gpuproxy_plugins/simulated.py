@@ -163,10 +163,10 @@ class Simulated:
         if is_spot != (bid is not None):
             raise SpecRefused(NAME, "create", "a bid belongs to a spot offer and to no other; set or leave out bid")
         if bid is not None and bid < price:
-            raise CapacityGone(NAME, "create", f"the bid is below the {price} nanodollars an hour of {machine.id}")
+            raise CapacityGone(NAME, "create", f"the bid is below what {machine.id} takes now; bid more")
         agreed = price if bid is None else bid
         if most is not None and agreed > most:
-            raise CapacityGone(NAME, "create", f"{machine.id} is dearer than the most that was allowed; ask for offers")
+            raise CapacityGone(NAME, "create", f"{machine.id} is dearer now than listed or allowed; ask for offers")
         return agreed
 
     def _rent(self, machine: Machine, spec: InstanceSpec, tag: str, price: int, now_ns: int) -> Rental:

@@ -244,10 +244,7 @@ class Vast:
         if not found:
             raise CapacityGone(NAME, "create", f"offer {native} is gone; ask for offers")
         if found[0].price_nanousd_per_hour > most:
-            price = usd_text(found[0].price_nanousd_per_hour)
-            raise CapacityGone(
-                NAME, "create", f"offer {native} costs ${price:g} an hour, over max_price; ask for offers"
-            )
+            raise CapacityGone(NAME, "create", f"offer {native} is dearer now than listed or allowed; ask for offers")
         return found[0].price_nanousd_per_hour
 
     async def _gpu_names(self) -> tuple[str, ...]:

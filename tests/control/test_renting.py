@@ -167,7 +167,11 @@ async def test_an_offer_that_does_not_fit_one_caller_stays_there_for_others(
     assert "disk_gb" in told["error"]
     status, told = await rent(api, person, offer["id"], disk_gb=offer["disk_gb"], max_price=offer["price_per_hour"])
     assert (status, told["code"]) == (409, "CAPACITY_GONE")
+    spot = (await listed(api, person, "?spot=true"))["data"][0]
+    status, told = await rent(api, person, spot["id"], bid=spot["price_per_hour"] / 2)
+    assert (status, told["code"], "bid more" in told["error"]) == (409, "CAPACITY_GONE", True)
     assert market.asked == []
+    assert spot["id"] in [each["id"] for each in (await listed(api, person, "?spot=true"))["data"]]
     assert offer["id"] in [each["id"] for each in (await listed(api, person))["data"]]
 
 
