@@ -123,11 +123,11 @@ class Credit:
         """Return the error for a call that the account, or a budget, cannot pay; within a waiter only."""
         most = upper_bound(bill.price, bill.input_max, bill.output_max, bill.time_us)
         message = f"this call may cost up to {most // 10**9}.{most % 10**9:09} USD, more than "
-        remedy = "or bound the answer with max_tokens"
+        remedy = ", or bound the answer with max_tokens" if bill.price.output_nanousd_per_million else ""
         if self._budget_ends_ns:
             left_s = max(1, (self._budget_ends_ns - time.time_ns()) // 10**9)
-            return GatewayError("BUDGET_EXCEEDED", f"{message}a budget has left; wait {left_s} s, {remedy}", left_s)
-        return GatewayError("INSUFFICIENT_CREDITS", f"{message}the account has left; add credit, {remedy}")
+            return GatewayError("BUDGET_EXCEEDED", f"{message}a budget has left; wait {left_s} s{remedy}", left_s)
+        return GatewayError("INSUFFICIENT_CREDITS", f"{message}the account has left; add credit{remedy}")
 
     def _answered(self, wallet: Wallet, answer: Leased | None) -> None:
         if answer is None:

@@ -198,6 +198,7 @@ async def test_without_credit_a_tool_is_not_called(serve: Serve) -> None:
     client = await gateway.ask(request(b"POST " + TOOLS, body=CALL))
     answer = await client.answer()
     assert (answer.status, answer.json()["error"]["data"]["code"]) == (402, "INSUFFICIENT_CREDITS")
+    assert answer.json()["error"]["message"].endswith("; add credit"), "a tool knows no max_tokens"
     assert await gateway.sent_to(gateway.tools) == b""
     await gateway.receipt()
 
