@@ -46,6 +46,11 @@ class Server(Struct, forbid_unknown_fields=True, frozen=True):
     watch_config: bool = True
     public_url: Annotated[str, Meta(extra={"check": checks.optional_base_url})] = ""
 
+    @property
+    def is_local(self) -> bool:
+        """Tell whether it listens for its own machine only."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
 
 class Limits(Struct, forbid_unknown_fields=True, frozen=True):
     """Bounds on what a client may send and hold."""

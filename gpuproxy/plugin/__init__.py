@@ -6,6 +6,7 @@ and nothing else of gpuproxy. A wrong one stops the start with its name and the 
 """
 
 from gpuproxy.codec import mcp as mcp_codec
+from gpuproxy.codec import origins as web_origins
 from gpuproxy.codec.events import EventCutter, with_data
 from gpuproxy.codec.paths import has_dot_segments
 from gpuproxy.codec.seal import Seal
@@ -146,5 +147,6 @@ __all__ = [
     "mcp_codec",
     "routing_faults",
     "short_model",
+    "web_origins",
     "with_data",
 ]

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 def attach(registry: Registry, config: Config) -> Seal:
     """Return a seal, which all handlers that want one have got."""
     seal = Seal()
-    url, host = config.server.public_url, config.server.host
-    is_local = host in ("localhost", "::1") or host.startswith("127.")
+    url = config.server.public_url
     mcp = config.mcp
-    station = Station(seal, url, origin_of(url), is_local, mcp.allowed_origins, mcp.authorization_servers)
+    station = Station(seal, url, origin_of(url), config.server.is_local, mcp.allowed_origins, mcp.authorization_servers)
     for handler in registry.protocols.values():
         if isinstance(handler, Attached):
             handler.attach(station)

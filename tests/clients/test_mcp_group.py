@@ -418,6 +418,23 @@ def test_a_page_that_may_not_call_a_server_may_not_call_the_group(group: Gateway
     headers = {"Origin": "https://evil.example"}
     params = message("initialize", protocolVersion=LEGACY, capabilities={}, clientInfo={"name": "t", "version": "1"})
     assert http.post(url_of(group), json=params, headers=headers).status_code == 403
+    for method in ("GET", "DELETE"):
+        assert http.request(method, url_of(group), headers=headers).status_code == 403
+
+
+def test_a_page_can_read_whatever_a_group_answers(group: Gateway, http: httpx2.Client) -> None:
+    url = url_of(group)
+    http.headers["Origin"] = "http://localhost:3000"
+    session = begun(http, url, BATCHING)
+    noted = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+    posted = [noted, message("ping"), message("nothing"), message("tools/list"), [message("ping")], [noted]]
+    answers = [http.post(url, json=body, headers=session) for body in posted]
+    answers += [http.post(url, json=message("ping")), http.get(url), http.delete(url, headers=session)]
+    assert [each.status_code for each in answers] == [202, 200, 200, 200, 200, 202, 400, 400, 200]
+    for each in answers:
+        assert each.headers["access-control-allow-origin"] == "http://localhost:3000"
+        assert "Mcp-Session-Id" in each.headers["access-control-expose-headers"]
+        assert each.headers["vary"] == "Origin"
 
 
 def test_a_group_whose_servers_are_all_down_says_so(group: Gateway, http: httpx2.Client) -> None:
