@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from msgspec import Struct
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.access.accounts import User, add_user, find_user
@@ -46,12 +46,10 @@ async def log_in(store: Store, hasher: Hasher, email: str, password: str, lifeti
         raise GatewayError("UNAUTHORIZED", WRONG)
     if not user.is_active:
         raise GatewayError("FORBIDDEN", "this account is blocked; ask the operator")
-    renewed = await hasher.hash(password) if hasher.is_outdated(stored) else stored
+    if hasher.is_outdated(stored):
+        stored = await _renewed(store, hasher, user.id, stored, password)
     async with store.writing() as connection:
-        session = await start_session(connection, user.id, stored, lifetime_s)
-        if renewed != stored:
-            await _put(connection, user.id, renewed)
-    return Login(user, session)
+        return Login(user, await start_session(connection, user.id, stored, lifetime_s))
 
 
 async def change_password(
@@ -96,6 +94,19 @@ async def _known(store: Store, email: str) -> tuple[User | None, str | None]:
     fields = dict(row._mapping)
     stored = fields.pop("hash")
     return User(**fields), stored
+
+
+async def _renewed(store: Store, hasher: Hasher, user_id: str, stored: str, password: str) -> str:
+    """Hash a right password anew; return the hash that holds now, of whoever was faster if it is of this password."""
+    better = await hasher.hash(password)
+    whose = passwords.c.user_id == user_id
+    async with store.writing() as connection:
+        values = {"hash": better, "changed_at": datetime.now(UTC)}
+        done = await connection.execute(update(passwords).where(whose, passwords.c.hash == stored).values(**values))
+        if done.rowcount:
+            return better
+        found: str | None = await connection.scalar(select(passwords.c.hash).where(whose))
+    return found if found is not None and await hasher.is_right(found, password) else stored
 
 
 async def _put(connection: AsyncConnection, user_id: str, hashed: str) -> None:

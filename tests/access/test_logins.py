@@ -126,6 +126,16 @@ async def test_a_weak_hash_is_replaced_at_the_next_log_in(store: Store, hasher: 
         assert not hasher.is_outdated(stored)
 
 
+async def test_a_weak_hash_keeps_none_out_of_many_who_log_in_at_once(
+    store: Store, hasher: Hasher, login: Login
+) -> None:
+    weak = PasswordHasher(time_cost=1, memory_cost=8_192, parallelism=1).hash(PASSWORD)
+    async with store.writing() as connection:
+        await connection.execute(update(passwords).values(hash=weak))
+    codes = await asyncio.gather(*(code_of(log_in(store, hasher, EMAIL, PASSWORD, LIFE_S)) for _ in range(4)))
+    assert codes == [""] * 4
+
+
 async def test_a_refresh_token_is_good_once_and_its_second_use_ends_the_session(store: Store, login: Login) -> None:
     first = login.session.refresh_token
     second = (await continue_session(store, first, LIFE_S)).refresh_token
