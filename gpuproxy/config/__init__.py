@@ -58,7 +58,7 @@ class Limits(Struct, forbid_unknown_fields=True, frozen=True):
     head_bytes_max: Positive = 65_536
     header_count_max: Positive = 128
     body_bytes_max: Positive = 67_108_864
-    buffered_body_bytes_max: Positive = 16_777_216
+    buffered_body_bytes_max: Positive = 33_554_432
     envelope_answer_bytes_max: Positive = 67_108_864
     write_buffer_bytes: Positive = 65_536
     connections_max: Positive = 16_384

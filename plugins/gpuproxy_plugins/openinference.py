@@ -27,6 +27,7 @@ from gpuproxy_plugins.openinference_intent import (
     description,
     intent_of_body,
     intent_of_path,
+    is_file,
     is_of_earlier_call,
     is_ollama,
     may_lack_model,
@@ -60,7 +61,9 @@ class OpenInference:
     mounts: tuple[str, ...] = ("v1", "v2")
 
     def needs_body(self, method: bytes, path: bytes) -> bool:
-        """Whatever is posted under /v1 names its model in the body, and so do calls of a known shape elsewhere."""
+        """Whatever is posted under /v1 but files names its model in the body, and so do calls of a known shape
+        elsewhere.
+        """
         return method == b"POST" and _names_model_in_body(path)
 
     def inspect(self, call: Call) -> Intent:
@@ -185,6 +188,8 @@ def _checked(path: bytes) -> Callable[[Call], Intent] | None:
 @lru_cache(_PATHS_MAX)
 def _names_model_in_body(path: bytes) -> bool:
     route = path.partition(b"?")[0]
+    if is_file(route):
+        return False
     return b"/v1/" in route or b"/deployments/" in route or route.endswith(_SHAPES) or route in TGI_ROOTS
 
 

@@ -24,6 +24,7 @@ _KEPT = re.compile(
     rb"|responses/[^/]+/cancel|chat/completions/[^/]+|(?:assistants|fine_tuning/jobs)/[^/]+)(?:[/?]|\Z)"
 )
 _EARLIER = re.compile(rb"/v1/(?:responses/[^/?]+/cancel|chat/completions/[^/?]+)(?:\?|\Z)")
+_FILES = re.compile(rb"/v1/(?:files|uploads/[^/?]+/parts|containers/[^/?]+/files)/?(?:\?|\Z)")
 OLLAMA_PATHS = (*_OLLAMA_STREAMS, b"/api/embed", b"/api/embeddings")  # its own, not OpenAI-shaped ones
 
 
@@ -121,6 +122,11 @@ def may_lack_model(path: bytes) -> bool:
 def is_of_earlier_call(path: bytes) -> bool:
     """Tell whether the answer to a POST is that of an earlier call, which shows what that one has used."""
     return _EARLIER.search(path) is not None
+
+
+def is_file(path: bytes) -> bool:
+    """Tell whether what is posted to a path is a file, of any length and for no model."""
+    return _FILES.match(path) is not None
 
 
 def model_of(body: bytes) -> str:

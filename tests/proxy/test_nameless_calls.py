@@ -39,6 +39,23 @@ async def test_it_goes_to_the_only_upstream(gateway: Gateway, prefix: bytes, pat
     assert (receipt.upstream, receipt.model, receipt.outcome) == ("llm", "", "ok")
 
 
+@pytest.mark.parametrize("path", [b"/v1/files", b"/v1/uploads/u_1/parts", b"/v1/containers/c_1/files?x=1"])
+@pytest.mark.parametrize("prefix", [b"", PREFIX])
+async def test_a_file_is_not_held(serve: Serve, prefix: bytes, path: bytes) -> None:
+    gateway = await serve(limits={"buffered_body_bytes_max": 10})
+    body = FORM * 2
+    head = request(b"POST " + prefix + path, FORM_KIND, b"Content-Length: %d" % len(body))
+    client = await gateway.ask(head + FORM)
+    upstream = await gateway.llm.accept()
+    assert (await upstream.read_head()).startswith(b"POST " + path + b" HTTP/1.1\r\n")
+    await upstream.expect(FORM)
+    await client.send(FORM)
+    await upstream.expect(FORM)
+    await upstream.send(OK)
+    await client.expect(OK_SENT)
+    assert (await gateway.receipt()).request_bytes == len(body)
+
+
 @pytest.mark.parametrize(("path", "body"), KEPT)
 async def test_of_several_one_must_be_named(serve: Serve, path: bytes, body: bytes | None) -> None:
     gateway = await serve(upstreams=[OTHER])
