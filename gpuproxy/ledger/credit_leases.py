@@ -177,6 +177,7 @@ class CreditLeases:
     async def _renew(self, owners: set[str]) -> None:
         async with self._store.writing() as connection:
             await connection.run_sync(_renew, owners, self.expiry_s)
+        async with self._store.writing() as connection:  # another: it locks accounts, which come before holds
             await connection.run_sync(holds.expire, datetime.now(UTC))
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import select, update
 from gpuproxy.access.accounts import create_user
 from gpuproxy.ledger.book import balance, credit
 from gpuproxy.ledger.credit_leases import EXPIRY_S
+from gpuproxy.ledger.holds import place
 from gpuproxy.ledger.settle import Payer, lease_owner, settle
 from gpuproxy.ledger.transfers import credit_account, lock
 from gpuproxy.ledger.verify import verify
@@ -134,6 +135,21 @@ async def test_leases_that_somebody_changes_now_hold_up_no_renewal(store: Store,
         await site.leases.sweep(["w"], [])
         renewed = await connection.scalars(select(table.c.account_id).where(table.c.expires_at > soon))
         assert renewed.all() == [credit_account(other)]
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_what_is_renewed_is_not_kept_locked_while_others_expire(store: Store, site: Site, user_id: str) -> None:
+    await site.ask("w", user_id, 10)
+    other = (await create_user(store, "bob@example.com")).id
+    await credit(store, other, 800, "another start")
+    async with store.writing() as connection:
+        await connection.run_sync(place, other, 10, "key", "x", datetime.now(UTC))
+    async with store.writing() as connection:
+        await connection.run_sync(lock, [credit_account(other)])
+        sweeping = asyncio.create_task(site.leases.sweep(["w"], []))
+        await who_waits(store)
+        await connection.execute(update(table).where(table.c.owner != "x").values(posted_nanousd=0))
+    await sweeping
 
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
