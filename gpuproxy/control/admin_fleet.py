@@ -24,6 +24,8 @@ FINDINGS_QUERY = {
     **PAGE,
 }
 
+SWITCHED_OFF = "it is switched off, and rentals wait for it: put it into [[providers]] until they have ended"
+
 
 class Compared(Struct):
     """Rentals that ended before `until`: what their provider took, and what we had counted; traffic on top of that."""
@@ -61,21 +63,26 @@ class ProviderInfo(Struct):
 
 
 async def list_providers(request: web.Request) -> web.Response:
-    """List the providers, how they are, and how much of what they list or charge is not as expected."""
+    """List the providers, how they are, and how much of what they list or charge is not as expected.
+
+    One that is switched off is shown while rentals wait for it.
+    """
     fleet, faults = request.app[FLEET], request.app[OFFERS].faults()
     looks = await fleet.read(findings.looks)
     counts = await fleet.read(findings.open_counts)
     rows, unreachable = await fleet.read(in_states), await fleet.read(unreachable_counts)
+    bases: dict[str, str] = {row.provider: row.basis for row in rows if row.provider not in fleet.providers}
+    bases = {name: adapter.basis for name, adapter in fleet.providers.items()} | bases
     shown = []
-    for name, adapter in fleet.providers.items():
+    for name, basis in bases.items():
         look = looks.get(name, Look(name))
         shown.append(
             ProviderInfo(
                 id=name,
-                basis=adapter.basis,
+                basis=basis,
                 looked_at=look.looked_at,
                 listed_at=look.listed_at,
-                error=look.error,
+                error=look.error if name in fleet.providers else SWITCHED_OFF,
                 offers_error=faults.get(name, ""),
                 instance_count=look.instance_count,
                 rental_count=sum(row.provider == name for row in rows),

@@ -51,7 +51,7 @@ async def show_logs(request: web.Request) -> web.Response:
     if not rental.native_id or rental.state in ENDED:
         raise GatewayError("CONFLICT", f"rental {rental.id} is {rental.state}; it has no log")
     try:
-        text = await request.app[FLEET].adapter(rental.provider).logs(rental.native_id, tail)
+        text = await request.app[FLEET].adapter_of(rental).logs(rental.native_id, tail)
     except ProviderError as error:
         logger.warning("provider shows no log", contract_id=rental.id, error=str(error))
         raise failure_of(error) from error
@@ -70,8 +70,17 @@ async def stop(request: web.Request) -> web.Response:
 
 async def destroy(request: web.Request) -> web.Response:
     """Destroy a rental for good; it costs nothing from now on. Again changes nothing."""
-    name = request.app[FLEET].adapter(request.match_info["provider"]).name
-    return success(rental_info(await care.destroy(request.app[FLEET], await _own(request, name))))
+    return success(rental_info(await care.destroy(request.app[FLEET], await _own_at(request))))
+
+
+async def _own_at(request: web.Request) -> Rental:
+    """Return the caller's rental at the provider in the path; one that is switched off is found by the rental."""
+    fleet, name = request.app[FLEET], request.match_info["provider"]
+    if not fleet.knows(name):
+        rental = await _own(request)
+        if rental.provider not in fleet.providers:
+            return rental
+    return await _own(request, fleet.adapter(name).name)
 
 
 async def _own(request: web.Request, provider: str | None = None) -> Rental:

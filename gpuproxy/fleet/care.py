@@ -26,12 +26,14 @@ from gpuproxy.plugin import (
     ProviderAdapter,
     ProviderError,
     ProviderInstance,
+    ProviderUnavailable,
 )
 from gpuproxy.pricing import with_markup
 
 Ask = Callable[[str], Awaitable[None]]
 
 IN_FLIGHT_S = 240  # what a call that rents takes at most: before that a pending rental is its own affair
+ASKED_IN_VAIN = f"{ASKED}; done at its provider once that is switched on again"
 RESTART_S = 1_800  # a machine is started only with money for so long
 
 logger = get_logger(__name__)
@@ -41,7 +43,7 @@ async def advance(fleet: Fleet, rental: Rental) -> Rental:
     """Do the next step of a rental that is under way. Raises ProviderError, and what the store raises."""
     adapter = fleet.providers.get(rental.provider)
     if adapter is None:
-        return rental  # its provider is switched off; nothing can be known
+        raise ProviderUnavailable(rental.provider, "read", "it is switched off; nothing can be known")
     if not rental.native_id:
         return await resolve(fleet, adapter, rental)
     if rental.state == "destroying":
@@ -138,6 +140,8 @@ async def destroy(fleet: Fleet, rental: Rental, reason: str = ASKED) -> Rental:
     Raises GatewayError CONFLICT for an order on its way that is paid beforehand: it cannot be taken back.
     """
     await _last_look(fleet, rental)
+    if reason == ASKED and rental.provider not in fleet.providers:
+        reason = ASKED_IN_VAIN
     rental = await fleet.write(_begun, rental.id, fleet.now(), reason)
     if rental.state in ENDED:
         return rental
@@ -151,12 +155,14 @@ async def destroy(fleet: Fleet, rental: Rental, reason: str = ASKED) -> Rental:
 async def stop(fleet: Fleet, rental: Rental) -> Rental:
     """Stop a machine that runs, or is to run again; its storage goes on costing. One that is stopping stays so.
 
-    Raises GatewayError CONFLICT for one that has not run, UNPROCESSABLE where the provider cannot stop.
+    Raises GatewayError CONFLICT for one that has not run or whose provider is switched off, UNPROCESSABLE where the
+    provider cannot stop.
     """
     if rental.state in ("stopping", "stopped"):
         return rental
     if not _can_stop(rental):
         raise GatewayError("CONFLICT", f"rental {rental.id} is {rental.state}; only a running one can be stopped")
+    fleet.adapter_of(rental)
     await _last_look(fleet, rental)
     rental = await fleet.write(_stopping, rental.id, fleet.now())
     return await _pressed(fleet, rental)
@@ -170,6 +176,7 @@ async def start(fleet: Fleet, rental: Rental) -> Rental:
         return rental
     if rental.state != "stopped":
         raise GatewayError("CONFLICT", f"rental {rental.id} is {rental.state}; only a stopped one can be started")
+    fleet.adapter_of(rental)
     rental = await fleet.paying(_restarted, rental.id, fleet.now())
     return await _pressed(fleet, rental)
 
@@ -217,7 +224,7 @@ async def _press_destroy(fleet: Fleet, adapter: ProviderAdapter, rental: Rental)
 def _begun(connection: Connection, rental_id: str, at: datetime, reason: str) -> Rental:
     rental = locked(connection, rental_id)
     left_s = IN_FLIGHT_S - (at - rental.created_at).total_seconds()
-    if reason == ASKED and rental.basis == PREPAID and rental.state == "pending" and left_s > 0:
+    if reason in (ASKED, ASKED_IN_VAIN) and rental.basis == PREPAID and rental.state == "pending" and left_s > 0:
         message = f"rental {rental_id} is being ordered, and paid beforehand; destroy it once it is provisioning"
         raise GatewayError("CONFLICT", f"{message}, or in {math.ceil(left_s)} s", RETRY_S)
     return begin_destroy(connection, rental, at, reason)

@@ -1,5 +1,7 @@
 """What the fleet does by itself while control runs: reconcile and watch the money, see to what is under way.
 
+Also without a provider: there may be rentals from before it was switched off.
+
 Of several nodes the one that leads does it. Every step is a conditional write, so two leaders for a moment do no harm.
 """
 
@@ -31,9 +33,6 @@ class Keeper:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Work until `stopping` is set."""
-        if not self._fleet.providers:
-            await stopping.wait()
-            return
         settings = self._fleet.settings
         async with asyncio.TaskGroup() as group:
             group.create_task(self._every(settings.reconcile_s, stopping, self._reconciler.cycle))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from gpuproxy import config
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.purse import BudgetError
-from gpuproxy.fleet.rentals import prefix_of
+from gpuproxy.fleet.rentals import Rental, prefix_of
 from gpuproxy.ledger.budgets import refused
 from gpuproxy.plugin import (
     CapacityGone,
@@ -83,6 +83,18 @@ class Fleet:
             known = ", ".join(sorted(self.providers)) or "none; the operator adds [[providers]]"
             raise GatewayError("NOT_FOUND", f"no provider {name[:60]!r}; known: {known}", param="provider")
         return self.providers[proper]
+
+    def knows(self, name: str) -> bool:
+        """Tell whether a provider of that name or alias is switched on."""
+        return name.lower() in self._names
+
+    def adapter_of(self, rental: Rental) -> ProviderAdapter:
+        """Return the provider of a rental. Raises GatewayError CONFLICT if it is not switched on any more."""
+        adapter = self.providers.get(rental.provider)
+        if adapter is None:
+            message = f"{rental.provider} is switched off at this gateway; ask its operator, or destroy the rental"
+            raise GatewayError("CONFLICT", message)
+        return adapter
 
     def markup(self, provider: str) -> int:
         """Return what is put on a provider's prices, in thousandths of a percent."""

@@ -22,7 +22,7 @@ from gpuproxy.fleet.findings import Kind, note_failure, note_list
 from gpuproxy.fleet.moves import is_overdue
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rentals import Rental, find, in_states
-from gpuproxy.fleet.sight import UNREACHABLE, UNSEEN_S, is_as_expected, silence
+from gpuproxy.fleet.sight import OFF, SILENT, UNREACHABLE, UNSEEN_S, is_as_expected, silence
 from gpuproxy.fleet.states import ENDED, SETTLED, UNDER_WAY
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderAdapter, ProviderError, ProviderInstance
@@ -45,9 +45,11 @@ class Reconciler:
         """Look at what every provider has, all at once. Raises what the store raises."""
         rows = await self._fleet.read(in_states, SETTLED)
         self._silent_since = {row.id: self._silent_since[row.id] for row in rows if row.id in self._silent_since}
+        under_way = await self._fleet.read(in_states, UNDER_WAY)
         works: list[Awaitable[None]] = [
-            self._note_silence(row) for row in rows if row.provider not in self._fleet.providers
+            self._note_silence(row, OFF) for row in rows if row.provider not in self._fleet.providers
         ]
+        works.append(self._advance_all(row for row in under_way if row.provider not in self._fleet.providers))
         for name, adapter in self._fleet.providers.items():
             ours, asked = [row for row in rows if row.provider == name], set[str]()
             works += [self._prove(adapter, ours, asked), self._compare(adapter, ours, asked)]
@@ -119,11 +121,11 @@ class Reconciler:
             logger.warning("instance cannot be looked at", contract_id=rental.id, error=str(error))
             await self._note_silence(rental)
 
-    async def _note_silence(self, rental: Rental) -> None:
+    async def _note_silence(self, rental: Rental, reason: str = SILENT) -> None:
         now = self._fleet.now()
         since = self._silent_since.setdefault(rental.id, now)
         if rental.reason not in UNREACHABLE and now - since >= timedelta(seconds=UNSEEN_S):
-            await self._fleet.write(silence, rental.id, since)
+            await self._fleet.write(silence, rental.id, since, reason)
 
     async def _look_at_strays(self, adapter: ProviderAdapter, listed: Sequence[ProviderInstance]) -> None:
         suspects = set()

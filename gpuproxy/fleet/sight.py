@@ -24,7 +24,8 @@ INTERRUPTED = "interrupted by the provider"
 BOOTS_AGAIN = "boots again at the provider"
 UNSEEN = "the provider has lost sight of it; it is not charged until it is seen again"
 SILENT = "its provider does not answer about it; if it runs meanwhile, that is charged once it is seen"
-UNREACHABLE = (UNSEEN, SILENT)
+OFF = "its provider is switched off at this gateway; if it runs meanwhile, that is charged once it is seen"
+UNREACHABLE = (UNSEEN, SILENT, OFF)
 UNSEEN_S = 300.0  # how long that lasts before the owner is told: a heartbeat may be missed
 MISSES_MAX = 2  # how often the provider has to say that there is none, before a machine is lost,
 MISSED_S = 120.0  # and for how long: a new one may not be shown at once
@@ -126,12 +127,12 @@ def _unseen(connection: Connection, rental: Rental, at: datetime, last_seen: dat
     return rental
 
 
-def silence(connection: Connection, rental_id: str, since: datetime) -> None:
+def silence(connection: Connection, rental_id: str, since: datetime, reason: str) -> None:
     """Tell the owner of a running machine that its provider has not answered about it since then."""
     rental = locked(connection, rental_id)
     is_seen = rental.seen_at is not None and rental.seen_at > since
     if rental.state == "running" and rental.reason not in UNREACHABLE and not is_seen:
-        tell(connection, "instance.unreachable", change(connection, rental, reason=SILENT))
+        tell(connection, "instance.unreachable", change(connection, rental, reason=reason))
 
 
 def unreachable_counts(connection: Connection) -> dict[str, int]:

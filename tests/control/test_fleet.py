@@ -12,6 +12,7 @@ from gpuproxy.control.parts import OFFERS
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
+from gpuproxy.fleet.reconcile import Reconciler
 from gpuproxy.ledger.book import credit
 from gpuproxy.plugin import (
     CapacityGone,
@@ -206,6 +207,35 @@ async def test_another_accounts_rental_is_not_found(api: Api, person: Person) ->
     for method, path in [*calls, ("DELETE", f"instances/simulated/{id}"), ("DELETE", "instances/simulated/none")]:
         status, told = await api.call(method, f"{GPU}/{path}", headers=other.by_key)
         assert (status, told["code"]) == (404, "NOT_FOUND")
+
+
+async def test_a_rental_is_given_up_though_its_provider_is_switched_off(api: Api, person: Person) -> None:
+    _, told = await rent(api, person, wait=5)
+    id, market = told["data"]["contract_id"], api.fleet.providers["simulated"]
+    off = Fleet(api.store, {}, api.fleet.settings)
+    api.fleet.providers, api.fleet._names = off.providers, off._names
+    status, told = await api.call("GET", f"{GPU}/rentals/{id}", headers=person.by_key)
+    assert (status, told["data"]["status"]) == (200, "running")
+    for method, path in (("POST", "stop"), ("GET", "logs")):
+        status, told = await api.call(method, f"{GPU}/rentals/{id}/{path}", headers=person.by_key)
+        assert (status, told["code"]) == (409, "CONFLICT")
+        assert "simulated is switched off" in told["error"]
+    admin = await api.person(is_admin=True)
+    _, told = await api.call("GET", "/api/v1/admin/fleet", headers=admin.by_token)
+    assert [(each["id"], each["rental_count"]) for each in told["data"]] == [("simulated", 1)]
+    assert "[[providers]]" in told["data"][0]["error"]
+    for name in ("simulated", "sim"):
+        status, told = await api.call("DELETE", f"{GPU}/instances/{name}/{id}", headers=person.by_key)
+        assert (status, told["data"]["status"]) == (200, "destroying")
+        assert "switched on again" in told["data"]["reason"]
+    on = Fleet(api.store, {"simulated": market}, api.fleet.settings)
+    api.fleet.providers, api.fleet._names = on.providers, on._names
+    await Reconciler(api.fleet).tend()
+    status, told = await api.call("GET", f"{GPU}/rentals/{id}", headers=person.by_key)
+    assert (status, told["data"]["status"]) == (200, "destroyed")
+    status, told = await api.call("DELETE", f"{GPU}/instances/moon/{id}", headers=person.by_key)
+    assert (status, told["code"]) == (404, "NOT_FOUND")
+    assert "moon" in told["error"]
 
 
 async def test_a_machine_is_stopped_and_started(api: Api, person: Person) -> None:

@@ -10,7 +10,7 @@ from gpuproxy.fleet.care import IN_FLIGHT_S
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import rent, reserve_all, wait_until_running
 from gpuproxy.fleet.rentals import Rental, of_group
-from gpuproxy.fleet.sight import BOOTS_AGAIN, SILENT, UNSEEN, UNSEEN_S, unreachable_counts, unseen_since
+from gpuproxy.fleet.sight import BOOTS_AGAIN, OFF, SILENT, UNSEEN, UNSEEN_S, unreachable_counts, unseen_since
 from gpuproxy.ledger.book import NANOUSD, balance
 from gpuproxy.ledger.verify import verify
 from gpuproxy.plugin import OfferQuery
@@ -120,6 +120,20 @@ async def test_a_machine_that_never_comes_up_ends_in_time_and_gives_the_money_ba
     assert ended.cost_posted_nanousd > 0  # its storage, from the first byte on
     assert (await names(fleet))[-1] == "instance.failed"
     assert await verify(books.store) == []
+
+
+async def test_money_is_given_back_for_a_machine_whose_provider_is_switched_off_before_it_runs(
+    fleet: Fleet, books: Books, clock: Clock, market: Market
+) -> None:
+    await books.give(100)
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    fleet.providers = {}
+    await pass_by(Rounds(fleet), clock, fleet.settings.provision_s + 60)
+    assert (await now(fleet, rental)).state == "destroying"
+    assert await balance(books.store, books.user_id) == 100 * NANOUSD
+    fleet.providers = {"simulated": market}
+    await pass_by(Rounds(fleet), clock, 60)
+    assert ((await now(fleet, rental)).state, await market.there()) == ("failed", [])
 
 
 async def test_a_new_machine_that_its_provider_does_not_show_at_once_is_not_lost(
@@ -269,4 +283,4 @@ async def test_the_owner_is_told_when_the_provider_of_a_machine_is_switched_off(
     fleet.providers = {}
     reconciler = Rounds(fleet)
     await pass_by(reconciler, clock, UNSEEN_S + 60)
-    assert (await now(fleet, running)).reason == SILENT
+    assert (await now(fleet, running)).reason == OFF

@@ -173,6 +173,19 @@ async def test_a_provider_that_does_not_answer_holds_up_no_rental_of_another(
         await node.offers.close()
 
 
+async def test_what_was_rented_for_an_hour_ends_after_it_though_no_provider_is_switched_on_any_more(
+    fleet: Fleet, books: Books, clock: Clock
+) -> None:
+    await books.give(100)
+    rental = await books.rental(native_id="1", state="running", expires_at=clock())
+    fleet.providers = {}
+    node = Node(fleet)
+    node.is_leader = True
+    async with node.running(), asyncio.timeout(10):
+        while (await now(fleet, rental)).state != "destroying":
+            await asyncio.sleep(0.01)
+
+
 async def test_a_fault_of_an_adapter_ends_nothing(fleet: Fleet, market: Market) -> None:
     calls = 0
     keep = market.list
