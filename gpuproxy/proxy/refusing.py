@@ -52,7 +52,9 @@ class Refusing(Settled):
             body = refusal.body_of(error, self.request_id)
         if not self.is_received and self._rest_is_long():
             self.keeps_alive = False
-        self._write_json(error.status, body, refusal_fields(self, error, self._attempts))
+        fields = refusal_fields(self, error, self._attempts)
+        fields += b"request-id: %b\r\n" % self.request_id.encode()  # where Anthropic's SDKs look for it
+        self._write_json(error.status, body, fields)
         self._finish("upstream_failed" if CODES[error.code].source == "upstream" else "refused")
 
     def _fail(self) -> None:

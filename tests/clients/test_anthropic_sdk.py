@@ -61,6 +61,8 @@ def test_a_wrong_key_is_an_authentication_error(way: Way) -> None:
         with pytest.raises(anthropic.AuthenticationError) as caught:
             client.messages.create(model="chat", max_tokens=100, messages=ASK)
         assert caught.value.type == "authentication_error"
+        if way.name == "gateway":
+            assert caught.value.request_id == caught.value.response.headers["x-request-id"]
 
 
 def test_an_unknown_model_is_not_found(client: anthropic.Anthropic) -> None:
