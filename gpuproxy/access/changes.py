@@ -6,7 +6,7 @@ A row is written in the transaction of the change, so it does not matter which p
 from datetime import UTC, datetime
 
 from msgspec import Struct
-from sqlalchemy import ColumnElement, and_, insert, or_, select
+from sqlalchemy import ColumnElement, and_, delete, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gpuproxy.store.cursor import Cursor
@@ -59,6 +59,16 @@ async def revoked_keys_since(store: Store, since: datetime) -> tuple[str, ...]:
     """Return the ids of all keys that lost their right since the time `since` and have not got it back."""
     async with store.reading() as connection:
         return (await _changed(connection, changes.c.at >= since)).lost
+
+
+async def forget_changes(store: Store, before: datetime) -> int:
+    """Delete rows from before a time, CHANGES_AT_ONCE at most; return how many."""
+    oldest = select(changes.c.seq).where(changes.c.at < before).order_by(changes.c.at).limit(CHANGES_AT_ONCE)
+    if not await store.look(oldest.limit(1)):
+        return 0
+    chosen = changes.c.seq.in_(oldest.with_for_update(skip_locked=True))  # another node may be at it
+    async with store.writing() as connection:
+        return (await connection.execute(delete(changes).where(chosen))).rowcount
 
 
 async def _changed(connection: AsyncConnection, chosen: ColumnElement[bool]) -> ChangedKeys:

@@ -3,10 +3,17 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from gpuproxy.access.accounts import create_key, create_user, revoke_key, set_active
-from gpuproxy.access.changes import ChangedKeys, revoked_keys_since, unread_changes
+from gpuproxy.access.changes import (
+    CHANGES_AT_ONCE,
+    ChangedKeys,
+    announce,
+    forget_changes,
+    revoked_keys_since,
+    unread_changes,
+)
 from gpuproxy.access.grants import grant_for
 from gpuproxy.codec.key import digest_of
 from gpuproxy.errors import GatewayError
@@ -77,3 +84,25 @@ async def test_a_failed_change_is_not_announced(store: Store) -> None:
         await set_active(store, "nobody@example.com", False)
     async with store.reading() as connection:
         assert (await connection.execute(select(changes))).all() == []
+
+
+async def test_old_changes_are_forgotten_and_newer_ones_stay_and_are_read(store: Store, user_id: str) -> None:
+    keys = [(await create_key(store, EMAIL))[1].id for _ in range(3)]
+    await revoke_key(store, keys[0])
+    await revoke_key(store, keys[1])
+    now = datetime.now(UTC)
+    async with store.writing() as connection:
+        await connection.execute(update(changes).where(changes.c.seq == 1).values(at=now - timedelta(days=8)))
+    assert [await forget_changes(store, now - timedelta(days=7)) for _ in range(2)] == [1, 0]
+    assert await changed_after(store, 0) == ChangedKeys((keys[1],))
+    assert await forget_changes(store, now + timedelta(days=1)) == 1
+    await revoke_key(store, keys[2])
+    assert await changed_after(store, 2) == ChangedKeys((keys[2],)), "numbers are not given again"
+
+
+async def test_changes_are_forgotten_a_bounded_number_at_a_time(store: Store) -> None:
+    async with store.writing() as connection:
+        for _ in range(CHANGES_AT_ONCE + 1):
+            await announce(connection, "key_revoked", "k")
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    assert [await forget_changes(store, tomorrow) for _ in range(3)] == [CHANGES_AT_ONCE, 1, 0]

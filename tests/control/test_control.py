@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import uuid
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 from gpuproxy import __version__
 from gpuproxy.access.accounts import create_key, create_user, revoke_key, set_active
 from gpuproxy.control.app import application
-from gpuproxy.control.changes import ChangeFeed
+from gpuproxy.control.changes import KEPT, ChangeFeed
 from gpuproxy.control.metrics import GAUGES_READ
 from gpuproxy.control.parts import CONFIG, INGEST, STOPPING
 from gpuproxy.ledger.ingest import Ingest
@@ -28,7 +28,7 @@ from gpuproxy.link.server import LinkServer
 from gpuproxy.proxy.journal import frame
 from gpuproxy.store import engine
 from gpuproxy.store.engine import Store, connect_postgresql, open_store
-from gpuproxy.store.schema import api_keys
+from gpuproxy.store.schema import api_keys, changes
 from gpuproxy.types import Receipt
 
 Client = TestClient[web.Request, web.Application]
@@ -353,6 +353,16 @@ async def test_a_new_control_knows_what_was_revoked_while_there_was_none(store: 
     link = LinkServer(_nobody, 1, 60)
     await ChangeFeed(store, link).start(60)
     assert len(link.remembered()) == 1
+
+
+async def test_changes_are_kept_for_as_long_as_a_control_looks_back(store: Store, key: str) -> None:
+    await set_active(store, EMAIL, False)
+    async with store.writing() as connection:
+        await connection.execute(update(changes).values(at=datetime.now(UTC) - KEPT - timedelta(hours=1)))
+    for remember_s, count in ((KEPT.total_seconds(), 0), (60, 1)):
+        feed = ChangeFeed(store, LinkServer(_nobody, 1, 60))
+        await feed.start(remember_s)
+        assert await feed.forget() == count
 
 
 async def _nobody(_digest: bytes) -> None:
