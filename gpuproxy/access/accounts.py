@@ -125,20 +125,36 @@ async def page_of_users(store: Store, page: Page) -> list[User]:
 
 
 async def set_active(store: Store, email: str, is_active: bool) -> User:
-    """Block a user (all keys stop within a second) or let them in again. Raises GatewayError NOT_FOUND."""
+    """Block a user (all keys stop within a second) or let them in again.
+
+    Raises GatewayError NOT_FOUND, CONFLICT for the last active admin.
+    """
     async with store.writing() as connection:
         user = await _user(connection, email)
         return await set_user_flags(connection, user.id, {"is_active": is_active})
 
 
 async def set_user_flags(connection: AsyncConnection, user_id: str, flags: Mapping[str, bool]) -> User:
-    """Set ``is_active``, ``is_admin`` or both, in the caller's writing transaction. Raises GatewayError NOT_FOUND."""
+    """Set ``is_active``, ``is_admin`` or both, in the caller's writing transaction.
+
+    Raises GatewayError NOT_FOUND, CONFLICT if no active admin would be left.
+    """
+    if False in flags.values():
+        await _check_others_lead(connection, user_id)
     done = await connection.execute(update(users).where(users.c.id == user_id).values(**flags))
     if done.rowcount == 0:
         raise GatewayError("NOT_FOUND", f"no user {user_id!r}")
     if "is_active" in flags:
         await announce(connection, USER_UNBLOCKED if flags["is_active"] else USER_BLOCKED, user_id)
     return await user_by_id(connection, user_id)
+
+
+async def _check_others_lead(connection: AsyncConnection, user_id: str) -> None:
+    is_leading = and_(users.c.is_admin, users.c.is_active)
+    # Two admins that take each other's rights away must not both succeed: the second looks when the first is done.
+    admins = select(users.c.id).where(is_leading).order_by(users.c.id).with_for_update(key_share=True)
+    if list(await connection.scalars(admins)) == [user_id]:
+        raise GatewayError("CONFLICT", f"user {user_id!r} is the last active admin; make another one first")
 
 
 async def user_by_id(connection: AsyncConnection, user_id: str) -> User:

@@ -6,7 +6,16 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import text
 
-from gpuproxy.access.accounts import create_key, create_user, find_user, list_keys, list_users, revoke_key
+from gpuproxy.access.accounts import (
+    create_key,
+    create_user,
+    find_user,
+    list_keys,
+    list_users,
+    revoke_key,
+    set_active,
+    set_user_flags,
+)
 from gpuproxy.access.changes import newest_change
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
@@ -93,3 +102,28 @@ async def test_keys_are_listed_by_user(store: Store, user_id: str) -> None:
     _, bobs = await create_key(store, "bob@example.com")
     assert await list_keys(store, EMAIL) == [anns]
     assert await list_keys(store) == [anns, bobs]
+
+
+@pytest.mark.parametrize("flags", [{"is_admin": False}, {"is_active": False}, {"is_admin": True, "is_active": False}])
+async def test_the_last_active_admin_stays(store: Store, user_id: str, flags: dict[str, bool]) -> None:
+    blocked = await create_user(store, "blocked@example.com", is_admin=True)
+    last = await create_user(store, "last@example.com", is_admin=True)
+    await set_active(store, blocked.email, False)
+    with pytest.raises(GatewayError, match="is the last active admin") as caught:
+        async with store.writing() as connection:
+            await set_user_flags(connection, last.id, flags)
+    assert caught.value.code == "CONFLICT"
+    assert await find_user(store, last.email) == last
+    await set_active(store, EMAIL, False)  # who is no admin goes
+
+
+async def test_of_admins_that_remove_each_other_one_stays(store: Store) -> None:
+    admins = [await create_user(store, f"admin{number}@example.com", is_admin=True) for number in range(3)]
+
+    async def demote(user_id: str) -> None:
+        async with store.writing() as connection:
+            await set_user_flags(connection, user_id, {"is_admin": False})
+
+    done = await asyncio.gather(*(demote(each.id) for each in admins), return_exceptions=True)
+    assert [getattr(each, "code", None) for each in done if each is not None] == ["CONFLICT"]
+    assert sum(user.is_admin for user in await list_users(store)) == 1
