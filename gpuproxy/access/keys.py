@@ -12,6 +12,7 @@ from gpuproxy.access.paging import Page, after
 from gpuproxy.codec.tools import EVERY, covers
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store
+from gpuproxy.store.locks import lock_user
 from gpuproxy.store.schema import api_keys, budgets
 from gpuproxy.types import ALL_SCOPES
 
@@ -46,6 +47,7 @@ async def issue_key(
 
     Raises GatewayError CONFLICT for one too many.
     """
+    await connection.run_sync(lock_user, caller.user_id)
     if await live_keys(connection, caller.user_id) >= KEYS_MAX:
         raise GatewayError("CONFLICT", f"there are {KEYS_MAX} keys already; revoke those that are not used")
     if root_id is None and await has_budget(connection, caller):

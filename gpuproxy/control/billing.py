@@ -25,6 +25,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.ledger.book import format_usd
 from gpuproxy.plugin import Checkout, Order, PaymentProvider
 from gpuproxy.store import schema
+from gpuproxy.store.locks import lock_user
 
 PENDING_MAX = 100  # payments one customer may leave unpaid
 
@@ -218,6 +219,7 @@ def _amount_of(body: NewCheckout) -> int:
 
 def _begun(connection: Connection, wanted: Payment) -> tuple[Payment, str]:
     """Store a payment, or find the one of before; return it and the customer's saved method."""
+    lock_user(connection, wanted.user_id)
     pending = and_(schema.payments.c.user_id == wanted.user_id, schema.payments.c.state == "pending")
     count = connection.scalar(select(func.count()).select_from(schema.payments).where(pending)) or 0
     if count >= PENDING_MAX:

@@ -16,7 +16,8 @@ from gpuproxy.events import usage
 from gpuproxy.events.catalogue import EVERYTHING, canonical, subscribable
 from gpuproxy.events.deliveries import STATES, OldSecret, after, cancel_open, old_secrets
 from gpuproxy.events.outbox import store_event
-from gpuproxy.store.schema import deliveries, events, users, webhook_events, webhooks
+from gpuproxy.store.locks import lock_user
+from gpuproxy.store.schema import deliveries, events, webhook_events, webhooks
 
 Kind = Literal["events", "billing"]
 OLD_SECRETS_MAX = 4  # each makes the header that carries signatures longer
@@ -81,8 +82,7 @@ def check_events(names: Iterable[str], kind: str) -> tuple[str, ...]:
 
 async def add_webhook(connection: AsyncConnection, user_id: str, draft: Draft, count_max: int) -> Webhook:
     """Make a webhook. Raises GatewayError CONFLICT if the account has `count_max`."""
-    # Two at once must not both be the last that fits. Events of the user, which refer to this row, wait for nothing.
-    await connection.execute(select(users.c.id).where(users.c.id == user_id).with_for_update(key_share=True))
+    await connection.run_sync(lock_user, user_id)
     count = await connection.scalar(select(func.count()).select_from(webhooks).where(webhooks.c.user_id == user_id))
     if (count or 0) >= count_max:
         raise GatewayError("CONFLICT", f"the account has {count} webhooks, the most it may have; delete one")

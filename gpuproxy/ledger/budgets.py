@@ -22,6 +22,7 @@ from gpuproxy.errors import GatewayError
 from gpuproxy.events.outbox import record
 from gpuproxy.ledger.book import format_usd
 from gpuproxy.ledger.transfers import credit_account, insert_new, lock
+from gpuproxy.store.locks import lock_user
 from gpuproxy.store.schema import api_keys, budgets, holds
 
 WINDOW_S_MIN = 300
@@ -235,6 +236,7 @@ def roots_of(connection: Connection, key_ids: Iterable[str]) -> dict[str, str]:
 
 
 def _check_count(connection: Connection, user_id: str) -> None:
+    lock_user(connection, user_id)
     counted = connection.scalar(select(func.count()).select_from(budgets).where(_column.user_id == user_id))
     if (counted or 0) >= BUDGETS_MAX:
         raise GatewayError("CONFLICT", f"there are {BUDGETS_MAX} budgets already; remove those that are not used")

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from control.conftest import Api, Person
 
+from gpuproxy.control import billing
+
 from .books import Book
 from .stripe_server import SECRET, Stripe, Thing
 
@@ -332,3 +334,11 @@ async def test_an_id_that_is_no_text_is_refused(api: Api, stripe: Stripe, ann: P
     body, headers = stripe.signed({**event, "type": "checkout.session.completed", "data": {"object": session}})
     status, told = await api.call("POST", HOOK, body, headers)
     assert (status, told["code"]) == (422, "UNPROCESSABLE"), told
+
+
+async def test_payments_begun_at_once_are_not_more_than_may_wait(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    ann = await api.person()
+    monkeypatch.setattr(billing, "PENDING_MAX", 2)
+    body = {"amount_usd": 5, "provider": "stripe"}
+    told = await asyncio.gather(*(api.call("POST", f"{BILLING}/checkout", body, ann.by_token) for _ in range(8)))
+    assert sorted(status for status, _ in told) == [201] * 2 + [429] * 6

@@ -1,7 +1,9 @@
 """Budgets and terms of accounts over HTTP: who may set them, what workers then hear."""
 
+import asyncio
 from typing import Any
 
+import pytest
 from sqlalchemy import select
 
 from gpuproxy.access.accounts import create_key
@@ -9,6 +11,7 @@ from gpuproxy.access.changes import newest_change, unread_changes
 from gpuproxy.access.grants import grant_for
 from gpuproxy.codec.key import digest_of
 from gpuproxy.control.parts import LEASES
+from gpuproxy.ledger import budgets
 from gpuproxy.ledger.book import credit
 from gpuproxy.ledger.holds import place
 from gpuproxy.link.messages import Lease
@@ -46,6 +49,15 @@ async def test_setting_a_budget_again_gives_it_another_limit(api: Api) -> None:
     assert (await api.call("DELETE", f"{OWN}/{told['id']}", headers=person.by_token))[0] == 200
     assert (await api.call("DELETE", f"{OWN}/{told['id']}", headers=person.by_token))[0] == 404
     assert await listed(api, person) == []
+
+
+async def test_budgets_made_at_once_are_not_more_than_there_may_be(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    person = await api.person()
+    monkeypatch.setattr(budgets, "BUDGETS_MAX", 2)
+    wishes = [{**DAY, "window_s": 3_600 * hours} for hours in range(1, 9)]
+    told = await asyncio.gather(*(api.call("POST", OWN, wish, person.by_token) for wish in wishes))
+    assert sorted(status for status, _ in told) == [201] * 2 + [409] * 6
+    assert len(await listed(api, person)) == 2
 
 
 async def test_a_budget_that_makes_no_sense_is_refused_by_name(api: Api) -> None:

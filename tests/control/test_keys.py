@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, text
 
+from gpuproxy.access import keys
 from gpuproxy.access.grants import grant_for
 from gpuproxy.codec.key import digest_of, is_well_formed
 from gpuproxy.store.engine import Store
@@ -212,6 +213,14 @@ async def test_of_racing_calls_one_makes_the_key(api: Api) -> None:
     assert {status for status, _ in told} <= {201, 409}
     assert len({body["api_key"] for status, body in told if status == 201}) == 1
     assert await count_of_keys(api.store) == before + 1
+
+
+async def test_keys_made_at_once_are_not_more_than_there_may_be(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    person = await api.person()
+    monkeypatch.setattr(keys, "KEYS_MAX", 3)  # one is there
+    told = await asyncio.gather(*(api.call("POST", KEYS, {}, person.by_token) for _ in range(8)))
+    assert sorted(status for status, _ in told) == [201] * 2 + [409] * 6
+    assert await count_of_keys(api.store) == 3
 
 
 async def test_a_call_that_failed_may_be_made_again_with_another_body(api: Api) -> None:
