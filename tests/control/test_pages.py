@@ -13,7 +13,7 @@ import pytest
 from gpuproxy_plugins.manual import Manual
 from msgspec import structs
 from multidict import CIMultiDictProxy, MultiDict
-from sqlalchemy import select
+from sqlalchemy import insert, select
 
 from gpuproxy.access.attempts import FREE_FAILURES
 from gpuproxy.access.tokens import COOKIE, claims_for, read, sign
@@ -25,9 +25,10 @@ from gpuproxy.fleet import findings, rentals
 from gpuproxy.fleet.rent import wait_until_running
 from gpuproxy.ledger.book import credit
 from gpuproxy.plugin import Checkout, Order, PaymentProvider, PaymentSettings, ProviderUnavailable
-from gpuproxy.store.schema import sessions
+from gpuproxy.store.schema import receipts, sessions
 
 from .conftest import KEYRING, PASSWORD, Api, Person
+from .test_export import calls
 
 SCRIPT = "<script>alert(1)</script>"
 OURS = {"Sec-Fetch-Site": "same-origin"}
@@ -227,6 +228,15 @@ async def test_a_page_is_there_and_lets_nothing_foreign_run(api: Api) -> None:
         assert answer.status == 200, path
         check_headers(answer)
         check_markup(answer.text)
+
+
+async def test_a_call_that_the_upstream_refused_does_not_look_well(api: Api) -> None:
+    ann = await api.person()
+    for status, shown in ((503, '<span class="state bad">failed'), (200, '<span class="state good">ok')):
+        rows = [{**call, "id": f"r{status}", "status": status} for call in calls(ann.id, 1)]
+        async with api.store.writing() as connection:
+            await connection.execute(insert(receipts), rows)
+        assert (await visit(api, "/dashboard", ann.by_cookie)).text.count(shown) == 1
 
 
 async def test_the_pages_of_one_thing_are_there_too(api: Api) -> None:
