@@ -2,7 +2,8 @@
 
 A shelf holds the offers of one provider and kind (to stay, or to the highest bidder). It is refreshed while somebody
 asks; a listing waits only where there is nothing yet or it is too old, for all such providers at once and not for long.
-A provider that fails keeps its last offers until they are too old, and the listing says what is wrong with it.
+A provider that fails keeps its last offers until they are too old, one that takes no more searches (a quota may last
+for a day) until it does, and the listing says what is wrong with it: that an offer is gone is seen when it is rented.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from gpuproxy.plugin import (
     OfferQuery,
     ProviderError,
     ProviderUnavailable,
+    RateLimited,
     best_offers,
     is_same_model,
 )
@@ -205,9 +207,9 @@ class Offers:
         return None if observed_at is None else (self._fleet.now() - observed_at) / timedelta(seconds=1)
 
     def _fresh(self, name: str, is_spot: bool) -> tuple[Offer, ...]:
-        age_s = self._age_s(name, is_spot)
+        age_s, shelf = self._age_s(name, is_spot), self._shelf(name, is_spot)
         is_stale = age_s is None or age_s >= self._fleet.settings.offers_stale_s
-        return () if is_stale else self._shelf(name, is_spot).offers
+        return () if is_stale and not isinstance(shelf.error, RateLimited) else shelf.offers
 
     def _for_provider(self, query: OfferQuery, name: str) -> OfferQuery:
         most = query.max_price_nanousd_per_hour

@@ -30,6 +30,7 @@ from gpuproxy.plugin import (
     ProviderError,
     ProviderInstance,
     ProviderSettings,
+    RateLimited,
     Registry,
     SpecRefused,
     best_offers,
@@ -59,6 +60,7 @@ PAGE = 25  # the most the list gives
 PAGES_MAX = 400
 CHARGES_PAGE = 500
 NAMES_S = 3_600.0  # how long the catalogue of GPU names is believed
+QUOTE_WAIT_S = 60.0  # a create waits so long for a quote; later comes none before midnight, when the quota is new
 LOG_TRIES = 30  # the log is put somewhere and appears there within about nine seconds
 LOG_TRY_S = 0.3
 ID_DIGITS_MAX = 18
@@ -141,15 +143,25 @@ class Vast:
         return best_offers(found, query)
 
     async def create(self, offer_id: str, spec: InstanceSpec, tag: str) -> ProviderInstance:
-        """Rent with one PUT; a most-allowed price is compared with a fresh quote first."""
+        """Rent with one PUT; a most-allowed price is compared with a fresh quote first.
+
+        Once the day's searches are used up there is none: then the instance tells its price, and is left if it is over.
+        """
         native = offer_id.removesuffix(SPOT)
         if not _is_id(native):
             raise CapacityGone(NAME, "create", f"there is no offer {offer_id!r}; ask for offers")
         body = create_body(spec, tag, is_spot=offer_id.endswith(SPOT))
-        price = spec.bid_nanousd_per_hour or await self._quote(native, spec)
+        price: int | None = None
+        try:
+            price = spec.bid_nanousd_per_hour or await self._quote(native, spec)
+        except RateLimited as error:
+            if (error.retry_after_s or 0.0) <= QUOTE_WAIT_S:
+                raise
         answer = await self._http.ask("create", "create", "PUT", f"/api/v0/asks/{native}/", body=body)
-        made = self._http.decode(answer, Created)
-        return ProviderInstance(id=str(made.new_contract), tag=tag, state="pending", price_nanousd_per_hour=price)
+        id = str(self._http.decode(answer, Created).new_contract)
+        if price is None:
+            price = await self._price_made(id, spec)
+        return ProviderInstance(id=id, tag=tag, state="pending", price_nanousd_per_hour=price)
 
     async def get(self, id: str) -> ProviderInstance | None:
         """Return the instance; a credential that is refused raises, though its status may be 404."""
@@ -246,6 +258,19 @@ class Vast:
         if found[0].price_nanousd_per_hour > most:
             raise CapacityGone(NAME, "create", f"offer {native} is dearer now than listed or allowed; ask for offers")
         return found[0].price_nanousd_per_hour
+
+    async def _price_made(self, id: str, spec: InstanceSpec) -> int:
+        """Return the price of a new instance, 0 if it is not told. Raises CapacityGone, naming it, if it is over."""
+        most = spec.max_price_nanousd_per_hour or 0
+        try:
+            made = await self.get(id)
+        except ProviderError:
+            return 0
+        price = made.price_nanousd_per_hour if made else 0
+        if price > most + most // 1_000:  # more than was rounded
+            message = "the offer is dearer now than listed or allowed; try another"
+            raise CapacityGone(NAME, "create", message, instance_id=id)
+        return price
 
     async def _gpu_names(self) -> tuple[str, ...]:
         """Return how vast.ai spells its GPUs, for a search takes exact names only."""

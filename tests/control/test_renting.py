@@ -1,6 +1,7 @@
 """What renting does when it is repeated, refused, or cannot have what was wished: nothing twice, nothing hidden."""
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from gpuproxy.fleet import offers as fleet_offers
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.ledger.book import credit
-from gpuproxy.plugin import InstanceSpec, Offer, OfferQuery, ProviderInstance, ProviderSettings, ProviderUnavailable
+from gpuproxy.plugin import (
+    InstanceSpec,
+    Offer,
+    OfferQuery,
+    ProviderError,
+    ProviderInstance,
+    ProviderSettings,
+    ProviderUnavailable,
+    RateLimited,
+)
 
 from .conftest import MARKET_NS, Api, Person
 
@@ -237,19 +247,22 @@ async def test_a_cursor_of_another_order_is_refused(api: Api, person: Person, ma
         assert (status, told["code"], "cursor" in told["error"]) == (422, "UNPROCESSABLE", True), wrong
 
 
+DOWN = ProviderUnavailable("simulated", "search", "no connection; try later")
+
+
 class Slow(Market):
     """A market that answers when it is let, or fails."""
 
     def __init__(self) -> None:
         super().__init__()
         self.answers = asyncio.Event()
-        self.is_down = False
+        self.error: ProviderError | None = None
         self.search_count = 0
 
     async def offers(self, query: OfferQuery) -> list[Offer]:  # type: ignore[override]
         self.search_count += 1
-        if self.is_down:
-            raise ProviderUnavailable("simulated", "search", "no connection; try later")
+        if self.error is not None:
+            raise self.error
         await self.answers.wait()
         return list(await super().offers(query))
 
@@ -275,9 +288,27 @@ async def test_a_provider_that_does_not_answer_holds_up_one_listing_and_no_more(
     await offers.close()
 
 
+async def test_offers_of_a_provider_that_takes_no_more_searches_are_shown_as_they_were(api: Api) -> None:
+    market, clock = Slow(), [datetime(2026, 1, 12, tzinfo=UTC)]
+    market.answers.set()
+    fleet = Fleet(api.store, {"simulated": market}, api.fleet.settings)
+    fleet.now = lambda: clock[0]
+    offers = Offers(fleet)
+    await offers.refresh_all()
+    first, _ = await offers.find(["simulated"], OfferQuery(), "price")
+    for error, count in ((RateLimited("simulated", "search", "no more today"), len(first)), (DOWN, 0)):
+        market.error = error
+        clock[0] += timedelta(hours=5)
+        await offers.refresh_all()
+        found, told = await offers.find(["simulated"], OfferQuery(), "price")
+        assert (len(found), told["simulated"].status) == (count, "stale" if count else "failed")
+    assert first
+    await offers.close()
+
+
 async def test_a_provider_that_fails_is_not_asked_again_by_every_listing(api: Api) -> None:
     down = Slow()
-    down.is_down = True
+    down.error = DOWN
     offers = Offers(Fleet(api.store, {"simulated": down}, api.fleet.settings))
     for _ in range(20):
         _, told = await offers.find(["simulated"], OfferQuery(), "price")

@@ -151,6 +151,23 @@ async def test_a_create_whose_answer_is_lost_is_found_by_its_tag(world: VastWorl
     await hasty.close()
 
 
+@pytest.mark.parametrize("is_dearer", [False, True])
+async def test_without_searches_for_the_day_an_offer_is_rented_and_left_if_it_is_dearer(
+    world: VastWorld, is_dearer: bool
+) -> None:
+    (offer,) = await world.adapter.offers(OfferQuery(limit=1))
+    world.simulator.faults.add("search", "quota")
+    spec = InstanceSpec(image="a/b", disk_gb=10, max_price_nanousd_per_hour=offer.price_nanousd_per_hour)
+    if not is_dearer:
+        made = await world.adapter.create(offer.id, spec, "gp-1")
+        assert made.price_nanousd_per_hour == offer.price_nanousd_per_hour
+        return
+    world.simulator.market.asks[int(offer.id)]["dph_base"] *= 1.01
+    with pytest.raises(CapacityGone, match="dearer") as raised:
+        await world.adapter.create(offer.id, spec, "gp-1")
+    assert [each.id for each in await world.adapter.find("gp-1")] == [raised.value.instance_id]
+
+
 async def test_a_tag_that_was_doubled_finds_both(world: VastWorld) -> None:
     first, second = await world.rented("gp-1"), await world.rented("gp-1")
     assert sorted(seen.id for seen in await world.adapter.find("gp-1")) == sorted([first.id, second.id])
