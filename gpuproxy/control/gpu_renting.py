@@ -97,10 +97,10 @@ def _misfit(request: web.Request, body: NewInstance, offer: Offer, most: int | N
     if 0 < offer.disk_gb < body.disk_gb:
         message = f"disk_gb {body.disk_gb} is over the {offer.disk_gb} of this offer; ask for less, or choose another"
         return GatewayError("UNPROCESSABLE", message, param="disk_gb")
-    bid, least = nanousd(body.bid), request.app[OFFERS].price(offer)
-    if bid is not None and bid < least:
-        return GatewayError("CAPACITY_GONE", f"the bid is below the {least / NANOUSD} this offer takes now; bid more")
+    bid = nanousd(body.bid)
     price = with_markup(cost_with_disk(offer, body.disk_gb), request.app[FLEET].markup(offer.provider))
+    if bid is not None and bid < price:
+        return GatewayError("CAPACITY_GONE", f"the bid is below the {price / NANOUSD} this offer takes now; bid more")
     if most is not None and price > most:
         return GatewayError("CAPACITY_GONE", f"the offer costs {price / NANOUSD} now, over max_price; list offers anew")
     return None

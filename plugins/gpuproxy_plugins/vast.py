@@ -131,6 +131,7 @@ class Vast:
         self._now_s = now_s
         self._names: tuple[str, ...] = ()
         self._names_until_s = 0.0
+        self._disk: dict[str, int] = {}  # what a gigabyte costs an hour, of the spot offers found last
 
     async def offers(self, query: OfferQuery) -> Sequence[Offer]:
         """Search, and look at every row again: live answers hold rows that do not fit."""
@@ -139,7 +140,9 @@ class Vast:
             models = [name for name in await self._gpu_names() if is_same_model(query.gpu_model, name)]
             if not models:
                 return []
-        found = await self._search(search_body(query, models), bool(query.is_spot))
+        found = await self._search(search_body(query, models), bool(query.is_spot), query.disk_gb)
+        if query.is_spot:
+            self._disk = {offer.id: offer.storage_nanousd_per_gb_hour for offer in found}
         return best_offers(found, query)
 
     async def create(self, offer_id: str, spec: InstanceSpec, tag: str) -> ProviderInstance:
@@ -151,6 +154,8 @@ class Vast:
         if not _is_id(native):
             raise CapacityGone(NAME, "create", f"there is no offer {offer_id!r}; ask for offers")
         body = create_body(spec, tag, is_spot=offer_id.endswith(SPOT))
+        if spec.bid_nanousd_per_hour is not None:
+            body["price"] = usd_text(self._machine_bid(offer_id, spec.bid_nanousd_per_hour, spec.disk_gb))
         price: int | None = None
         try:
             price = spec.bid_nanousd_per_hour or await self._quote(native, spec)
@@ -242,17 +247,28 @@ class Vast:
         """Close connections."""
         await self._http.close()
 
-    async def _search(self, body: dict[str, object], is_spot: bool) -> Sequence[Offer]:
+    def _machine_bid(self, offer_id: str, bid_nanousd_per_hour: int, disk_gb: int) -> int:
+        """Return what of a bid is left for the machine, whose disk vast.ai charges on top."""
+        if offer_id not in self._disk:
+            raise CapacityGone(NAME, "create", f"offer {offer_id} is gone; ask for offers")
+        left = bid_nanousd_per_hour - self._disk[offer_id] * disk_gb
+        if left <= 0:
+            raise CapacityGone(NAME, "create", f"the bid does not pay for the disk of {disk_gb} GB; bid more")
+        return left
+
+    async def _search(self, body: dict[str, object], is_spot: bool, disk_gb: int) -> Sequence[Offer]:
         answer = await self._http.ask("search", "search", "POST", "/api/v0/bundles/", body=body)
-        return self._http.offers(self._http.decode(answer, Offers).offers, partial(_offer, is_spot=is_spot))
+        return self._http.offers(
+            self._http.decode(answer, Offers).offers, partial(_offer, is_spot=is_spot, disk_gb=disk_gb)
+        )
 
     async def _quote(self, native: str, spec: InstanceSpec) -> int:
         """Return the price the offer has now, 0 if nobody cares. Raises CapacityGone if it is over the most allowed."""
         most = spec.max_price_nanousd_per_hour
         if most is None:
             return 0
-        query = search_body(OfferQuery(disk_gb=spec.disk_gb, limit=1), None)
-        found = [each for each in await self._search({**query, "id": {"eq": int(native)}}, False) if each.id == native]
+        query = {**search_body(OfferQuery(disk_gb=spec.disk_gb, limit=1), None), "id": {"eq": int(native)}}
+        found = [each for each in await self._search(query, False, spec.disk_gb) if each.id == native]
         if not found:
             raise CapacityGone(NAME, "create", f"offer {native} is gone; ask for offers")
         if found[0].price_nanousd_per_hour > most:
@@ -340,8 +356,6 @@ def create_body(spec: InstanceSpec, tag: str, is_spot: bool) -> dict[str, object
         "cancel_unavail": True,
         **_run(spec),
     }
-    if spec.bid_nanousd_per_hour is not None:
-        body["price"] = usd_text(spec.bid_nanousd_per_hour)
     return body
 
 
@@ -355,10 +369,10 @@ def _run(spec: InstanceSpec) -> dict[str, object]:
     return {"runtype": "ssh_direc ssh_proxy", "onstart": "\n".join(line for line in lines if line)}
 
 
-def _offer(raw: msgspec.Raw, is_spot: bool) -> Offer | ValueError | None:
+def _offer(raw: msgspec.Raw, is_spot: bool, disk_gb: int) -> Offer | ValueError | None:
     """Return the offer of a row, None if it is none to rent, the fault if it makes no sense."""
     try:
-        return read_offer(msgspec.json.decode(raw, type=OfferRow, strict=False), is_spot)
+        return read_offer(msgspec.json.decode(raw, type=OfferRow, strict=False), is_spot, disk_gb)
     except (ValueError, ArithmeticError) as error:
         return ValueError(str(error))
 

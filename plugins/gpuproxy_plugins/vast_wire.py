@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import Struct
 
 from gpuproxy.plugin import ChargeKind, InstanceState, Offer, OfferQuery, ProviderCharge, ProviderInstance, short_model
-from gpuproxy_plugins.provider_money import USD_MAX, nanousd
+from gpuproxy_plugins.provider_money import USD_MAX, nanousd, nanousd_enough
 
 NAME = "vast.ai"
 SPOT = "-spot"  # an offer searched for as a bid; without a bid vast.ai would silently rent it on demand
@@ -118,12 +118,16 @@ def search_body(query: OfferQuery, models: list[str] | None) -> dict[str, object
     return {**asked, "order": [[price, "asc"]], "type": kind, "limit": limit, "allocated_storage": float(query.disk_gb)}
 
 
-def read_offer(row: OfferRow, is_spot: bool) -> Offer | None:
-    """Return an offer, None for a row that cannot be one. Raises ValueError for amounts that make no sense."""
+def read_offer(row: OfferRow, is_spot: bool, disk_gb: int) -> Offer | None:
+    """Return an offer, None for a row that cannot be one. Raises ValueError for amounts that make no sense.
+
+    A bid at vast.ai is for the machine without its disk; the price here, as that of any other offer, is for both.
+    """
     price = row.min_bid if is_spot else row.dph_total
     is_free = row.rentable is not False and not row.rented and row.verification in (None, "verified")
     if not is_free or not price or row.num_gpus < 1 or not 1 <= row.gpu_ram <= MIB_MAX:
         return None
+    storage = nanousd((row.storage_cost or Decimal(0)) / MONTH_HOURS)
     reliability = row.reliability if row.reliability is not None else row.reliability2
     return Offer(
         id=f"{row.id}{SPOT if is_spot else ''}",
@@ -131,8 +135,8 @@ def read_offer(row: OfferRow, is_spot: bool) -> Offer | None:
         gpu_model=short_model(row.gpu_name),
         gpu_count=row.num_gpus,
         vram_gb=vram_gb(row.gpu_ram),
-        price_nanousd_per_hour=nanousd(price),
-        storage_nanousd_per_gb_hour=nanousd((row.storage_cost or Decimal(0)) / MONTH_HOURS),
+        price_nanousd_per_hour=nanousd_enough(price) + storage * disk_gb if is_spot else nanousd(price),
+        storage_nanousd_per_gb_hour=storage,
         region=(row.geolocation or "").strip(),
         reliability=reliability,
         cuda=row.cuda_max_good,

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from gpuproxy_plugins.vast import SPACING_S, Vast
 from gpuproxy_plugins.vast_wire import InstanceRow, read_instance
+from msgspec import structs
 from provider_worlds import VAST_KEY, VastWorld, check_faults, failure
 from simulators.vast import THRESHOLDS_S
 
@@ -238,12 +239,28 @@ async def test_a_bid_is_sent_in_dollars_and_outbid_it_stops(world: VastWorld) ->
     bid = offer.price_nanousd_per_hour + 10_000_000
     made = await world.adapter.create(offer.id, InstanceSpec(image="a/b", bid_nanousd_per_hour=bid), "gp-1")
     life = world.simulator.market.lives[int(made.id)]
-    assert round(life.body["price"] * 1e9) == bid == made.price_nanousd_per_hour
+    assert round(life.body["price"] * 1e9) == bid - 10 * offer.storage_nanousd_per_gb_hour
+    assert bid == made.price_nanousd_per_hour
+    assert (await world.seen(made)).price_nanousd_per_hour == pytest.approx(bid, abs=10), "the disk is in it"
     world.clock.now_s += world.boot_s
     world.simulator.market.outbid(life.ask["machine_id"], 30.0)
     world.clock.now_s += world.boot_s
     seen = await world.seen(made)
     assert (seen.state, seen.is_interrupted, seen.ports) == ("stopped", True, {})
+
+
+async def test_a_bid_of_the_listed_price_wins_however_it_was_rounded_and_pays_for_the_disk(world: VastWorld) -> None:
+    for ask in world.simulator.market.asks.values():
+        ask["min_bid"] = round(ask["min_bid"], 4) + 1e-10
+    (offer,) = await world.adapter.offers(OfferQuery(is_spot=True, limit=1))
+    bid = offer.price_nanousd_per_hour + 90 * offer.storage_nanousd_per_gb_hour
+    spec = InstanceSpec(image="a/b", disk_gb=100, bid_nanousd_per_hour=bid)
+    made = await world.adapter.create(offer.id, spec, "gp-1")
+    seen = await world.seen(made)
+    assert (seen.state, made.price_nanousd_per_hour) == ("pending", bid)
+    assert seen.price_nanousd_per_hour == pytest.approx(bid, abs=100)
+    with pytest.raises(CapacityGone, match="does not pay for the disk"):
+        await world.adapter.create(offer.id, structs.replace(spec, bid_nanousd_per_hour=1), "gp-2")
 
 
 async def test_a_bid_too_low_names_the_stopped_instance_it_left_behind(world: VastWorld) -> None:
