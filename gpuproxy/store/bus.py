@@ -21,7 +21,8 @@ from gpuproxy.store.rounds import pause, rounds
 
 CHANNEL = "gpuproxy"
 TELL_S = 1.0
-CHECK_S = 0.2  # between two looks at the snapshot, which also tell whether the connection is alive
+CHECK_S = 0.2  # between two looks at the snapshot; one that takes longer leaves it unknown
+ALIVE_S = 5.0  # for a look to be answered: who takes a slow PostgreSQL's connection for lost only makes it slower
 RECONNECT_S = 0.5
 TEXT_BYTES_MAX = 7_000  # PostgreSQL takes 8,000 with the topic
 
@@ -51,7 +52,7 @@ class Bus:
         if self._store.is_sqlite:
             asyncio.get_running_loop().call_soon(self._hear, topic, text)
             return True
-        return await self._ask("SELECT pg_notify($1, $2)", CHANNEL, f"{topic} {text}") is not None
+        return await self._ask(TELL_S, "SELECT pg_notify($1, $2)", CHANNEL, f"{topic} {text}") is not None
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Listen until `stopping` is set, through outages."""
@@ -79,33 +80,41 @@ class Bus:
 
     async def _listen(self, stopping: asyncio.Event) -> None:
         while not stopping.is_set() and not self._lost.is_set():
-            rows = await self._ask("SELECT txid_current_snapshot()::text")
+            late = asyncio.get_running_loop().call_later(CHECK_S, self._know_nothing)
+            rows = await self._ask(ALIVE_S, "SELECT txid_current_snapshot()::text")
+            late.cancel()
             if rows is None:
                 return
             self._store.snapshot = rows[0][0]
             await pause(CHECK_S, stopping, self._lost)
 
-    async def _ask(self, statement: str, *words: str) -> Any:
-        """Run a statement on the connection, for at most TELL_S, and return its rows; a connection that fails is given
-        up, and None returned.
+    async def _ask(self, within_s: float, statement: str, *words: str) -> Any:
+        """Run a statement on the connection and return its rows, None if that fails or takes longer.
+
+        A connection that fails is given up; whether one that is slow is alive, `_listen` finds.
         """
         try:
-            async with asyncio.timeout(TELL_S), self._speaking:
+            async with asyncio.timeout(within_s), self._speaking:
                 return await self._connection.fetch(statement, *words) if self._connection is not None else None
+        except TimeoutError:
+            return None
         except Exception as error:  # asyncpg raises errors of its own, of the system, and of its own faults
             logger.debug("word is lost", error=fault_of(error))
             self._lost.set()
             return None
 
-    def _drop(self) -> None:
+    def _know_nothing(self) -> None:
         self._store.snapshot = None
+
+    def _drop(self) -> None:
+        self._know_nothing()
         if self._connection is not None:
             self._connection.terminate()
         self._connection = None
 
     def _notified(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
         topic, _, text = payload.partition(" ")
-        self._store.snapshot = None  # who is woken by this must look
+        self._know_nothing()  # who is woken by this must look
         self._hear(topic, text)
 
     def _hear(self, topic: str, text: str) -> None:

@@ -1,8 +1,10 @@
 """Words between nodes: hints that arrive at once, and whose loss is noticed."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 
 import pytest
@@ -10,6 +12,7 @@ from sqlalchemy import insert, text
 
 from gpuproxy.access.accounts import create_user
 from gpuproxy.events.outbox import record
+from gpuproxy.store import bus
 from gpuproxy.store.bus import Bus
 from gpuproxy.store.engine import Store
 from gpuproxy.store.schema import changes
@@ -112,6 +115,43 @@ async def test_a_lost_connection_is_replaced_and_the_loss_told(store: Store) -> 
         await ear.hears("")
         assert await ear.bus.tell("recall", "again")
         await ear.hears("again")
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+async def test_a_slow_connection_is_kept_but_nothing_is_known_meanwhile(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus, "ALIVE_S", SOON_S)
+    async with listening(store, "recall") as ear:
+        await version_other_than(store, None)
+        with stopped(await backend_of(store)):
+            async with asyncio.timeout(SOON_S):
+                while store.version() is not None:
+                    await asyncio.sleep(0.01)
+            assert await ear.bus.tell("recall", "in vain") is False
+        await version_other_than(store, None)
+        assert await ear.bus.tell("recall", "again")
+        async with asyncio.timeout(SOON_S):
+            while "again" not in ear.heard:
+                await asyncio.sleep(0.01)
+        assert "" not in ear.heard, "no loss was told"
+
+
+@contextmanager
+def stopped(process_id: int) -> Iterator[None]:
+    os.kill(process_id, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process_id, signal.SIGCONT)
+
+
+async def backend_of(store: Store) -> int:
+    """Return the process that serves the bus."""
+    async with store.reading() as connection:
+        query = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%snapshot()%' AND pid <> pg_backend_pid()"
+        found: int = (await connection.execute(text(query + " AND datname = current_database()"))).scalar_one()
+    return found
 
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
