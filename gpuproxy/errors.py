@@ -39,6 +39,7 @@ CODES: dict[str, Code] = {
     "URI_TOO_LONG": Code(414, "client", False, "the request target is over the configured limit"),
     "EXPECTATION_FAILED": Code(417, "client", False, "the only expectation served is 100-continue"),
     "UNPROCESSABLE": Code(422, "client", False, "a field is unknown or out of range; the message names it"),
+    "UPGRADE_REQUIRED": Code(426, "client", False, "the version of WebSocket is not served; the answer says which is"),
     "RATE_LIMITED": Code(429, "client", True, "a limit is used up; Retry-After says when to come back"),
     "HEAD_TOO_LARGE": Code(431, "client", False, "the head is over the configured size or field count"),
     "INTERNAL": Code(500, "gateway", True, "a fault of the gateway; the request id finds it in the log"),

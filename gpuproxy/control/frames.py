@@ -21,6 +21,7 @@ NORMAL, PROTOCOL_ERROR, UNSUPPORTED, INVALID_TEXT, TOO_BIG = 1000, 1002, 1003, 1
 UNSAYABLE = (1004, 1005, 1006)  # between them and 1014 all others are registered; from 3000 on they are free
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 KEY_BYTES = 16
+WEBSOCKET_VERSION = "13"
 
 
 class FrameError(Exception):
@@ -135,14 +136,16 @@ def frame(opcode: int, data: bytes) -> bytes:
 
 
 def upgrade(version: str, key: str) -> bytes:
-    """Return the head that accepts a handshake (RFC 6455 §4.2.2). Raises GatewayError BAD_REQUEST."""
+    """Return the head that accepts a handshake (RFC 6455 §4.2.2). Raises GatewayError UPGRADE_REQUIRED, BAD_REQUEST."""
+    if version != WEBSOCKET_VERSION:
+        message = f"Sec-WebSocket-Version is {version[:20]!r}; /ws speaks {WEBSOCKET_VERSION}"
+        raise GatewayError("UPGRADE_REQUIRED", message)
     try:
         is_key = len(base64.b64decode(key, validate=True)) == KEY_BYTES
     except binascii.Error:
         is_key = False
-    if version != "13" or not is_key:
-        message = "/ws speaks WebSocket version 13: Sec-WebSocket-Version and Sec-WebSocket-Key say something else"
-        raise GatewayError("BAD_REQUEST", message)
+    if not is_key:
+        raise GatewayError("BAD_REQUEST", f"Sec-WebSocket-Key is not the Base64 of {KEY_BYTES} bytes")
     accept = base64.b64encode(sha1(key.encode() + GUID, usedforsecurity=False).digest())
     head = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nServer: gpuproxy\r\n"
     return head + b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n"

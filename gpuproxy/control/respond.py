@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct, structs
 
+from gpuproxy.control.frames import WEBSOCKET_VERSION
 from gpuproxy.errors import CODES, GatewayError
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.store.engine import fault_of, is_away
@@ -60,6 +61,8 @@ def failure(error: GatewayError, request_id: str, headers: Mapping[str, str] | N
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
+    if error.code == "UPGRADE_REQUIRED":
+        response.headers["Sec-WebSocket-Version"] = WEBSOCKET_VERSION  # RFC 6455 §4.2.2
     return response
 
 

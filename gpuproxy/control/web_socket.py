@@ -218,7 +218,7 @@ class WebSocket(asyncio.Protocol):
 
 
 def check_handshake(request: web.Request) -> bytes:
-    """Return the head that accepts a request for a WebSocket. Raises GatewayError BAD_REQUEST."""
+    """Return the head that accepts a request for a WebSocket. Raises GatewayError BAD_REQUEST, UPGRADE_REQUIRED."""
     headers = request.headers
     tokens = {token.strip().lower() for token in headers.get("Connection", "").split(",")}
     if headers.get("Upgrade", "").strip().lower() != "websocket" or "upgrade" not in tokens:

@@ -55,6 +55,14 @@ async def connect(api: Api, with_it: bytes = b"") -> Wire:
     return Wire(reader, writer)
 
 
+@pytest.mark.parametrize("version", ["8", "14", "13, 8", ""])
+async def test_who_speaks_another_version_is_told_which_is_spoken(api: Api, version: str) -> None:
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": version}
+    async with api.client.get("/ws", headers=headers | {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}) as answer:
+        assert (answer.status, answer.headers["Sec-WebSocket-Version"]) == (426, "13")
+        assert (await answer.json())["code"] == "UPGRADE_REQUIRED"
+
+
 async def gone(api: Api) -> None:
     async with asyncio.timeout(WAIT_S):
         while api.client.app[LISTENERS]:
