@@ -1,5 +1,6 @@
 """Parameters in a query, each read strictly and named when it is wrong."""
 
+import re
 from datetime import UTC, datetime
 
 from aiohttp import web
@@ -7,7 +8,8 @@ from aiohttp import web
 from gpuproxy.access.paging import ROWS_DEFAULT, ROWS_MAX, Page
 from gpuproxy.errors import GatewayError
 
-CURSOR_CHARACTERS_MAX = 64
+# What ids look like, of rows that are there and of those that have gone: numbers of deliveries, and long random ones.
+_is_id = re.compile(r"[0-9]{1,18}|[0-9A-Za-z_-]{16,64}").fullmatch
 PAGE = {
     "limit": f"how many, 1 to {ROWS_MAX}; {ROWS_DEFAULT} if left out",
     "cursor": "the next_cursor of the page before",
@@ -38,6 +40,6 @@ def count_asked(request: web.Request, name: str, default: int, highest: int) -> 
 def page_asked(request: web.Request) -> Page:
     """Return which page of a list is asked for by ``limit`` and ``cursor``."""
     cursor = request.query.get("cursor", "")
-    if len(cursor) > CURSOR_CHARACTERS_MAX:
-        raise GatewayError("UNPROCESSABLE", "cursor: this is no next_cursor", param="cursor")
+    if cursor and not _is_id(cursor):
+        raise GatewayError("UNPROCESSABLE", f"cursor={cursor[:40]!r} is no next_cursor", param="cursor")
     return Page(count_asked(request, "limit", ROWS_DEFAULT, ROWS_MAX), cursor)

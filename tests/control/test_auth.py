@@ -2,6 +2,7 @@
 
 import json
 from typing import Any
+from uuid import uuid4
 
 import jwt
 import pytest
@@ -9,6 +10,7 @@ from sqlalchemy import select
 
 from gpuproxy.config import Config, build
 from gpuproxy.control.parts import ATTEMPTS
+from gpuproxy.control.table import TABLE
 from gpuproxy.store.schema import audit
 
 from .conftest import PASSWORD, Api
@@ -203,6 +205,25 @@ async def test_no_admin_shuts_themselves_out(api: Api) -> None:
         assert (status, told["code"]) == (409, "CONFLICT")
     assert (await api.call("PATCH", f"/api/v1/admin/users/{admin.id}", {}, admin.by_token))[0] == 422
     assert (await api.call("PATCH", "/api/v1/admin/users/nix", {"is_active": True}, admin.by_token))[0] == 404
+
+
+LISTS = [route.path for route in TABLE if "cursor" in route.query and "{" not in route.path]
+
+
+async def test_a_cursor_that_belongs_to_no_list_is_refused_by_all(api: Api) -> None:
+    admin = await api.person(is_admin=True)
+    assert len(LISTS) >= 8
+    for path in LISTS:
+        for cursor in ("x", "next", "%3Cb%3E0123456789abcdef", "%C3%A9", "1" * 65):
+            status, told = await api.call("GET", f"{path}?cursor={cursor}", headers=admin.by_token)
+            assert (status, told["code"], "cursor" in told["error"]) == (422, "UNPROCESSABLE", True), path
+
+
+async def test_the_cursor_of_a_row_that_has_gone_still_works(api: Api) -> None:
+    admin = await api.person(is_admin=True)
+    for cursor in (str(uuid4()), f"pay_{uuid4().hex}", f"gpx123abc-{uuid4().hex[:16]}", "17"):
+        status, told = await api.call("GET", f"/api/v1/admin/users?cursor={cursor}", headers=admin.by_token)
+        assert (status, told["data"]) == (200, [])
 
 
 async def test_users_are_listed_page_by_page(api: Api) -> None:
