@@ -55,7 +55,7 @@ class Intent(Struct, gc=False):
     ``rpc_method`` and ``rpc_name`` tell the receipt what a JSON-RPC call asks for; ``tools`` are those it has do their
     work, which may have prices. ``is_deferred`` tells that the answer will not tell what was used: the work is done
     later, and its result fetched by another call. ``input_tokens_max`` is the most tokens the body can make, 0 for as
-    many as it has bytes.
+    many as it has bytes. ``is_upload`` tells that the call brings a file, and uses no model.
     """
 
     model: str = ""
@@ -71,6 +71,7 @@ class Intent(Struct, gc=False):
     tools: tuple[str, ...] = ()
     is_deferred: bool = False
     input_tokens_max: int = 0
+    is_upload: bool = False
 
 
 class AnswerEditor(Protocol):

@@ -79,8 +79,8 @@ def price_of_call(
         if prices.has_tools and getattr(handler, "tools_in", None) is not None:
             return _price_of_tools(prices, intent, upstream, at_ns, cast(ToolReader, handler), body)
         price = prices.find(model, upstream, at_ns)
-        if price is None and not model and destination is not None and may_use_one:
-            _refuse_nameless(prices, destination, at_ns, body)
+        if price is None and not model and destination is not None and may_use_one and not intent.is_upload:
+            _refuse_nameless(prices, destination, at_ns)
         return price
     return highest([prices.find(name or model, upstream, at_ns) for name, upstream in destination.places])
 
@@ -92,13 +92,9 @@ def refuse_deferred(price: Price) -> None:
         raise GatewayError("BAD_REQUEST", message)
 
 
-def _refuse_nameless(prices: Prices, destination: "Destination", at_ns: int, body: bytes | None) -> None:
-    """Refuse a call from which its model cannot be told, where one has a price: it would be served for nothing.
-
-    Uploads of files (forms) name none and use none.
-    """
-    is_form = body is not None and body.lstrip()[:2] == b"--"
-    if not is_form and any(prices.find(model, destination.upstream, at_ns) for model in destination.served.models):
+def _refuse_nameless(prices: Prices, destination: "Destination", at_ns: int) -> None:
+    """Refuse a call from which its model cannot be told, where one has a price: it would be served for nothing."""
+    if any(prices.find(model, destination.upstream, at_ns) for model in destination.served.models):
         message = f"models of upstream {destination.upstream!r} have prices; name `model` in a JSON body below /v1/"
         raise GatewayError("BAD_REQUEST", message, param="model")
 

@@ -8,6 +8,8 @@ decode only the fields they name. They search bytes by `find`, which takes half 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from msgspec import Struct
+
 from gpuproxy.plugin import (
     Call,
     GatewayError,
@@ -54,6 +56,14 @@ _PLAIN = (b"", b"text/plain")  # nobody has told, or not the truth
 _KINDS_MAX = 32  # of content remembered
 
 
+class _Asked(Struct, frozen=True, gc=False):
+    """What a reader wants to know of a call: its path at the upstream, the text it was asked with, and how often."""
+
+    path: bytes
+    text_bytes: int
+    choice_count: int = 1
+
+
 class OpenInference:
     """Routes by model and reads usage."""
 
@@ -88,6 +98,8 @@ class OpenInference:
             return request
         path = completed_path(call)
         route = call.path if path is None else path
+        if path is not None:
+            call.note = _Asked(path, len(call.body or b""))
         identity = call.method == b"POST" and _may_tell_usage(route)
         request = UpstreamRequest(path=path, headers=content_type_if_absent(call), identity=identity)
         if intent.is_stream and call.body:
@@ -99,18 +111,20 @@ class OpenInference:
 
         A GET may show what an earlier call has used, and was counted for; so may what ends or changes an answer.
         """
-        if status >= 400 or not _may_tell_usage(call.path):
+        asked = _Asked(call.path, call.body_bytes) if call.note is None else call.note
+        path = asked.path
+        if status >= 400 or not _may_tell_usage(path):
             return None
         if call.method != b"POST":
             return reader_of(call) if status == 101 else None
         kind = JSON if content_type == b"application/json" else _kind_of(content_type)
         if kind == JSON:
-            return GeneratedReader(_text_bytes(call)) if _is_generate(call.path) else JsonUsageReader()
+            return GeneratedReader(asked.text_bytes) if _is_generate(path) else JsonUsageReader()
         if kind == EVENTS:
-            return _stream_reader(call)
+            return _stream_reader(asked)
         if kind == LINES:
-            return OllamaStreamReader(_text_bytes(call)) if is_ollama(call.path) else LinesUsageReader()
-        return SniffingReader(lambda: _stream_reader(call)) if kind == UNTOLD else None
+            return OllamaStreamReader(asked.text_bytes) if is_ollama(path) else LinesUsageReader()
+        return SniffingReader(lambda: _stream_reader(asked)) if kind == UNTOLD else None
 
     def collapse(self, call: Call, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
         """Return the answer as it is."""
@@ -135,9 +149,9 @@ class OpenInference:
 
 def _prepare_stream(request: UpstreamRequest, call: Call, path: bytes, body: bytes, intent: Intent) -> None:
     if len(body) > LONG_BODY_BYTES:
-        call.note = text_size(body), intent.choice_count
+        call.note = _Asked(path, text_size(body), intent.choice_count)
     elif intent.choice_count > 1:
-        call.note = len(body), intent.choice_count
+        call.note = _Asked(path, len(body), intent.choice_count)
     if call.may_ask_usage:
         _ask_usage(request, path, body, intent.note)
 
@@ -152,15 +166,10 @@ def _ask_usage(request: UpstreamRequest, path: bytes, body: bytes, options: byte
         request.asks_usage = True
 
 
-def _stream_reader(call: Call) -> UsageReader:
-    marker = marker_of(call.path)
+def _stream_reader(asked: _Asked) -> UsageReader:
+    marker = marker_of(asked.path)
     kind = TgiStreamReader if marker is GENERATE else StreamUsageReader
-    return kind(marker, _text_bytes(call), 1 if call.note is None else call.note[1])
-
-
-def _text_bytes(call: Call) -> int:
-    """Return the size of the text that was asked with."""
-    return call.body_bytes if call.note is None else int(call.note[0])
+    return kind(marker, asked.text_bytes, asked.choice_count)
 
 
 @lru_cache(_KINDS_MAX)

@@ -225,6 +225,8 @@ def refuse_dot_segments(path: bytes) -> None:
 
 def description(call: Call) -> Intent:
     """Return what a call that is routed already tells about model and stream; never raises."""
+    if is_file(call.path):
+        return Intent(is_upload=call.method == b"POST")
     try:
         if b"/v2/models/" in call.path:
             return intent_of_path(call.path[call.path.index(b"/v2/models/") :])

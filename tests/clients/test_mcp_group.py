@@ -306,7 +306,7 @@ def test_a_session_of_another_group_or_key_is_not_found(group: Gateway, http: ht
         (b'{"jsonrpc":"2.0","id":1,"method":5}', 400, -32600),
         (json.dumps([message("ping")]).encode(), 400, -32600),
         (json.dumps(message("tools/list")).encode(), 400, -32600),
-        (b"x" * (17 << 20), 413, -32600),
+        (b"x" * (33 << 20), 413, -32600),
     ],
     ids=["no-json", "no-method", "batch", "no-session", "too-long"],
 )

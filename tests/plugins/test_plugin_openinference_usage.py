@@ -170,6 +170,28 @@ def test_what_was_delivered_is_counted_where_the_upstream_tells_no_usage(
     assert read(SSE, *bytewise(body), path=path) == usage
 
 
+@pytest.mark.parametrize(
+    ("asked", "events", "usage"),
+    [
+        ({"messages": [], "stream": True}, OPENAI[:2], Usage(10, 0, 1, "estimated")),
+        ({"inputs": "x", "stream": True}, [*GENERATED, TGI_END], Usage(17, 0, 6)),
+        ({"inputs": "x", "stream": True}, GENERATED, Usage(10, 0, 4, "estimated")),
+        ({"input": "x", "stream": True}, [{"type": "response.output_text.delta"}] * 3, Usage(10, 0, 3, "estimated")),
+    ],
+)
+def test_an_envelopes_answer_is_read_as_that_of_the_path_its_body_chose(
+    asked: Any, events: list[Any], usage: Usage
+) -> None:
+    body = json.dumps(asked).encode().ljust(60)
+    call = Call(b"POST", b"", [], body, is_envelope=True, body_bytes=60)
+    OPEN.prepare(call, OPEN.describe(call))
+    call.body = None
+    reader = OPEN.reader(call, 200, SSE)
+    assert reader is not None
+    reader.feed(stream(*events, names=True))
+    assert reader.finish() == usage
+
+
 def choice(index: int, delta: Any, reason: str | None = None) -> dict[str, Any]:
     return {"id": "c", "choices": [{"index": index, "delta": delta, "finish_reason": reason}]}
 

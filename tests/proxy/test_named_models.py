@@ -114,7 +114,12 @@ async def test_a_file_is_uploaded_for_nothing(serve: Serve) -> None:
     gateway, _ = await _open(serve, 0, DEAR, models=[model()])
     form = b'--b0\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n--b0--\r\n'
     kind = b"Content-Type: multipart/form-data; boundary=b0"
-    await served(gateway, await gateway.ask(request(b"POST " + BY_NAME + b"/v1/files", kind, body=form)))
+    client = await gateway.ask(request(b"POST " + BY_NAME + b"/v1/files", kind, body=form))
+    upstream = await gateway.llm.accept()
+    await upstream.read_head()
+    await upstream.expect(form)
+    await upstream.send(JSON_OK)
+    assert (await client.answer()).status == 200
 
 
 LATER = [
