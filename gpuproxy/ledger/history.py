@@ -63,8 +63,9 @@ async def use_pages(store: Store, user_id: str) -> AsyncIterator[list[Use]]:
     async for uses in _call_pages(store, user_id, first):
         yield uses
     column = _rental
-    has_run = select(rentals).where(column.user_id == user_id, column.running_at.is_not(None))
-    async for rows in _pages(store, has_run, column.created_at, column.id):
+    is_used = column.running_at.is_not(None) | (column.charged_nanousd > 0)  # given up before it ran, but paid for
+    used = select(rentals).where(column.user_id == user_id, is_used)
+    async for rows in _pages(store, used, column.created_at, column.id):
         yield [_rental_use(row) for row in rows]
 
 
@@ -153,5 +154,5 @@ def _day_use(row: Any, duration_us: int, cost_nanousd: int) -> Use:
 
 def _rental_use(row: Any) -> Use:
     cost_nanousd = row.charged_nanousd + row.written_off_nanousd
-    told = (row.gpu_model, row.key_id, row.running_at, row.ended_at, row.running_us, cost_nanousd)
+    told = (row.gpu_model, row.key_id, row.running_at or row.created_at, row.ended_at, row.running_us, cost_nanousd)
     return Use(row.id, "rental", row.provider, row.instance_id, *told)

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, inspect, text
 from gpuproxy.errors import GatewayError
 from gpuproxy.store.engine import Store, open_store
 
-NEWEST = "0024"  # the last revision in migrations/versions; a test compares
+NEWEST = "0025"  # the last revision in migrations/versions; a test compares
 LOCK_ID = 7_305_819_211  # any number, the same for every gpuproxy on one PostgreSQL
 
 

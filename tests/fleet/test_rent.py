@@ -12,6 +12,7 @@ from gpuproxy import config
 from gpuproxy.errors import GatewayError
 from gpuproxy.fleet import care
 from gpuproxy.fleet.care import IN_FLIGHT_S
+from gpuproxy.fleet.moves import begin_destroy
 from gpuproxy.fleet.offers import Offers
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import _forget_group, rent, reserve_all, wait_until_running
@@ -65,6 +66,17 @@ async def test_the_use_of_a_rental_names_its_key(fleet: Fleet, books: Books) -> 
     assert [tuple(row) for row in shown] == [(rental.id, "rental", "k1")]
     [[use]] = [page async for page in use_pages(books.store, books.user_id)]
     assert (use.id, use.key_id) == (rental.id, "k1")
+
+
+async def test_what_was_paid_beforehand_and_given_up_before_it_ran_is_in_the_use(fleet: Fleet, books: Books) -> None:
+    await books.give(10)
+    rental = await books.rental(state="provisioning", native_id="1", basis="prepaid", committed_hours=1)
+    await fleet.write(begin_destroy, rental, books.clock(), "asked")
+    async with books.store.reading() as connection:
+        [shown] = (await connection.execute(text("SELECT id, duration, cost_nanousd FROM gpu_usage"))).all()
+    assert tuple(shown) == (rental.id, 0, NANOUSD)
+    [[use]] = [page async for page in use_pages(books.store, books.user_id)]
+    assert (use.id, use.start_time, use.cost_nanousd) == (rental.id, rental.created_at, NANOUSD)
 
 
 async def test_who_has_not_the_first_hour_rents_nothing(fleet: Fleet, books: Books, market: Market) -> None:
