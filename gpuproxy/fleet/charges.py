@@ -21,7 +21,8 @@ from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderError
 from gpuproxy.store.schema import rentals
 
-TOLERANCE_THOUSANDTHS = 5  # half a percent
+TOLERANCE_THOUSANDTHS = 5  # half a percent,
+TOLERANCE_NANOUSD = 10_000_000  # and a cent: of a short rental the seconds between two looks are more than a percent
 DAY = timedelta(days=1)
 LAG = timedelta(hours=1)
 
@@ -60,7 +61,7 @@ async def compare(fleet: Fleet, provider: str, since: datetime, until: datetime)
     Raises ProviderError.
     """
     ended, known = await fleet.read(_ended, provider, since, until)
-    begin = min((row.created_at for row in ended), default=since)
+    begin = min((row.created_at for row in ended), default=since) - LAG  # the provider's clock may be behind
     told, traffic = Counter[str](), Counter[str]()
     for charge in await fleet.providers[provider].charges(unix_ns(begin), unix_ns(fleet.now())):
         (traffic if charge.kind == "traffic" else told)[charge.instance_id] += charge.amount_nanousd
@@ -120,4 +121,5 @@ def _ended(connection: Connection, provider: str, since: datetime, until: dateti
 
 
 def _differs(told_nanousd: int, counted_nanousd: int) -> bool:
-    return abs(told_nanousd - counted_nanousd) * 1_000 > max(told_nanousd, counted_nanousd) * TOLERANCE_THOUSANDTHS
+    difference, most = abs(told_nanousd - counted_nanousd), max(told_nanousd, counted_nanousd)
+    return difference > TOLERANCE_NANOUSD and difference * 1_000 > most * TOLERANCE_THOUSANDTHS

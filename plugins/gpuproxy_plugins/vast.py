@@ -39,7 +39,7 @@ from gpuproxy.plugin import (
 from gpuproxy_plugins.provider_account import ProviderAccount
 from gpuproxy_plugins.provider_http import Answer
 from gpuproxy_plugins.provider_money import usd_text
-from gpuproxy_plugins.vast_errors import Told, failure, is_success, read_told
+from gpuproxy_plugins.vast_errors import DAY_S, Told, failure, is_success, read_told
 from gpuproxy_plugins.vast_wire import (
     NAME,
     SPOT,
@@ -61,6 +61,7 @@ PAGES_MAX = 400
 CHARGES_PAGE = 500
 NAMES_S = 3_600.0  # how long the catalogue of GPU names is believed
 QUOTE_WAIT_S = 60.0  # a create waits so long for a quote; later comes none before midnight, when the quota is new
+DAY_NS = DAY_S * 10**9
 LOG_TRIES = 30  # the log is put somewhere and appears there within about nine seconds
 LOG_TRY_S = 0.3
 ID_DIGITS_MAX = 18
@@ -221,8 +222,8 @@ class Vast:
         raise InvalidAnswer(NAME, "logs", f"the log of instance {id} did not appear; try later")
 
     async def charges(self, since_ns: int, until_ns: int) -> Sequence[ProviderCharge]:
-        """Return what instances cost, by kind."""
-        days = {"day": {"gte": since_ns // 1_000_000_000, "lte": until_ns // 1_000_000_000}}
+        """Return what instances cost, by kind, from the beginning of the first day on: it filters by days."""
+        days = {"day": {"gte": since_ns // DAY_NS * DAY_S, "lte": until_ns // 1_000_000_000}}
         query = {"select_filters": _json(days), "limit": str(CHARGES_PAGE), "format": "table", "latest_first": "false"}
         found: list[ProviderCharge] = []
         for _ in range(PAGES_MAX):

@@ -10,7 +10,7 @@ from simulators.vast import KEY, VastSimulator
 from gpuproxy import config
 from gpuproxy.access.paging import Page
 from gpuproxy.fleet import care, findings
-from gpuproxy.fleet.charges import DAY, LAG, report
+from gpuproxy.fleet.charges import DAY, LAG, TOLERANCE_NANOUSD, report
 from gpuproxy.fleet.findings import Finding, acknowledge
 from gpuproxy.fleet.meter import owe_traffic
 from gpuproxy.fleet.parts import Fleet
@@ -122,6 +122,20 @@ async def test_a_rental_that_cost_other_than_counted_is_noted_once_a_day(
     clock.advance(DAY.total_seconds())
     [compared] = await report(fleet)
     assert compared.rental_count == 0
+
+
+async def test_no_difference_is_noted_of_parts_of_a_cent_nor_of_a_providers_clock_that_is_behind(
+    fleet: Fleet, books: Books, market: Market, clock: Clock
+) -> None:
+    await books.give(100)
+    rental = await fleet.read(find, await lived(fleet, books, clock))
+    assert rental is not None
+    machine = market._all()[rental.native_id]
+    machine.steps = [structs.replace(step, since_ns=step.since_ns - 1_800 * 10**9) for step in machine.steps]
+    clock.advance(LAG.total_seconds() + 1)
+    [compared] = await report(fleet)
+    assert (compared.rental_count, compared.differing) == (1, ())
+    assert abs(compared.told_nanousd - compared.counted_nanousd) <= TOLERANCE_NANOUSD
 
 
 async def test_traffic_is_booked_as_the_provider_tells_it_and_is_no_difference(
