@@ -183,6 +183,7 @@ async def _serve(
     await routing.poll_once()  # before any worker links: it is told what is in force before it serves
     await link.start(socket.socket(fileno=boot.link_fd))
     fleet = await open_fleet(store, boot.config)
+    fleet.written = feed.wake
     link.machines_of = partial(machines_of, fleet)
     app = application(store, stopping, boot.config, keyring, nodes, providers, fleet, routing, leases)
     add_groups(app, boot.config, boot.address, Seal(keyring.session_keys()))

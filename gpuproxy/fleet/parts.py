@@ -45,6 +45,7 @@ class Fleet:
         self.settings = settings
         self.now: Callable[[], datetime] = lambda: datetime.now(UTC)
         self.sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self.written: Callable[[], None] = lambda: None  # called after every write, for whoever tells workers of it
         self.prefix = ""
         self._names = {alias: name for name, each in providers.items() for alias in (name, *each.aliases)}
         self._markups = {self._names.get(block.name, block.name): markup_of(block.markup_percent) for block in blocks}
@@ -61,7 +62,9 @@ class Fleet:
     async def write(self, work: Callable[..., T], *words: Any, **more: Any) -> T:
         """Do `work`, whose first argument is the connection, in a writing transaction."""
         async with self.store.writing() as connection:
-            return await connection.run_sync(work, *words, **more)
+            result = await connection.run_sync(work, *words, **more)
+        self.written()
+        return result
 
     async def paying(self, work: Callable[..., T], *words: Any, **more: Any) -> T:
         """Do `work` as `write`; a budget that refuses it is told of, although the rest is taken back."""

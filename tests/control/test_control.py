@@ -17,12 +17,15 @@ from sqlalchemy import text, update
 from sqlalchemy.exc import DBAPIError
 from structlog.testing import capture_logs
 
-from gpuproxy import __version__
+from gpuproxy import __version__, config
 from gpuproxy.access.accounts import create_key, create_user, revoke_key, set_active
+from gpuproxy.control import changes as control_changes
 from gpuproxy.control.app import application
 from gpuproxy.control.changes import KEPT, ChangeFeed
 from gpuproxy.control.metrics import GAUGES_READ
 from gpuproxy.control.parts import CONFIG, INGEST, STOPPING
+from gpuproxy.fleet.moves import announce
+from gpuproxy.fleet.parts import Fleet
 from gpuproxy.ledger.ingest import Ingest
 from gpuproxy.link.server import LinkServer
 from gpuproxy.proxy.journal import frame
@@ -346,6 +349,26 @@ async def test_a_key_that_expires_reaches_the_link(store: Store, key: str) -> No
         await connection.execute(update(api_keys).values(expires_at=datetime.now(UTC)))
     assert [await feed.poll_once() for _ in range(2)] == [1, 0]
     assert len(link.remembered()) == 1
+
+
+async def test_workers_forget_machines_as_soon_as_they_have_changed(
+    store: Store, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_changes, "POLL_S", 3_600.0)
+    link, told, stopping = LinkServer(_nobody, 1, 60), asyncio.Event(), asyncio.Event()
+    link.forget_machines = lambda user_ids: told.set()  # type: ignore[method-assign]
+    feed, fleet = ChangeFeed(store, link), Fleet(store, {}, config.Fleet())
+    await feed.start(60)
+    fleet.written = feed.wake
+    running = asyncio.create_task(feed.run(stopping))
+    try:
+        await asyncio.sleep(0)
+        await fleet.write(announce, "a user")
+        async with asyncio.timeout(10):
+            await told.wait()
+    finally:
+        stopping.set()
+        await running
 
 
 async def test_a_new_control_knows_what_was_revoked_while_there_was_none(store: Store, key: str) -> None:
