@@ -61,7 +61,7 @@ def user_list(config_path: Path | None, as_json: bool) -> None:
 @click.argument("email")
 @with_config
 def user_block(email: str, config_path: Path | None) -> None:
-    """Block a user; all their keys stop within a second."""
+    """Block a user; all their keys stop within a second. The last active admin stays."""
     from gpuproxy.access.accounts import set_active
 
     with_store(config_path, lambda store: set_active(store, email, False))
