@@ -84,20 +84,22 @@ async def _choose(request: web.Request, body: NewInstance, wish: Wish, offer: Of
     if offer.is_spot != (body.bid is not None):
         message = "a spot offer needs a bid" if offer.is_spot else "a bid belongs to a spot offer; leave it out"
         raise GatewayError("UNPROCESSABLE", message, param="bid")
-    fitting = [offer, *(await offers.like(offer, most, body.disk_gb) if body.next_best else ())]
-    if refusal := _misfit(request, body, offer, most):
-        fitting = fitting[1:]
+    like = await offers.like(offer, most, body.disk_gb) if body.next_best else ()
+    fitting = [each for each in like if _misfit(request, body, each) is None]
+    if refusal := _misfit(request, body, offer):
         if not fitting:
             raise refusal
+    else:
+        fitting = [offer, *fitting]
     return structs.replace(wish, offer=fitting[0], others=tuple(fitting[1:]))
 
 
-def _misfit(request: web.Request, body: NewInstance, offer: Offer, most: int | None) -> GatewayError | None:
+def _misfit(request: web.Request, body: NewInstance, offer: Offer) -> GatewayError | None:
     """Return why an offer is none for this caller: others may want it, so the provider is not asked in vain."""
     if 0 < offer.disk_gb < body.disk_gb:
         message = f"disk_gb {body.disk_gb} is over the {offer.disk_gb} of this offer; ask for less, or choose another"
         return GatewayError("UNPROCESSABLE", message, param="disk_gb")
-    bid = nanousd(body.bid)
+    bid, most = nanousd(body.bid), nanousd(body.max_price)
     price = with_markup(cost_with_disk(offer, body.disk_gb), request.app[FLEET].markup(offer.provider))
     if bid is not None and bid < price:
         return GatewayError("CAPACITY_GONE", f"the bid is below the {price / NANOUSD} this offer takes now; bid more")
@@ -110,6 +112,7 @@ async def _choose_best(request: web.Request, body: Reservation, wishes: list[Wis
     """Wish for the best offers, each with others of its provider that nobody else gets."""
     names = providers_asked(request, body.provider)
     found, _ = await request.app[OFFERS].find(names, _query_of(body), "price")
+    found = [offer for offer in found if _misfit(request, body, offer) is None]
     count = len(wishes)
     if len(found) < count:
         raise GatewayError("CAPACITY_GONE", f"{len(found)} offers fit, {count} are wanted; ask for less")

@@ -148,6 +148,20 @@ async def test_a_reservation_takes_offers_that_have_the_disk(api: Api, person: P
     assert (status, told["code"]) == (409, "CAPACITY_GONE")
 
 
+async def test_a_reservation_asks_for_nothing_that_its_bid_or_most_does_not_pay_with_the_disk(
+    api: Api, person: Person, market: Market
+) -> None:
+    spot, *_ = (await listed(api, person, "?spot=true"))["data"]
+    offer, *_ = (await listed(api, person))["data"]
+    for bounds in ({"bid": spot["price_per_hour"]}, {"max_price": offer["price_per_hour"]}):
+        status, told = await reserve(api, person, count=1, disk_gb=100, **bounds)
+        assert (status, told["code"]) == (409, "CAPACITY_GONE")
+        assert "0 offers fit" in told["error"]
+    assert market.asked == []
+    status, told = await reserve(api, person, count=1, bid=spot["price_per_hour"])
+    assert (status, market.asked) == (201, [spot["id"].removeprefix("sim-")])
+
+
 async def test_an_offer_over_the_most_is_passed_over_for_the_next_best(
     api: Api, person: Person, market: Market
 ) -> None:
