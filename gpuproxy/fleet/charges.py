@@ -16,6 +16,7 @@ from gpuproxy.fleet.findings import Look, add, looks, note_comparison, note_no_c
 from gpuproxy.fleet.meter import owe_traffic
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rentals import locked
+from gpuproxy.fleet.states import ENDED
 from gpuproxy.ledger.usage import unix_ns
 from gpuproxy.observe.logs import get_logger
 from gpuproxy.plugin import ProviderError
@@ -112,9 +113,12 @@ def _note(connection: Connection, comparison: Comparison, until: datetime) -> No
 
 
 def _ended(connection: Connection, provider: str, since: datetime, until: datetime) -> tuple[list[Row[Any]], set[str]]:
-    """Return the rentals that ended in the span, and the provider's ids of all that were ever ours."""
+    """Return the rentals whose end was noted in the span, and the provider's ids of all that were ever ours.
+
+    What was lost has ended when it was last seen: maybe before the last comparison, which did not know of it.
+    """
     of_provider = (rentals.c.provider == provider) & (rentals.c.native_id != "")
-    in_span = (rentals.c.ended_at >= since) & (rentals.c.ended_at < until)
+    in_span = rentals.c.state.in_(ENDED) & (rentals.c.moved_at >= since) & (rentals.c.moved_at < until)
     shown = (rentals.c.id, rentals.c.native_id, rentals.c.cost_posted_nanousd, rentals.c.created_at)
     ended: list[Row[Any]] = list(connection.execute(select(*shown).where(of_provider, in_span)))
     return ended, set(connection.scalars(select(rentals.c.native_id).where(of_provider)))

@@ -46,12 +46,12 @@ def move(connection: Connection, rental: Rental, to: State, at: datetime, **valu
         values.setdefault("running_at", rental.running_at or moved_at)
         if rental.basis == PREPAID and rental.running_at is None:  # what was paid for begins now
             values.setdefault("expires_at", moved_at + timedelta(hours=rental.committed_hours))
+    if to in ENDED:
+        values.setdefault("ended_at", moved_at)
     rental = change(connection, rental, **values)
     rental = change(connection, rental, **rates_in(rental, to))
     if to in (*ENDED, "destroying"):  # however long it takes to be gone, the customer pays no more
         release(connection, rental)
-    if to in ENDED:
-        rental = change(connection, rental, ended_at=moved_at)
     if "running" in (before, to):
         announce(connection, rental.user_id)
     if to in EVENT_BY_STATE:
@@ -111,7 +111,7 @@ def lose(connection: Connection, rental: Rental, at: datetime) -> Rental:
     if rental.state == "destroying":
         return end(connection, rental, at)
     last = rental.seen_at or rental.metered_at
-    return move(connection, rental, "destroyed", max(last, rental.metered_at), reason=LOST)
+    return move(connection, rental, "destroyed", at, reason=LOST, ended_at=max(last, rental.metered_at))
 
 
 def announce(connection: Connection, user_id: str) -> None:

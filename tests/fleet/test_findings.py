@@ -16,6 +16,7 @@ from gpuproxy.fleet.meter import owe_traffic
 from gpuproxy.fleet.parts import Fleet
 from gpuproxy.fleet.rent import Wish, rent, wait_until_running
 from gpuproxy.fleet.rentals import find
+from gpuproxy.fleet.sight import miss
 from gpuproxy.ledger.book import NANOUSD
 from gpuproxy.ledger.verify import verify
 from gpuproxy.plugin import InstanceSpec, OfferQuery, ProviderCharge, ProviderSettings
@@ -136,6 +137,26 @@ async def test_no_difference_is_noted_of_parts_of_a_cent_nor_of_a_providers_cloc
     [compared] = await report(fleet)
     assert (compared.rental_count, compared.differing) == (1, ())
     assert abs(compared.told_nanousd - compared.counted_nanousd) <= TOLERANCE_NANOUSD
+
+
+async def test_what_is_found_lost_after_a_comparison_is_in_the_next_one(
+    fleet: Fleet, books: Books, market: Market, clock: Clock
+) -> None:
+    await books.give(100)
+    rental, _ = await rent(fleet, await wish_for(fleet, books.user_id))
+    rental = await wait_until_running(fleet, rental, 60)
+    seen_at = clock.now
+    clock.advance(DAY.total_seconds())
+    await market.vanish(rental.native_id)  # it ran all the time, unseen
+    [compared] = await report(fleet)
+    assert compared.rental_count == 0
+    for _ in range(2):
+        await books.do(miss, rental.id, clock.advance(60))
+    lost = await _now(fleet, rental.id)
+    assert (lost.state, lost.ended_at, lost.charged_nanousd) == ("destroyed", seen_at, 0)
+    clock.advance(DAY.total_seconds())
+    [compared] = await report(fleet)
+    assert [each.contract_id for each in compared.differing] == [rental.id]
 
 
 async def test_traffic_is_booked_as_the_provider_tells_it_and_is_no_difference(
