@@ -66,9 +66,10 @@ async def forget_changes(store: Store, before: datetime) -> int:
     oldest = select(changes.c.seq).where(changes.c.at < before).order_by(changes.c.at).limit(CHANGES_AT_ONCE)
     if not await store.look(oldest.limit(1)):
         return 0
-    chosen = changes.c.seq.in_(oldest.with_for_update(skip_locked=True))  # another node may be at it
     async with store.writing() as connection:
-        return (await connection.execute(delete(changes).where(chosen))).rowcount
+        # Another node may be at it. A subquery that locks may be run again and again, each time with other rows.
+        chosen = (await connection.scalars(oldest.with_for_update(skip_locked=True))).all()
+        return (await connection.execute(delete(changes).where(changes.c.seq.in_(chosen)))).rowcount
 
 
 async def _changed(connection: AsyncConnection, chosen: ColumnElement[bool]) -> ChangedKeys:
