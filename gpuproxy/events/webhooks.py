@@ -158,10 +158,9 @@ async def replace_secret(
 
     So do those whose overlap has not ended yet, OLD_SECRETS_MAX in all; with an overlap of 0 none of them does.
     """
+    await own_webhook(connection, user_id, webhook_id, is_locked=True)
     is_it, now = webhooks.c.id == webhook_id, datetime.now(UTC)
-    row = (await connection.execute(select(webhooks).where(is_it).with_for_update())).first()
-    await own_webhook(connection, user_id, webhook_id)
-    assert row is not None
+    row = (await connection.execute(select(webhooks.c.secret, webhooks.c.old_secrets).where(is_it))).one()
     before = OldSecret(row.secret, now + timedelta(seconds=overlap_s))
     kept = [before, *(each for each in old_secrets(row.old_secrets) if each.until > now)] if overlap_s else []
     values = {"secret": sealed, "old_secrets": to_builtins(kept[:OLD_SECRETS_MAX])}
