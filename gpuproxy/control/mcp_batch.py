@@ -16,7 +16,8 @@ from gpuproxy.codec.sse import event_payloads
 from gpuproxy.control.mcp_answers import RpcError, accepted
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX
 from gpuproxy.control.mcp_names import decode_list, outward
-from gpuproxy.control.mcp_relay import EVENTS
+from gpuproxy.control.mcp_relay import EVENTS, end_all
+from gpuproxy.control.streams import break_off
 from gpuproxy.observe.logs import get_logger
 
 BATCHES_UNTIL = "2025-03-26"  # the revision that has them; the next one forbids them
@@ -68,12 +69,9 @@ async def answered_together(request: web.Request, messages: Sequence[Fields], an
                     await out.prepare(request)
                 await out.write(b"event: message\ndata: %b\n\n" % said.replace(b"\r", b" ").replace(b"\n", b" "))
     except ConnectionError:  # the client has left
-        if request.transport is not None:
-            request.transport.abort()
+        break_off(request)
     finally:
-        for each in working:
-            each.cancel()
-        await asyncio.gather(*working, return_exceptions=True)
+        await end_all(working)
     return out if out.prepared else accepted()
 
 

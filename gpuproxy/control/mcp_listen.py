@@ -16,12 +16,13 @@ import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
-from gpuproxy.codec.events import EventCutter, with_data, with_lines
+from gpuproxy.codec.events import EventCutter
 from gpuproxy.codec.mcp import UNREADABLE, Fields, decode_fields, encode, object_of, raw, text_of
 from gpuproxy.codec.sse import event_payloads
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, Told, passed_fields, told_by
-from gpuproxy.control.mcp_names import URI_MARK, outward, shown_uri, split, texts_of
-from gpuproxy.control.mcp_relay import EVENTS, LOOK_S
+from gpuproxy.control.mcp_names import URI_MARK, shown_uri, split, texts_of
+from gpuproxy.control.mcp_relay import EVENTS, LOOK_S, end_all, shown
+from gpuproxy.control.streams import break_off
 
 STREAMS_MAX = 1_000  # at once, of all groups: each holds a connection for each server, and wakes up to look around
 LISTENING = "~"  # begins the ids of events in such a stream; no name of a server does
@@ -111,14 +112,12 @@ class Places:
     def moved(self, event: bytes, server: str) -> bytes:
         """Return an event as the client may see it, with the place of all servers as its id if it has one."""
 
-        def identified(line: bytes) -> bytes:
-            if not line.startswith(b"id:") or not (event_id := line[3:].removeprefix(b" ")):
-                return line
+        def moved_to(event_id: bytes) -> bytes:
             self.by_server.pop(server, None)
             self.by_server[server] = event_id.decode(errors="replace")
-            return b"id: " + self._shown()
+            return self._shown()
 
-        return with_lines(with_data(event, lambda payload: outward(payload, server)), identified)
+        return shown(event, server, moved_to)
 
     def _shown(self) -> bytes:
         while len(text := urlencode(self.by_server)) > PLACES_BYTES_MAX:  # the oldest goes: it hears what comes
@@ -144,12 +143,9 @@ async def merged(
             each.result()
         await out.write_eof()
     except (aiohttp.ClientError, ConnectionError):
-        if request.transport is not None:
-            request.transport.abort()
+        break_off(request)
     finally:
-        for each in following:
-            each.cancel()
-        await asyncio.gather(*following, return_exceptions=True)
+        await end_all(following)
     return out
 
 

@@ -5,7 +5,8 @@ tells a handler of aiohttp so while it waits, so it looks for itself.
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -13,6 +14,7 @@ from aiohttp import web
 from gpuproxy.codec.events import EventCutter, with_data, with_lines
 from gpuproxy.control.mcp_inner import ANSWER_BYTES_MAX, passed_fields, read_bounded
 from gpuproxy.control.mcp_names import MARK, outward
+from gpuproxy.control.streams import break_off
 
 LOOK_S = 0.25  # between two looks whether the client is still there
 EVENTS = "text/event-stream"
@@ -44,11 +46,16 @@ class EventRelabeller:
 
 def named(event: bytes, server: str) -> bytes:
     """Return an event whose id and whose message name their server."""
+    return shown(event, server, lambda event_id: f"{server}{MARK}".encode() + event_id)
+
+
+def shown(event: bytes, server: str, id_of: Callable[[bytes], bytes]) -> bytes:
+    """Return an event whose message names its server; `id_of` makes its id, if it has one, from the server's."""
 
     def identified(line: bytes) -> bytes:
         if not line.startswith(b"id:") or not (event_id := line[3:].removeprefix(b" ")):
             return line
-        return b"id: " + f"{server}{MARK}".encode() + event_id
+        return b"id: " + id_of(event_id)
 
     return with_lines(with_data(event, lambda payload: outward(payload, server)), identified)
 
@@ -70,9 +77,15 @@ async def relay(request: web.Request, response: aiohttp.ClientResponse, server: 
         await out.write(relabeller.edit(b"", is_last=True))
         await out.write_eof()
     except (aiohttp.ClientError, ConnectionError):
-        if request.transport is not None:
-            request.transport.abort()
+        break_off(request)
     return out
+
+
+async def end_all(working: Collection[asyncio.Future[Any]]) -> None:
+    """Cancel what works for a client, and wait until it has ended."""
+    for each in working:
+        each.cancel()
+    await asyncio.gather(*working, return_exceptions=True)
 
 
 async def while_there(request: web.Request, work: Awaitable[web.StreamResponse]) -> web.StreamResponse:
@@ -82,9 +95,7 @@ async def while_there(request: web.Request, work: Awaitable[web.StreamResponse])
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else web.Response(status=499)
     finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await end_all((working, leaving))
 
 
 async def _left(request: web.Request) -> None:

@@ -42,9 +42,14 @@ async def stream(request: web.Request, pieces: Pieces, content_type: str, filena
             await response.write_eof()
         except Exception as error:
             logger.error("an export broke off", request_id=request_id_of(request), error=f"{type(error).__name__}")
-            if request.transport is not None:
-                request.transport.abort()
+            break_off(request)
     return response
+
+
+def break_off(request: web.Request) -> None:
+    """End the client's connection so that it sees the answer is not whole."""
+    if request.transport is not None:
+        request.transport.abort()
 
 
 async def _send(response: web.StreamResponse, piece: bytes) -> None:
